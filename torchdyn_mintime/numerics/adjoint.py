@@ -1,0 +1,236 @@
+r"""Gradients by the continuous adjoint: Proposition 3.1 of the paper, with the running cost.
+
+For the loss l = Phi(z(t_1), ..., z(t_n)) + int_{t0}^{t_f} L(t, z, theta) dt, with p = dl/dz along the solution,
+
+    p' = -p df/dz - dL/dz,          p jumps by dPhi/dz(t_i) at every returned point,                         eq. (11)
+    mu' = -p df/dtheta - dL/dtheta, mu(t_f) = 0,      dl/dtheta = mu(t0),                                    eq. (10)
+    dl/dt_f = p(t_f) f(t_f, z(t_f)) + L(t_f),                                                                eq. (12)
+    dl/dt0 = -(p(t0) f(t0, z(t0)) + L(t0)),                                                                  eq. (36)
+
+where p(t0) is taken before the point at t0 adds to it, since z(t0) = x does not move with t0. The printed (36) has the
+opposite sign. The formulas hold in either direction of time, with "first" and "last" for t0 and t_f.
+
+The states that the solve returned are kept and nothing else; between two of them, z is solved backwards with p and mu.
+``interpolated=True`` keeps the whole path and reads z off it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdyn_mintime.numerics.integrate import Grid, Path, Solution, integrate
+from torchdyn_mintime.numerics.steppers import Stepper
+
+__all__ = ["AdjointProblem", "solve_adjoint"]
+
+VectorField = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass
+class AdjointProblem:
+    """What a solve with adjoint gradients needs to know.
+
+    Attributes:
+        f: the field.
+        module: the module that holds the parameters which f uses, by the names in ``parameters``.
+        parameters: those that require a gradient.
+        stepper, atol, rtol: of the solve.
+        backward_stepper, backward_atol, backward_rtol: of the backward solve. Its absolute tolerance is relative to
+            the largest incoming gradient, since the adjoint equation is linear in p.
+        running_cost: L(t, z) -> [batch]; the gradient of its integral, summed over the batch, is always added.
+        interpolated: keep the path and interpolate it, instead of solving z backwards.
+        interpolator: of the forward solve (see :func:`integrate`).
+        restored: a context in which the field is as it was in the forward solve (data control, noise).
+    """
+
+    f: VectorField
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    stepper: Stepper
+    atol: float
+    rtol: float
+    backward_stepper: Stepper
+    backward_atol: float
+    backward_rtol: float
+    running_cost: Callable[[Any, Tensor], Tensor] | None = None
+    interpolated: bool = False
+    interpolator: Callable | None = None
+    restored: Callable[[], AbstractContextManager] = nullcontext
+
+
+def solve_adjoint(problem: AdjointProblem, x: Tensor, grid: Grid) -> tuple[Solution, Tensor | None]:
+    """Solve along a grid; ``solution.states`` carries adjoint gradients to x, the times and the parameters.
+
+    Returns:
+        The solution, and the running cost's integral for each entry of the batch (detached; None without one).
+
+    Raises:
+        IntegrationError: as :func:`integrate`, also from the backward pass.
+    """
+    info: dict[str, Any] = {}
+    states = _Adjoint.apply(problem, info, grid, x, grid.start, grid.end, *problem.parameters.values())
+    return Solution(states, info["steps"]), info["cost"]
+
+
+def _with_cost(problem: AdjointProblem, x: Tensor) -> tuple[VectorField, Tensor]:
+    """The field of the flat state [z, c] with c' = L(t, z), and its initial state."""
+    size, shape = x.numel(), x.shape
+
+    def f(t, y):
+        z = y[:size].view(shape)
+        return torch.cat([problem.f(t, z).reshape(-1), problem.running_cost(t, z).reshape(-1)])
+
+    with problem.restored():
+        batch = problem.running_cost(x.new_zeros(()), x).numel()
+    return f, torch.cat([x.reshape(-1), x.new_zeros(batch)])
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: AdjointProblem, info, grid: Grid, x, start, end, *parameters):
+        asked = grid.keep is None or grid.keep[-1]
+        plain = Grid(grid.nodes, keep=None if grid.keep is None else [*grid.keep[:-1], True])
+        x = x.detach()
+        settings = dict(atol=problem.atol, rtol=problem.rtol, interpolator=problem.interpolator)
+        record = problem.interpolated
+        cost = None
+        if problem.running_cost is None:
+            solution = integrate(problem.f, x, plain, problem.stepper, record=record, **settings)
+        else:
+            f, y = _with_cost(problem, x)
+            flat = integrate(f, y, plain, problem.stepper, error_size=x.numel(), record=record, **settings)
+            cut = x.numel()
+            cost = flat.states[-1, cut:]
+            path = [(t, y[:cut].view(x.shape), None if k is None else k[:cut].view(x.shape)) for t, y, k in flat.path]
+            solution = Solution(flat.states[:, :cut].reshape(-1, *x.shape), flat.steps, path)
+        ctx.problem, ctx.grid = problem, plain
+        ctx.steps, ctx.path = solution.steps, solution.path
+        ctx.autocast = _autocast_state(x.device.type)
+        ctx.ends = (start is not None, end is not None)
+        ctx.save_for_backward(solution.states, *parameters)
+        info["steps"], info["cost"] = solution.steps, cost
+        return solution.states if asked else solution.states[:-1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_states):
+        states, *parameters = ctx.saved_tensors
+        problem, names = ctx.problem, list(ctx.problem.parameters)
+        solver = _Backward(problem, names, ctx.grid, ctx.steps, ctx.path, ctx.ends)
+        # The parameters of the forward solve, as leaves: the module may hold others by now (functional_call).
+        leaves = {f"module.{n}": p.detach().requires_grad_() for n, p in zip(names, parameters, strict=True)}
+        with problem.restored(), _autocast(*ctx.autocast):
+            x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states, list(leaves)))
+        if ctx.path:
+            ctx.path.clear()
+        grads = [g.to(p.dtype) for g, p in zip(mu, parameters, strict=True)]
+        return (None, None, None, x, start, end, *grads)
+
+
+def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+@contextmanager
+def _autocast(device: str, enabled: bool, dtype: torch.dtype) -> Iterator[None]:
+    with torch.autocast(device, dtype=dtype, enabled=enabled):
+        yield
+
+
+class _Backward(nn.Module):
+    """The backward solve, as a module, so that the parameters can be put in its place for its whole length."""
+
+    def __init__(self, problem: AdjointProblem, names, grid: Grid, steps, path, ends):
+        super().__init__()
+        self.module = problem.module
+        self._problem, self._names = problem, names
+        self._grid, self._steps, self._path, self._ends = grid, steps, path, ends
+
+    def forward(self, states: Tensor, grad_states: Tensor, leaves: Sequence[str]):
+        problem, grid = self._problem, self._grid
+        own = dict(self.module.named_parameters())
+        parameters = [own[n] for n in self._names]
+        last = len(grid.nodes) - 1
+        kept = [i for i in range(last + 1) if grid.keep is None or grid.keep[i]]
+        p, mu = torch.zeros_like(states[-1]), states.new_zeros(sum(q.numel() for q in parameters))
+        scale = grad_states.abs().max().item() if grad_states.numel() else 0.0
+        if scale == 0.0 or not math.isfinite(scale):  # a NaN gradient passes through as it is
+            scale = 1.0
+        path = Path(self._path, problem.f) if self._path else None
+        start = end = None
+        for n in range(len(kept) - 1, -1, -1):
+            i, z = kept[n], states[n]
+            if i == 0 and self._ends[0]:
+                start = -self._rate(grid.nodes[0], z, p, scale)
+            if n < len(grad_states):  # the last state is kept even where it was not asked for
+                p = p + grad_states[n] / scale
+            if i == last and self._ends[1]:
+                end = self._rate(grid.nodes[last], z, p, scale)
+            if i > 0:
+                before = kept[n - 1] if n > 0 else 0
+                p, mu, z = self._between(grid.nodes[i], grid.nodes[before], z, p, mu, parameters, scale, path)
+        if kept[0] != 0 and self._ends[0]:
+            start = -self._rate(grid.nodes[0], z, p, scale)
+        sizes = [q.numel() for q in parameters]
+        grads = [m.view(q.shape) * scale for m, q in zip(mu.split(sizes), parameters, strict=True)]
+        start, end = (None if rate is None else rate * scale for rate in (start, end))
+        return p * scale, start, end, grads
+
+    def _rate(self, t: float, z: Tensor, p: Tensor, scale: float) -> Tensor:
+        """p f + L, the Hamiltonian of eq. (21)."""
+        time = z.new_tensor(t)
+        rate = (p * self._problem.f(time, z)).sum()
+        if self._problem.running_cost is not None:
+            rate = rate + self._problem.running_cost(time, z).sum() / scale
+        return rate
+
+    def _between(self, t1: float, t0: float, z, p, mu, parameters, scale, path):
+        """Solve p and mu (and z) from t1 back to t0, over the forward solve's steps where they are fixed."""
+        problem, size, shape = self._problem, z.numel(), z.shape
+        low, high = min(t0, t1), max(t0, t1)
+        stepper = problem.backward_stepper
+        inner = [t for t in self._steps if low < t < high] if path is not None or not stepper.adaptive else []
+        nodes = [t0, *(inner if t0 < t1 else sorted(inner, reverse=True)), t1][::-1]
+
+        def dynamics(t, y):
+            state = y[:size].view(shape) if path is None else path(t.item())
+            p = (y[size : 2 * size] if path is None else y[:size]).view(shape)
+            with torch.enable_grad():
+                state = state.detach().requires_grad_()
+                dz = problem.f(t, state)
+                outputs, weights = [dz], [-p]
+                if problem.running_cost is not None:
+                    cost = problem.running_cost(t, state)
+                    outputs, weights = [dz, cost], [-p, torch.full_like(cost, -1 / scale)]
+                pairs = [(o, w.to(o.dtype)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+                wanted = (state, *parameters)
+                grads: Sequence[Tensor | None] = [None] * len(wanted)
+                if pairs:
+                    outputs, weights = zip(*pairs, strict=True)
+                    grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+            flat = [
+                (torch.zeros_like(q) if g is None else g).reshape(-1).to(y.dtype)
+                for g, q in zip(grads, wanted, strict=True)
+            ]
+            return torch.cat(flat if path is not None else [dz.detach().reshape(-1).to(y.dtype), *flat])
+
+        head = [p.reshape(-1)] if path is not None else [z.reshape(-1), p.reshape(-1)]
+        solution = integrate(
+            dynamics,
+            torch.cat([*head, mu]),
+            Grid(nodes, keep=[False] * (len(nodes) - 1) + [True]),
+            stepper,
+            atol=problem.backward_atol,
+            rtol=problem.backward_rtol,
+            # The parameters' part is a quadrature: it does not feed back, and would only make steps shorter.
+            error_size=size if path is not None else 2 * size,
+        )
+        y = solution.states[-1]
+        if path is not None:
+            return y[:size].view(shape), y[size:], z
+        return y[size : 2 * size].view(shape), y[2 * size :], y[:size].view(shape)

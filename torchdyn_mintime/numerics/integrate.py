@@ -1,0 +1,380 @@
+r"""The drives over a stepper: fixed steps along a grid, and adaptive steps that land on every point of it.
+
+Both keep the steps that were taken as plain numbers. Where a gradient of the first or last time is wanted, the grid
+holds that time as a tensor too, and only the step that touches it depends on it: the gradient is exactly that of the
+discrete solution, and costs no evaluation of the field.
+"""
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdyn_mintime.numerics.steppers import Stepper
+
+__all__ = ["MAX_STEPS", "Grid", "IntegrationError", "Solution", "integrate"]
+
+MAX_STEPS = 100_000
+"""Steps, rejected ones included, after which an adaptive solve is given up."""
+
+# Step control of torchdyn (and of Hairer, Norsett and Wanner): the next step is dt * clamp(SAFETY * ratio^(-1/order)).
+SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0
+
+VectorField = Callable[[Any, Tensor], Tensor]
+
+
+class IntegrationError(RuntimeError):
+    """A solve failed: the state or the field is not finite, or the steps ran out.
+
+    Attributes:
+        time: where it failed (units of time).
+        step: number of the failing step, from 1 (0: before the first).
+        solver: name of the stepper.
+    """
+
+    def __init__(self, message: str, *, time: float = math.nan, step: int = 0, solver: str = ""):
+        super().__init__(message)
+        self.time, self.step, self.solver = time, step, solver
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points of a solve, strictly monotone in either direction.
+
+    Attributes:
+        nodes: the times as numbers.
+        start, end: the first and the last time as tensors, where their gradient is wanted.
+        keep: which points are returned; None is all.
+    """
+
+    nodes: Sequence[float]
+    start: Tensor | None = None
+    end: Tensor | None = None
+    keep: Sequence[bool] | None = None
+
+    def times(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The returned points as one tensor, which carries the gradient of ``start`` and ``end``."""
+        last = len(self.nodes) - 1
+        kept = [i for i in range(last + 1) if self.keep is None or self.keep[i]]
+        plain = torch.tensor([self.nodes[i] for i in kept], dtype=dtype, device=device)
+        head = [self.start.reshape(1).to(plain)] if self.start is not None and kept[0] == 0 else []
+        tail = [self.end.reshape(1).to(plain)] if self.end is not None and kept[-1] == last else []
+        if not head and not tail:
+            return plain
+        return torch.cat([*head, plain[len(head) : len(kept) - len(tail)], *tail])
+
+    def size(self, i: int) -> float | Tensor:
+        """The i-th step: a number, or a tensor of float64 where it carries a gradient."""
+        a: float | Tensor = self.nodes[i]
+        b: float | Tensor = self.nodes[i + 1]
+        # In float64, so that a step has the same size with and without a gradient.
+        if i == 0 and self.start is not None:
+            a = self.start.double()
+        if i == len(self.nodes) - 2 and self.end is not None:
+            b = self.end.double()
+        return b - a
+
+    def left(self, i: int) -> float | Tensor:
+        """The time at which the i-th step starts."""
+        return self.start.double() if i == 0 and self.start is not None else self.nodes[i]
+
+
+@dataclass
+class Solution:
+    """What a solve found.
+
+    Attributes:
+        states: the state at the returned points, stacked: ``[points, *x.shape]``.
+        steps: the times between which steps were taken, as numbers (all points of a fixed grid; accepted adaptive steps).
+        path: with ``record=True``, (time, state, derivative or None) at every one of those times.
+    """
+
+    states: Tensor
+    steps: list[float]
+    path: list[tuple[float, Tensor, Tensor | None]] = field(default_factory=list)
+
+
+def integrate(
+    f: VectorField,
+    x: Tensor,
+    grid: Grid,
+    stepper: Stepper,
+    *,
+    atol: float = 1e-3,
+    rtol: float = 1e-3,
+    interpolator: Callable | None = None,
+    error_size: int | None = None,
+    max_steps: int = MAX_STEPS,
+    record: bool = False,
+) -> Solution:
+    """Solve z' = f(t, z), z(t_0) = x along a grid.
+
+    Args:
+        f: the field; an attribute ``timed = False`` says that it ignores t, which is then None.
+        x: initial state, any shape.
+        grid: the points; a fixed-step stepper takes one step between any two, an adaptive one lands on each.
+        stepper: the method.
+        atol, rtol: tolerances (adaptive steppers).
+        interpolator: torchdyn's interpolator, which gives the interior points without landing on them (dopri5).
+        error_size: how many entries of a flat state the error norm sees; None is all.
+        max_steps: limit of adaptive steps.
+        record: keep the whole path (see :class:`Solution`).
+
+    Raises:
+        IntegrationError: the state or field is not finite, or the step limit was reached.
+
+    Example:
+        >>> from torchdyn_mintime.numerics import make_stepper
+        >>> x = torch.ones(1, dtype=torch.float64)
+        >>> solution = integrate(lambda t, z: -z, x, Grid([0.0, 0.5, 1.0]), make_stepper("rk4"))
+        >>> solution.states.shape
+        torch.Size([3, 1])
+    """
+    stepper.prepare(x)
+    if stepper.adaptive:
+        return _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record)
+    return _fixed(f, x, grid, stepper, record)
+
+
+# ---------------------------------------------------------------------------------------------------- fixed steps
+
+
+def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool) -> Solution:
+    n = len(grid.nodes) - 1
+    keep = grid.keep
+    sizes = [_cast(grid.size(i), x) for i in range(n)]
+    times = _stage_times(f, grid, stepper, x)
+    x0, states, path = x, [], []
+    for i in range(n):
+        if keep is None or keep[i]:
+            states.append(x)
+        x_new, stages = stepper.step(f, x, times[i], sizes[i])
+        if i == 0:
+            _check_shape(x, stages)
+        if record:
+            path.append((grid.nodes[i], x, stages[0] if stepper.nodes[0] == 0.0 and stages else None))
+        x = x_new
+    if keep is None or keep[n]:
+        states.append(x)
+    if record:
+        path.append((grid.nodes[n], x, None))
+    if not _is_finite(x):
+        _raise_at_first_failure(f, x0, grid, stepper)
+    return Solution(torch.stack(states), list(grid.nodes), path)
+
+
+def _cast(dt: float | Tensor, x: Tensor) -> float | Tensor:
+    return dt.to(x.dtype) if isinstance(dt, Tensor) else dt
+
+
+def _stage_times(f: VectorField, grid: Grid, stepper: Stepper, x: Tensor) -> list[Sequence[Tensor | None]]:
+    """t_i + c_j dt_i for every step, in the state's dtype: one tensor for all steps that carry no gradient."""
+    n, c = len(grid.nodes) - 1, stepper.nodes
+    if not (getattr(f, "timed", True) or stepper.timed):
+        return [(None,) * len(c)] * n
+    left, size = [grid.left(i) for i in range(n)], [grid.size(i) for i in range(n)]
+    plain = [i for i in range(n) if isinstance(left[i], float) and isinstance(size[i], float)]
+    flat = [left[i] + cj * size[i] for i in plain for cj in c]
+    views = torch.tensor(flat, dtype=x.dtype, device=x.device).unbind() if flat else ()
+    times: list[Sequence[Tensor | None]] = [()] * n
+    for k, i in enumerate(plain):
+        times[i] = views[k * len(c) : (k + 1) * len(c)]
+    for i in range(n):
+        if not times[i]:
+            times[i] = [torch.as_tensor(left[i] + cj * size[i]).to(x) for cj in c]
+    return times
+
+
+def _is_finite(x: Tensor) -> bool:
+    """One reduction where all is well. A sum may overflow while its terms are finite, so it is only a first look."""
+    try:
+        return math.isfinite(x.detach().sum().item()) or bool(torch.isfinite(x).all())
+    except RuntimeError:  # under vmap there is no value to look at
+        return True
+
+
+def _check_shape(x: Tensor, stages: Sequence[Tensor]) -> None:
+    if stages and stages[0] is not None and stages[0].shape != x.shape:
+        raise ValueError(
+            f"the vector field returned the shape {tuple(stages[0].shape)} for a state of shape {tuple(x.shape)}; "
+            "it must return the time derivative of each entry of the state"
+        )
+
+
+def _raise_at_first_failure(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper) -> None:
+    """Walks the grid again, without gradient, to name the step that failed."""
+    with torch.no_grad():
+        if not _is_finite(x):
+            raise ValueError("the initial state x holds NaN or infinite entries; check the data or the layer before")
+        times = _stage_times(f, grid, stepper, x)
+        for i in range(len(grid.nodes) - 1):
+            x, _ = stepper.step(f, x, times[i], float(grid.size(i)))
+            if not _is_finite(x):
+                break
+    raise IntegrationError(
+        f"the state is not finite after step {i + 1} of {len(grid.nodes) - 1}, from t = {grid.nodes[i]:.6g} to "
+        f"{grid.nodes[i + 1]:.6g} ({stepper.name}, last time {grid.nodes[-1]:.6g}); "
+        "the field returned NaN or infinity, or the solution blows up: lower the learning rate or the interval, "
+        "or take shorter steps",
+        time=grid.nodes[i],
+        step=i + 1,
+        solver=stepper.name,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- adaptive steps
+
+
+def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record) -> Solution:
+    nodes, n = grid.nodes, len(grid.nodes) - 1
+    keep = grid.keep or [True] * (n + 1)
+    direction = 1.0 if nodes[-1] > nodes[0] else -1.0
+    timed = getattr(f, "timed", True) or stepper.timed
+    t = nodes[0]
+    k1 = f(torch.as_tensor(grid.left(0)).to(x) if timed else None, x)
+    _check_shape(x, [k1])
+    if not _is_finite(k1):
+        if not _is_finite(x):
+            raise ValueError("the initial state x holds NaN or infinite entries; check the data or the layer before")
+        raise _failure("the vector field is not finite", t, 0, stepper, grid)
+    h = _first_step(f, k1, x, t, direction, stepper.order, atol, rtol, error_size, timed, abs(nodes[-1] - t))
+    states = [x] if keep[0] else []
+    steps, path, accepted = [t], [], 0
+    # With an interpolator only the end is landed on; the points between are read off the step that passes them.
+    target = n if interpolator is not None else 1
+    passed = 1
+    for _ in range(max_steps):
+        remaining = abs(nodes[target] - t)
+        lands = h >= remaining
+        size = remaining if lands else h
+        if size <= 4 * torch.finfo(torch.float64).eps * max(abs(t), abs(nodes[-1])) and not lands:
+            raise _failure(f"the step size fell to {size:.3g}", t, accepted + 1, stepper, grid)
+        t_new = nodes[target] if lands else t + direction * size
+        step_grid = Grid(
+            [t, t_new],
+            grid.start if accepted == 0 else None,
+            grid.end if lands and target == n else None,
+        )
+        times = _stage_times(f, step_grid, stepper, x)[0]
+        x_new, stages = stepper.step(f, x, times, _cast(step_grid.size(0), x), k1)
+        with torch.no_grad():
+            error = stepper.error([None if k is None else k.detach() for k in stages], t_new - t)
+            ratio = _error_ratio(error, x.detach(), x_new.detach(), atol, rtol, error_size)
+        if ratio <= 1.0:
+            if record:
+                path.append((t, x, k1))
+            if interpolator is not None:
+                passed = _interpolate(interpolator, passed, nodes, keep, states, t, t_new, x, x_new, stages)
+            t, x, accepted = t_new, x_new, accepted + 1
+            k1 = stages[-1] if stepper.first_same_as_last else None
+            steps.append(t)
+            if lands:
+                if keep[target]:
+                    states.append(x)
+                if target == n:
+                    break
+                target += 1
+        grown = size * _factor(ratio, stepper.order)
+        # A step cut short to land on a point says little about the step that the field allows.
+        h = max(h, grown) if lands and ratio <= 1.0 else grown
+    else:
+        raise _failure(f"no end after {max_steps} steps", t, max_steps, stepper, grid)
+    if record:
+        path.append((t, x, k1))
+    if not _is_finite(x):
+        raise _failure("the state is not finite", t, accepted, stepper, grid)
+    return Solution(torch.stack(states), steps, path)
+
+
+def _failure(what: str, t: float, step: int, stepper: Stepper, grid: Grid) -> IntegrationError:
+    return IntegrationError(
+        f"{what} at t = {t:.6g} (step {step}, {stepper.name}, last time {grid.nodes[-1]:.6g}); the field is not finite "
+        "there, too stiff, or the solution blows up: lower the learning rate or the interval, or loosen the tolerances",
+        time=t,
+        step=step,
+        solver=stepper.name,
+    )
+
+
+def _rms(x: Tensor) -> float:
+    return (torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1))).item()
+
+
+def _error_ratio(error: Tensor, x: Tensor, x_new: Tensor, atol, rtol, error_size: int | None) -> float:
+    if error_size is not None:
+        error, x, x_new = error[:error_size], x[:error_size], x_new[:error_size]
+    ratio = _rms(error / torch.maximum(x.abs(), x_new.abs()).mul_(rtol).add_(atol))
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _factor(ratio: float, order: int) -> float:
+    if ratio == 0.0:
+        return MAX_FACTOR
+    if ratio == math.inf:
+        return MIN_FACTOR
+    lowest = 1.0 if ratio < 1.0 else MIN_FACTOR
+    return min(MAX_FACTOR, max(SAFETY * ratio ** (-1.0 / order), lowest))
+
+
+@torch.no_grad()
+def _first_step(f, k1, x, t, direction, order, atol, rtol, error_size, timed, length) -> float:
+    """Hairer, Norsett and Wanner I, II.4: the start that torchdyn takes, at the cost of one evaluation."""
+    x, k1 = x.detach(), k1.detach()
+    cut = slice(None) if error_size is None else slice(error_size)
+    scale = x[cut].abs() * rtol + atol
+    d0, d1 = _rms(x[cut] / scale), _rms(k1[cut] / scale)
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    h0 = min(h0, length)
+    t1 = torch.as_tensor(t + direction * h0).to(x) if timed else None
+    d2 = _rms((f(t1, torch.add(x, k1, alpha=direction * h0)) - k1)[cut] / scale) / h0
+    if not math.isfinite(d2):
+        return h0
+    h1 = max(1e-6, h0 * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / (order + 1))
+    return min(100 * h0, h1)
+
+
+def _interpolate(interpolator, passed, nodes, keep, states, t, t_new, x, x_new, stages) -> int:
+    """Appends the kept interior points that lie within the step, and returns the next point's index."""
+    low, high = min(t, t_new), max(t, t_new)
+    coefficients = None
+    while passed < len(nodes) - 1 and low <= nodes[passed] <= high:
+        if keep[passed]:
+            if coefficients is None:
+                dt = t_new - t
+                middle = x + dt * sum(float(b) * k for b, k in zip(interpolator.bmid, stages, strict=True))
+                coefficients = interpolator.fit(dt, stages[0], stages[-1], x, x_new, middle)
+            states.append(interpolator.evaluate(coefficients, t, t_new, nodes[passed]))
+        passed += 1
+    return passed
+
+
+# ------------------------------------------------------------------------------------------------- a recorded path
+
+
+class Path:
+    """A recorded path as a function of time: piecewise cubic Hermite through its states and derivatives."""
+
+    def __init__(self, path: list[tuple[float, Tensor, Tensor | None]], f: VectorField):
+        self._points = path if path[0][0] < path[-1][0] else path[::-1]
+        self._times = [t for t, _, _ in self._points]
+        self._f = f
+        self._slopes: list[Tensor | None] = [k for _, _, k in self._points]
+
+    def _slope(self, i: int) -> Tensor:
+        slope = self._slopes[i]
+        if slope is None:
+            t, x, _ = self._points[i]
+            slope = self._slopes[i] = self._f(x.new_tensor(t), x)
+        return slope
+
+    def __call__(self, t: float) -> Tensor:
+        i = min(max(bisect.bisect_right(self._times, t), 1), len(self._times) - 1)
+        (t0, x0, _), (t1, x1, _) = self._points[i - 1], self._points[i]
+        h = t1 - t0
+        s = (t - t0) / h
+        x = x0 * ((1 + 2 * s) * (1 - s) ** 2) + x1 * (s * s * (3 - 2 * s))
+        return x.add_(self._slope(i - 1), alpha=h * s * (1 - s) ** 2).add_(self._slope(i), alpha=h * s * s * (s - 1))

@@ -1,0 +1,618 @@
+r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) to (14) of the paper)."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+from torchdyn.numerics.interpolators import str_to_interp
+
+from torchdyn_mintime.field import BoundField, Field
+from torchdyn_mintime.grid import cut, merge
+from torchdyn_mintime.numerics.adjoint import AdjointProblem, solve_adjoint
+from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, Solution, integrate
+from torchdyn_mintime.numerics.steppers import AsynchronousLeapfrog, Hypersolver, Stepper, make_stepper
+
+__all__ = ["LearnableSpan"]
+
+_log = logging.getLogger(__name__)
+
+SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
+
+
+@dataclass
+class _Last:
+    """What is remembered of the last forward. Not copied, not saved."""
+
+    x_shape: tuple[int, ...] = ()
+    bound: BoundField | None = None
+    steps: list[float] = field(default_factory=list)
+    running_cost: Tensor | None = None
+    x: Tensor | None = None
+    grid: Grid | None = None
+    states: Tensor | None = None
+
+
+class LearnableSpan(nn.Module):
+    r"""A ``NeuralODE`` whose terminal time t_f, and t0 on request, are parameters.
+
+    Calls go through to the node: ``span(x)`` returns what ``node(x)`` would, solved up to the learned t_f. The template
+    ``t_span`` is cut at t_f: the grid is t0, the template's points before t_f, then t_f itself.
+
+    Args:
+        node: a torchdyn ``NeuralODE``. Its solver, tolerances, sensitivity and other settings are used as they are.
+        t_span: the template, 1-D, strictly ascending, two points or more (units of time). Its first time is t0, its
+            last the initial t_f. Default: ``node.t_span``, else 101 points on [0, 1] for fixed-step solvers and [0, 1]
+            for adaptive ones, until a forward call passes a span, which then becomes the template.
+        t_f: the initial terminal time, where it is not the template's end.
+        bounds: (lower, upper) of t_f, eq. (14). Default: t0 + min(step_size, half the template) and the template's end;
+            for adaptive solvers the lower is t0 + 1e-3 of the template's length.
+        step_size: of fixed-step solvers; where it is not the template's first spacing, the template is laid anew with it.
+        learn_t0: whether t0 is a parameter too. It is clipped to t_f - step_size.
+
+    Attributes:
+        node: the NeuralODE.
+        t_f: scalar ``nn.Parameter``, float32 at least.
+        t0: scalar buffer, or parameter with ``learn_t0=True``.
+
+    Raises:
+        TypeError: ``node`` is not a NeuralODE, or a span is not a floating-point tensor.
+        ValueError: a span, bounds or step size that cannot be used, or a solver that gives no right gradient.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        >>> span = LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 101))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> t_eval, sol = span(torch.randn(8, 2))
+        >>> loss = sol[-1].square().mean() + 0.1 * span.duration  # eq. (13)
+        >>> loss.backward()
+        >>> span.t_f.grad is not None
+        True
+    """
+
+    def __init__(
+        self,
+        node: NeuralODE,
+        t_span: Tensor | None = None,
+        *,
+        t_f: float | None = None,
+        bounds: tuple[float, float] | None = None,
+        step_size: float | None = None,
+        learn_t0: bool = False,
+    ):
+        super().__init__()
+        stepper, backward_stepper = _check_node(node)
+        given = t_span if t_span is not None else node.t_span
+        self._filled = given is not None
+        if given is None:
+            given = torch.linspace(0, 1, 2 if stepper.adaptive else 101)
+        template, dtype = _check_span(given, "t_span")
+        if step_size is not None:
+            template = _regrid(template, _check_step_size(step_size, template, stepper), dtype)
+        self._template = template
+        self._stepper, self._backward_stepper = stepper, backward_stepper
+        self._given_bounds = None if bounds is None else _check_bounds(bounds, template[0])
+        lower, upper = self.bounds
+        initial = template[-1] if t_f is None else _check_number(t_f, "t_f")
+        if t_f is not None and not lower <= initial <= upper:
+            raise ValueError(f"t_f = {initial:g} lies outside its bounds [{lower:g}, {upper:g}]; change it or give bounds=")
+        if bounds is not None and not lower <= initial <= upper:
+            raise ValueError(
+                f"the template's end {initial:g} lies outside bounds=({lower:g}, {upper:g}); give t_f= inside them"
+            )
+        self.t_f = nn.Parameter(torch.tensor(initial, dtype=dtype))
+        t0 = torch.tensor(template[0], dtype=dtype)
+        if learn_t0:
+            self.t0 = nn.Parameter(t0)
+        else:
+            self.register_buffer("t0", t0)
+        self.node = node
+        self._field = Field(node)
+        self._last = _Last()
+        self._said: set[str] = set()
+        self._release()
+        self.register_state_dict_post_hook(_without_node_prefix)
+
+    # ------------------------------------------------------------------------------------------------- the interval
+
+    @property
+    def t_span(self) -> Tensor:
+        """The template, in the dtype and on the device of the times."""
+        return torch.tensor(self._template, dtype=self.t_f.dtype, device=self.t_f.device)
+
+    @t_span.setter
+    def t_span(self, value: Tensor) -> None:
+        template, _ = _check_span(value, "t_span")
+        if self._given_bounds is not None and not template[0] < self._given_bounds[1]:
+            raise ValueError(f"the template starts at {template[0]:g}, beyond the upper bound {self._given_bounds[1]:g}")
+        self._template, self._filled = template, True
+        with torch.no_grad():
+            self.t0.fill_(template[0])
+        self.clip_()
+
+    @property
+    def step_size(self) -> float:
+        """The template's first spacing (fixed-step solvers), in units of time."""
+        if self._stepper.adaptive:
+            raise AttributeError(f"{self._stepper.name} chooses its own steps; only fixed-step solvers have a step_size")
+        return self._template[1] - self._template[0]
+
+    @step_size.setter
+    def step_size(self, value: float) -> None:
+        template = self._template
+        self._template = _regrid(template, _check_step_size(value, template, self._stepper), self.t_f.dtype)
+        self.clip_()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(lower, upper) of t_f, eq. (14)."""
+        return self._given_bounds or self._default_bounds()
+
+    @bounds.setter
+    def bounds(self, value: tuple[float, float]) -> None:
+        self._given_bounds = _check_bounds(value, self._template[0], frozen=not self.t_f.requires_grad)
+        self.clip_()
+
+    def _default_bounds(self) -> tuple[float, float]:
+        t0, end = self._template[0], self._template[-1]
+        least = 1e-3 * (end - t0) if self._stepper.adaptive else min(self.step_size, (end - t0) / 2)
+        return t0 + least, end
+
+    def default_max_t_f(self) -> float:
+        """How far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
+        t0, end = self._template[0], self._template[-1]
+        eps = 1e-3 * (end - t0) if self._stepper.adaptive else self.step_size
+        return max(2 * end - t0 - eps, t0 + 1.0)
+
+    @property
+    def duration(self) -> Tensor:
+        """t_f - t0, differentiable: the integral of eq. (13)."""
+        t0, t_f = self._times()
+        return t_f - t0
+
+    @torch.no_grad()
+    def clip_(self) -> bool:
+        """Eq. (14): puts t_f (and a learnable t0) inside its bounds, writing only what lies outside.
+
+        Returns:
+            Whether anything was written.
+
+        Raises:
+            IntegrationError: a time is NaN.
+        """
+        wanted = self._clipped()
+        written = False
+        for tensor, value, name in zip((self.t0, self.t_f), wanted, ("t0", "t_f"), strict=True):
+            if tensor.item() != value:
+                tensor.fill_(value)
+                written = True
+                self._say_once(name, value)
+        return written
+
+    def _clipped(self) -> tuple[float, float]:
+        """t0 and t_f inside their bounds, as numbers of the times' dtype."""
+        t0, t_f = self.t0.item(), self.t_f.item()
+        if not (math.isfinite(t0) and math.isfinite(t_f)):
+            raise IntegrationError(
+                f"the interval is [{t0}, {t_f}]: a gradient or a learning rate was not finite; "
+                "load the last checkpoint and lower the learning rate of the times"
+            )
+        lower, upper = (self._rounded(b) for b in self.bounds)
+        t_f = min(max(t_f, lower), upper)
+        if isinstance(self.t0, nn.Parameter):
+            least = 1e-3 * (self._template[-1] - self._template[0]) if self._stepper.adaptive else self.step_size
+            if t0 > t_f - least:
+                t0 = self._rounded(t_f - least)
+        return t0, t_f
+
+    def _rounded(self, value: float) -> float:
+        return torch.tensor(value, dtype=self.t_f.dtype).item()
+
+    def _say_once(self, name: str, value: float) -> None:
+        key = f"{name} {value:.9g}"
+        if key not in self._said:
+            self._said.add(key)
+            _log.warning("%s was clipped to its bound %.6g (bounds of t_f: %.6g, %.6g)", name, value, *self.bounds)
+
+    def _times(self) -> tuple[Tensor, Tensor]:
+        """t0 and t_f as they are to be used now: the parameters themselves, or clipped values that pass the gradient."""
+        value = self._clipped()
+        now = self.t0.item(), self.t_f.item()
+        if value == now:
+            return self.t0, self.t_f
+        if self.training and isinstance(self.t_f, nn.Parameter):
+            self.clip_()
+            return self.t0, self.t_f
+        # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
+        return self.t0 + (value[0] - now[0]), self.t_f + (value[1] - now[1])
+
+    # ---------------------------------------------------------------------------------------------------- the grid
+
+    def grid(self, t_span: Tensor | None = None) -> Tensor:
+        """The points of a forward call: t0, the template's (or ``t_span``'s) points before t_f, then t_f.
+
+        Args:
+            t_span: a span as it would be passed to :meth:`forward`.
+
+        Returns:
+            ``[points]``, with the gradient of t_f and a learnable t0.
+        """
+        return self._grid(t_span, ()).times(self.t_f.dtype, self.t_f.device)
+
+    def _grid(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> Grid:
+        template, descending = self._template, False
+        if t_span is not None:
+            template, descending = self._read_span(t_span)
+        t0, t_f = self._times()
+        nodes = cut(
+            template,
+            t0.item(),
+            t_f.item(),
+            step=template[1] - template[0],
+            extend=not self._stepper.adaptive,
+            moving_start=isinstance(self.t0, nn.Parameter),
+        )
+        keep = None
+        if len(asked := _as_numbers(save_at)):
+            tolerance = 2e-5 * max(1.0, abs(nodes[-1]))
+            if not all(nodes[0] - tolerance <= t <= nodes[-1] + tolerance for t in asked):
+                raise ValueError(f"save_at={asked} must lie between t0 = {nodes[0]:.6g} and t_f = {nodes[-1]:.6g}")
+            nodes, keep = merge(nodes, asked, step=template[1] - template[0])
+        start, end = (t if t.requires_grad and torch.is_grad_enabled() else None for t in (t0, t_f))
+        if descending:
+            return Grid(nodes[::-1], end, start, None if keep is None else keep[::-1])
+        return Grid(nodes, start, end, keep)
+
+    def _read_span(self, t_span: Tensor) -> tuple[list[float], bool]:
+        values, _ = _check_span(t_span, "t_span", either_direction=True)
+        descending = values[0] > values[-1]
+        template = values[::-1] if descending else values
+        if not self._filled:
+            # Neither the wrapper nor the node had a span: this first one is what the user meant.
+            self._template, self._filled = template, True
+            with torch.no_grad():
+                self.t0.fill_(template[0])
+                self.t_f.fill_(template[-1])
+        first = self._template[0]
+        if abs(template[0] - first) > 2e-5 * max(1.0, abs(first)):
+            raise ValueError(
+                f"the span passed starts at {template[0]:g}, but this LearnableSpan at t0 = {first:g}; "
+                "pass a span that starts there, or set `span.t_span` to a new template"
+            )
+        return template, descending
+
+    # --------------------------------------------------------------------------------------------------- the solve
+
+    def forward(
+        self,
+        x: Tensor,
+        t_span: Tensor | None = None,
+        save_at: Iterable[float] | Tensor = (),
+        args: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Solve the ODE over the learned interval.
+
+        Args:
+            x: initial state, ``[batch, ...]``.
+            t_span: a span of the caller's own. It is cut at t_f too, and must start at t0. A descending one integrates
+                from t_f to t0.
+            save_at: times to return instead of all points, within [t0, t_f].
+            args: passed on to a field that takes ``args``.
+
+        Returns:
+            ``(t_eval, sol)`` with ``t_eval`` ``[points]`` and ``sol`` ``[points, *x.shape]``; only ``sol`` where the
+            node was made with ``return_t_eval=False``. ``sol[-1]`` is z(t_f), with its gradient in t_f.
+
+        Raises:
+            IntegrationError: the state is not finite, or the solver's steps ran out.
+            ValueError, TypeError: an argument that cannot be used; nothing is changed then.
+        """
+        _check_state(x, self.node)
+        before = self._template, self._filled, self.t0.item(), self.t_f.item()
+        bound = None
+        try:
+            grid = self._grid(t_span, save_at)
+            bound = self._field.bind(x, args)
+            solution, cost = self._solve(bound, x, grid)
+        except Exception as error:
+            if not before[1]:  # the span passed must not become the template of a call that failed
+                self._restore(*before)
+            if bound is not None:
+                bound.undo()
+                self._explain(error, bound, x)
+            raise
+        bound.finish()
+        self._last = _Last(tuple(x.shape), bound, solution.steps, cost, x, grid, solution.states)
+        if not self.node.return_t_eval:
+            return solution.states
+        return grid.times(self.t_f.dtype, self.t_f.device), solution.states
+
+    def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
+        """The states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``, as ``NeuralODE.trajectory``."""
+        out = self(x, t_span)
+        return out[1] if isinstance(out, tuple) else out
+
+    def _solve(self, bound: BoundField, x: Tensor, grid: Grid) -> tuple[Solution, Tensor | None]:
+        node = self.node
+        settings = dict(atol=node.atol, rtol=node.rtol, interpolator=self._interpolator())
+        if node.sensitivity == "autograd" or not torch.is_grad_enabled():
+            plain = node.integral_loss if node.sensitivity != "autograd" else None
+            if plain is None:
+                return integrate(bound.function, x, grid, self._stepper, **settings), None
+        if torch.is_grad_enabled() and (kinds := bound.random_or_stateful()):
+            raise ValueError(
+                f"{', '.join(kinds)} in training mode within the field, under sensitivity={node.sensitivity!r}: the "
+                "backward solve would see another field than the forward one; use sensitivity='autograd', or .eval() them"
+            )
+        interpolated = node.sensitivity == "interpolated_adjoint"
+        tighter = min if interpolated else lambda forward, backward: backward  # torchdyn takes the forward's there
+
+        @contextmanager
+        def restored():
+            with bound.restored():
+                yield
+            bound.finish()
+
+        problem = AdjointProblem(
+            f=bound.function,
+            module=node.vf,
+            parameters=bound.parameters,
+            stepper=self._stepper,
+            backward_stepper=self._backward_stepper,
+            backward_atol=tighter(node.atol, node.atol_adjoint),
+            backward_rtol=tighter(node.rtol, node.rtol_adjoint),
+            running_cost=node.integral_loss,
+            interpolated=interpolated,
+            restored=restored,
+            **settings,
+        )
+        return solve_adjoint(problem, x, grid)
+
+    def _interpolator(self):
+        name = self.node.interpolator
+        if name is None or not self._stepper.adaptive or self._stepper.name == "tsit5":  # torchdyn has none for tsit5
+            return None
+        return str_to_interp(name, torch.float64) if isinstance(name, str) else name
+
+    def _restore(self, template: list[float], filled: bool, t0: float, t_f: float) -> None:
+        self._template, self._filled = template, filled
+        with torch.no_grad():
+            self.t0.fill_(t0)
+            self.t_f.fill_(t_f)
+
+    def _explain(self, error: Exception, bound: BoundField, x: Tensor) -> None:
+        """Says more about a failed solve: t_f, or that the field does not accept x at all."""
+        if isinstance(error, IntegrationError):
+            error.add_note(f"t_f = {self.t_f.item():.6g}, bounds ({self.bounds[0]:.6g}, {self.bounds[1]:.6g})")
+        elif isinstance(error, RuntimeError):
+            try:
+                with torch.no_grad(), bound.restored():
+                    bound.function(self.t0.to(x), x)
+            except RuntimeError as again:
+                if str(again) == str(error):
+                    raise ValueError(
+                        f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
+                    ) from error
+
+    # ---------------------------------------------------------------------------------------- what the last forward did
+
+    @property
+    def steps(self) -> int:
+        """Steps of the last forward (adaptive: the accepted ones); before one, those of the grid (fixed steps)."""
+        if self._last.steps:
+            return len(self._last.steps) - 1
+        if self._stepper.adaptive:
+            raise RuntimeError("an adaptive solver's steps are known after a forward call; make one first")
+        return len(self._grid(None, ()).nodes) - 1
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the field in the last forward, and in its backward once that ran (adjoints)."""
+        return 0 if self._last.bound is None else self._last.bound.nfe
+
+    @property
+    def running_cost(self) -> Tensor:
+        """The integral of ``node.integral_loss`` over the last forward, ``[batch]``.
+
+        Under autograd it is the first column of the state and carries its gradient; under an adjoint it is a value
+        alone, since the backward pass adds its gradient by itself (torchdyn's convention).
+        """
+        if self.node.integral_loss is None:
+            raise RuntimeError("the node has no integral_loss, so there is no running cost")
+        if self._last.states is None:
+            raise RuntimeError("the running cost is known after a forward call; make one first")
+        if self.node.sensitivity == "autograd":
+            return self._last.states[-1][:, 0] - self._last.x[:, 0]
+        return self._last.running_cost
+
+    # -------------------------------------------------------------------------------------------- the node's own names
+
+    @property
+    def vf(self) -> nn.Module:
+        """The node's vector field."""
+        return self.node.vf
+
+    @property
+    def order(self) -> int:
+        """The order of the node's ODE."""
+        return self.node.order
+
+    @property
+    def sensitivity(self) -> str:
+        """The node's way to gradients."""
+        return self.node.sensitivity
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the node's solver chooses its steps."""
+        return self._stepper.adaptive
+
+    # -------------------------------------------------------------------------------------------- copies and checkpoints
+
+    def _apply(self, fn, recurse=True):
+        def keep_precise(t: Tensor) -> Tensor:
+            out = fn(t)
+            # Half precision has about 3 digits: far too few for a time that steps are subtracted from.
+            return t.to(out.device) if out.is_floating_point() and out.dtype.itemsize < 4 else out
+
+        if recurse:
+            self.node._apply(fn)
+        return super()._apply(keep_precise, recurse=False)
+
+    def _release(self) -> None:
+        """Lets go of graphs that torchdyn's modules keep: a non-leaf tensor can be neither copied nor pickled."""
+        self.node.vf_params = self.node.vf_params.detach()
+        for module in self.node.vf.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(module, name, value.detach())
+
+    def __getstate__(self):
+        self._release()
+        return {**self.__dict__, "_last": _Last()}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "template"] = torch.tensor(self._template, dtype=torch.float64)
+        destination[prefix + "bounds"] = torch.tensor(self._given_bounds or (), dtype=torch.float64)
+        destination[prefix + "filled"] = torch.tensor(self._filled)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        # The names are those of the bare node, so that checkpoints of the bare and the wrapped model fit both.
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            name = key[len(prefix) :]
+            if "." in name and not name.startswith("node."):
+                state_dict[prefix + "node." + name] = state_dict.pop(key)
+        own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
+        template, bounds, filled = (own.pop(prefix + k, None) for k in ("template", "bounds", "filled"))
+        if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
+            own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        if template is not None:
+            self._template = _check_span(template, f"{prefix}template")[0]
+        if bounds is not None:
+            self._given_bounds = (bounds[0].item(), bounds[1].item()) if len(bounds) else None
+        if filled is not None:
+            self._filled = bool(filled)
+
+    def extra_repr(self) -> str:
+        lower, upper = self.bounds
+        return f"t0={self.t0.item():.4g}, t_f={self.t_f.item():.4g}, bounds=({lower:.4g}, {upper:.4g}), {self._stepper.name}"
+
+
+def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:
+    inner = prefix + "node."
+    for key in [k for k in state_dict if k.startswith(inner)]:
+        state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_node(node: Any) -> tuple[Stepper, Stepper]:
+    if isinstance(node, LearnableSpan):
+        raise TypeError("this NeuralODE is wrapped already: got a LearnableSpan; use it as it is, or wrap its `node`")
+    if not isinstance(node, NeuralODE):
+        raise TypeError(
+            f"LearnableSpan wraps a torchdyn NeuralODE; got {type(node).__name__}. NeuralSDE, HybridNeuralDE and "
+            "MultipleShootingLayer are not supported; for a module that contains NeuralODEs use `wrap(module)`"
+        )
+    if node.sensitivity not in SENSITIVITIES:
+        raise ValueError(f"sensitivity={node.sensitivity!r} is unknown to torchdyn; it knows {SENSITIVITIES}")
+    stepper = make_stepper(node.solver)
+    backward = make_stepper(node.solver_adjoint)
+    if node.sensitivity != "autograd":
+        for role, method in (("solver", stepper), ("solver_adjoint", backward)):
+            if isinstance(method, AsynchronousLeapfrog):
+                raise ValueError(f"{role}='alf' cannot work under sensitivity={node.sensitivity!r}; use 'autograd'")
+        if isinstance(backward, Hypersolver):
+            raise ValueError(
+                f"a hypersolver cannot solve the adjoint equation; give solver_adjoint, such as {backward.name[6:]!r}"
+            )
+    return stepper, backward
+
+
+def _check_state(x: Any, node: NeuralODE) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the initial state must be a tensor; got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"the initial state must be of a floating-point type; got {x.dtype}")
+    if node.order > 1:
+        columns = x.shape[1] if x.dim() > 1 else 0
+        columns -= 1 if node.integral_loss is not None and node.sensitivity == "autograd" else 0
+        if columns <= 0 or columns % node.order:
+            raise ValueError(
+                f"an ODE of order {node.order} needs a state [batch, {node.order} * n]; got the shape {tuple(x.shape)}"
+            )
+
+
+def _check_number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number; got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite; got {number}")
+    return number
+
+
+def _check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple[list[float], torch.dtype]:
+    """The span's times as numbers, and the dtype that times of it have."""
+    if not isinstance(t_span, Tensor):
+        raise TypeError(f"{name} must be a 1-D tensor of times; got {type(t_span).__name__} ({t_span!r})")
+    if not t_span.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point type; got {t_span.dtype}")
+    if t_span.dim() != 1 or t_span.numel() < 2:
+        raise ValueError(f"{name} must be 1-D with two points or more; got the shape {tuple(t_span.shape)}")
+    times = t_span.detach().tolist()
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"{name} must be finite; got {times if len(times) < 9 else [*times[:4], '..', *times[-4:]]}")
+    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    if not (all(s > 0 for s in steps) or (either_direction and all(s < 0 for s in steps))):
+        i = next(i for i, s in enumerate(steps) if s <= 0)
+        order = "ascend or descend" if either_direction else "ascend"
+        raise ValueError(f"{name} must strictly {order}; its points {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}")
+    return times, torch.float64 if t_span.dtype == torch.float64 else torch.float32
+
+
+def _check_bounds(bounds: Any, t0: float, frozen: bool = False) -> tuple[float, float]:
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise TypeError(f"bounds must be a pair (lower, upper) of times; got {bounds!r}")
+    lower, upper = (_check_number(b, "a bound of t_f") for b in bounds)
+    if not t0 < lower <= upper:
+        raise ValueError(f"bounds must satisfy t0 < lower <= upper; got t0 = {t0:g}, bounds = ({lower:g}, {upper:g})")
+    if lower == upper and not frozen:
+        raise ValueError(f"equal bounds {lower:g} leave t_f nothing to learn; freeze it (t_f.requires_grad_(False)) first")
+    return lower, upper
+
+
+def _check_step_size(step_size: Any, template: Sequence[float], stepper: Stepper) -> float:
+    if stepper.adaptive:
+        raise ValueError(f"step_size={step_size!r} is for fixed-step solvers; {stepper.name} chooses its own steps")
+    step = _check_number(step_size, "step_size")
+    length = template[-1] - template[0]
+    if not 0 < step <= length * (1 + 1e-6):
+        raise ValueError(f"step_size must be positive and at most the span's length {length:g}; got {step:g}")
+    return step
+
+
+def _regrid(template: Sequence[float], step: float, dtype: torch.dtype) -> list[float]:
+    """The template's interval with another step size; its end stays."""
+    if abs(template[1] - template[0] - step) <= 1e-6 * step:
+        return list(template)
+    t0, end = template[0], template[-1]
+    n = max(1, math.ceil((end - t0) / step * (1 - 1e-6)))
+    inner = torch.tensor([t0 + k * step for k in range(1, n)], dtype=dtype).tolist()
+    return [t0, *inner, end]
+
+
+def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:
+    if isinstance(save_at, Tensor):
+        save_at = save_at.detach().reshape(-1)
+    return [_check_number(t, "a time in save_at") for t in save_at]
