@@ -1,5 +1,6 @@
 r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) to (14) of the paper)."""
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
+from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.grid import cut, merge
@@ -173,7 +175,7 @@ class LearnableSpan(nn.Module):
     @property
     def duration(self) -> Tensor:
         """t_f - t0, differentiable: the integral of eq. (13)."""
-        t0, t_f = self._times()
+        t0, t_f, _, _ = self._times()
         return t_f - t0
 
     @torch.no_grad()
@@ -186,33 +188,29 @@ class LearnableSpan(nn.Module):
         Raises:
             IntegrationError: a time is NaN.
         """
-        wanted = self._clipped()
+        now = self.t0.item(), self.t_f.item()
         written = False
-        for tensor, value, name in zip((self.t0, self.t_f), wanted, ("t0", "t_f"), strict=True):
-            if tensor.item() != value:
+        for tensor, is_, value, name in zip((self.t0, self.t_f), now, self._clipped(*now), ("t0", "t_f"), strict=True):
+            if is_ != value:
                 tensor.fill_(value)
                 written = True
                 self._say_once(name, value)
         return written
 
-    def _clipped(self) -> tuple[float, float]:
+    def _clipped(self, t0: float, t_f: float) -> tuple[float, float]:
         """t0 and t_f inside their bounds, as numbers of the times' dtype."""
-        t0, t_f = self.t0.item(), self.t_f.item()
         if not (math.isfinite(t0) and math.isfinite(t_f)):
             raise IntegrationError(
                 f"the interval is [{t0}, {t_f}]: a gradient or a learning rate was not finite; "
                 "load the last checkpoint and lower the learning rate of the times"
             )
-        lower, upper = (self._rounded(b) for b in self.bounds)
+        lower, upper = (_rounded(b, self.t_f.dtype) for b in self.bounds)
         t_f = min(max(t_f, lower), upper)
         if isinstance(self.t0, nn.Parameter):
             least = 1e-3 * (self._template[-1] - self._template[0]) if self._stepper.adaptive else self.step_size
             if t0 > t_f - least:
-                t0 = self._rounded(t_f - least)
+                t0 = _rounded(t_f - least, self.t_f.dtype)
         return t0, t_f
-
-    def _rounded(self, value: float) -> float:
-        return torch.tensor(value, dtype=self.t_f.dtype).item()
 
     def _say_once(self, name: str, value: float) -> None:
         key = f"{name} {value:.9g}"
@@ -220,17 +218,22 @@ class LearnableSpan(nn.Module):
             self._said.add(key)
             _log.warning("%s was clipped to its bound %.6g (bounds of t_f: %.6g, %.6g)", name, value, *self.bounds)
 
-    def _times(self) -> tuple[Tensor, Tensor]:
-        """t0 and t_f as they are to be used now: the parameters themselves, or clipped values that pass the gradient."""
-        value = self._clipped()
-        now = self.t0.item(), self.t_f.item()
+    def _times(self) -> tuple[Tensor, Tensor, float, float]:
+        """t0 and t_f as they are to be used now: the parameters themselves, or clipped values that pass the gradient.
+
+        And both as numbers: on a GPU each reading of a tensor waits for all work before it.
+        """
+        t0, t_f = self.t0, self.t_f
+        now = t0.item(), t_f.item()
+        value = self._clipped(*now)
         if value == now:
-            return self.t0, self.t_f
-        if self.training and isinstance(self.t_f, nn.Parameter):
+            return t0, t_f, *now
+        if self.training and isinstance(t_f, nn.Parameter):
             self.clip_()
-            return self.t0, self.t_f
-        # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
-        return self.t0 + (value[0] - now[0]), self.t_f + (value[1] - now[1])
+        else:
+            # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
+            t0, t_f = t0 + (value[0] - now[0]), t_f + (value[1] - now[1])
+        return t0, t_f, t0.item(), t_f.item()
 
     # ---------------------------------------------------------------------------------------------------- the grid
 
@@ -249,11 +252,11 @@ class LearnableSpan(nn.Module):
         template, descending = self._template, False
         if t_span is not None:
             template, descending = self._read_span(t_span)
-        t0, t_f = self._times()
+        t0, t_f, first, last = self._times()
         nodes = cut(
             template,
-            t0.item(),
-            t_f.item(),
+            first,
+            last,
             step=template[1] - template[0],
             extend=not self._stepper.adaptive,
             moving_start=isinstance(self.t0, nn.Parameter),
@@ -314,14 +317,15 @@ class LearnableSpan(nn.Module):
             ValueError, TypeError: an argument that cannot be used; nothing is changed then.
         """
         _check_state(x, self.node)
-        before = self._template, self._filled, self.t0.item(), self.t_f.item()
+        # The first span passed may become the template, but not that of a call that fails.
+        before = None if self._filled else (self._template, False, self.t0.item(), self.t_f.item())
         bound = None
         try:
             grid = self._grid(t_span, save_at)
             bound = self._field.bind(x, args)
             solution, cost = self._solve(bound, x, grid)
         except Exception as error:
-            if not before[1]:  # the span passed must not become the template of a call that failed
+            if before is not None:
                 self._restore(*before)
             if bound is not None:
                 bound.undo()
@@ -331,7 +335,8 @@ class LearnableSpan(nn.Module):
         self._last = _Last(tuple(x.shape), bound, solution.steps, cost, x, grid, solution.states)
         if not self.node.return_t_eval:
             return solution.states
-        return grid.times(self.t_f.dtype, self.t_f.device), solution.states
+        t_f = self.t_f
+        return grid.times(t_f.dtype, t_f.device), solution.states
 
     def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
         """The states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``, as ``NeuralODE.trajectory``."""
@@ -393,7 +398,7 @@ class LearnableSpan(nn.Module):
         elif isinstance(error, RuntimeError):
             try:
                 with torch.no_grad(), bound.restored():
-                    bound.function(self.t0.to(x), x)
+                    bound.function(self.t0.detach().to(x), x)
             except RuntimeError as again:
                 if str(again) == str(error):
                     raise ValueError(
@@ -432,6 +437,24 @@ class LearnableSpan(nn.Module):
         return self._last.running_cost
 
     # -------------------------------------------------------------------------------------------- the node's own names
+
+    @property
+    def solver(self) -> nn.Module:
+        """The node's solver. It can be set, by torchdyn's names or to an instance."""
+        return self.node.solver
+
+    @solver.setter
+    def solver(self, value: str | nn.Module) -> None:
+        node = self.node
+        before = node.solver, node.solver_adjoint
+        node.solver = str_to_solver(value) if isinstance(value, str) and value in SOLVER_DICT else value
+        if node.solver_adjoint is before[0]:
+            node.solver_adjoint = node.solver
+        try:
+            self._stepper, self._backward_stepper = _check_node(node)
+        except (TypeError, ValueError):
+            node.solver, node.solver_adjoint = before
+            raise
 
     @property
     def vf(self) -> nn.Module:
@@ -504,6 +527,12 @@ class LearnableSpan(nn.Module):
     def extra_repr(self) -> str:
         lower, upper = self.bounds
         return f"t0={self.t0.item():.4g}, t_f={self.t_f.item():.4g}, bounds=({lower:.4g}, {upper:.4g}), {self._stepper.name}"
+
+
+@functools.lru_cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The number of ``dtype`` next to ``value``. Bounds are asked for at every call and seldom change."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:

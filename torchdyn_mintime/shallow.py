@@ -1,0 +1,520 @@
+r"""The fewest evaluations at which a loss is met and the model is still its own ODE.
+
+For an autonomous field, (f, t_f) and (c f, t_f / c) trace the same path, so a short interval proves nothing. What costs is
+the number of evaluations, and what keeps it honest is the solver error. The interval is therefore left as it is, and
+the search goes over the number of steps, and over solvers of lower order, while the field is trained on
+
+    loss + w * step doubling,
+
+where the weight w follows the two constraints, loss <= target and solver error <= tolerance: it grows while the error is
+further from its bound than the loss is from its own, and falls in the other case.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from torchdyn_mintime.diagnostics import reference_end
+from torchdyn_mintime.numerics.integrate import IntegrationError
+from torchdyn_mintime.numerics.steppers import make_stepper
+from torchdyn_mintime.regularizers import StepDoubling
+from torchdyn_mintime.span import LearnableSpan
+from torchdyn_mintime.wrapping import spans
+
+__all__ = ["Shallowest", "Trial", "Verdict", "referenced"]
+
+_log = logging.getLogger(__name__)
+
+WEIGHT_RATE = 0.02
+"""By how much the penalty's weight may change in an iteration: with 2 % the network can follow."""
+SMOOTHING = 0.95
+PROGRESS = 0.02
+"""A relative gain in the worse of the two constraints that counts as progress."""
+EXPLODED = 10.0
+"""A loss so many times the first and the best one is a training that went astray."""
+BACK_OFF = 0.3
+"""The learning rate's factor when progress stalls or the loss explodes."""
+LOWER_ORDER = {"rk4": ("midpoint",), "midpoint": (), "euler": ()}
+"""Cheaper solvers to try. Euler's single step is left out: no penalty was found that keeps it an ODE."""
+
+
+@dataclass
+class Trial:
+    """A number of steps of a solver that was tried.
+
+    Attributes:
+        solver, steps, evaluations: what was tried.
+        iterations: of training.
+        passed: whether loss, reference loss and solver error were all within their bounds.
+        loss, reference_loss, solver_error: at the best moment.
+    """
+
+    solver: str
+    steps: int
+    evaluations: int
+    iterations: int = 0
+    passed: bool = False
+    loss: float = math.inf
+    reference_loss: float = math.inf
+    solver_error: float = math.inf
+
+
+@dataclass
+class Verdict:
+    """What a search found.
+
+    Attributes:
+        feasible: whether some trial passed.
+        best: that with the fewest evaluations among those that passed; else the last one tried.
+        trials: all, in the order of trying.
+        target, solver_tol: the bounds.
+        iterations: of training, altogether.
+    """
+
+    feasible: bool
+    best: Trial
+    trials: list[Trial]
+    target: float
+    solver_tol: float
+    iterations: int
+
+    def __str__(self) -> str:
+        head = "found" if self.feasible else "NOT found: the last trial was"
+        best = self.best
+        lines = [
+            f"{head} {best.evaluations} evaluations ({best.steps} x {best.solver}): loss {best.loss:.4g} and "
+            f"{best.reference_loss:.4g} solved exactly (target {self.target:g}), solver error {best.solver_error:.3g} "
+            f"(tolerance {self.solver_tol:g}), {self.iterations} iterations"
+        ]
+        lines += [
+            f"  {t.steps} x {t.solver}: {'passed' if t.passed else 'failed'} after {t.iterations} iterations, "
+            f"loss {t.loss:.4g} / {t.reference_loss:.4g}, solver error {t.solver_error:.3g}"
+            for t in self.trials
+        ]
+        return "\n".join(lines)
+
+
+@contextmanager
+def referenced(model: nn.Module) -> Iterator[None]:
+    """Within it every span of ``model`` gives, as its last state, the ODE's own solution at tolerance 1e-7."""
+
+    def replace(span: LearnableSpan, _: Any, out: Any) -> Any:
+        sol = out[1] if isinstance(out, tuple) else out
+        exact = torch.cat([sol[:-1], reference_end(span).to(sol)[None]])
+        return (out[0], exact) if isinstance(out, tuple) else exact
+
+    handles = [span.register_forward_hook(replace) for span in spans(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Rung:
+    """Training at one number of steps, so far."""
+
+    trial: Trial
+    weight: float = 1.0
+    smooth: float | None = None
+    best: float = math.inf
+    since: int = 0
+    drops: int = 0
+    next_check: int = 0
+
+
+class Shallowest:
+    """Finds the fewest evaluations at which a loss is met and the solver error stays below a tolerance.
+
+    It starts at one step, trains with step doubling, adds steps only when progress stalls, and, once a number of steps
+    has passed, tries fewer of them and cheaper solvers from the model found. The learning rate is lowered when progress
+    stalls or the loss explodes, in which case the last good state comes back. Nothing is swept.
+
+    In a plain loop use :meth:`fit`, or drive it yourself::
+
+        search = Shallowest(target=0.01, solver_tol=0.1)
+        search.start(model, optimizer)
+        while not search.done:
+            loss = criterion(model(x), y)
+            optimizer.zero_grad()
+            (loss + search.penalty()).backward()
+            optimizer.step()
+            search.step(loss, lambda: criterion(model(x), y))
+        print(search.finish())
+
+    Args:
+        target: the loss to reach, at the steps taken and with the ODE solved exactly alike.
+        solver_tol: the relative solver error allowed at t_f (see :func:`diagnostics.solver_error`).
+        solvers: cheaper solvers to try once one has passed. Default: midpoint, for rk4.
+        max_steps: of a solve, at most.
+        patience: iterations without progress before the learning rate is lowered, and then the steps are changed.
+        accept: one more condition on the model, such as an accuracy; asked when the loss is met.
+
+    Attributes:
+        done: whether the search has ended.
+        trials: what was tried (:class:`Trial`).
+
+    Raises:
+        ValueError: a bound that is not positive and finite, or an unknown solver.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> from torchdyn_mintime import wrap
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch...
+        >>> span = wrap(NeuralODE(nn.Linear(2, 2), solver="rk4"))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> x = torch.randn(16, 2)
+        >>> verdict = Shallowest(target=0.05, solver_tol=0.1).fit(
+        ...     span, lambda out, batch: out[1][-1].square().mean(), [x], lr=0.05, progress=False)
+        >>> verdict.feasible, verdict.best.evaluations
+        (True, 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        target: float,
+        solver_tol: float = 0.1,
+        solvers: Sequence[str] | None = None,
+        max_steps: int = 64,
+        patience: int = 150,
+        accept: Callable[[], bool] | None = None,
+    ):
+        self.target = _positive(target, "target")
+        self.solver_tol = _positive(solver_tol, "solver_tol")
+        self.max_steps, self.patience = int(_positive(max_steps, "max_steps")), int(_positive(patience, "patience"))
+        for name in solvers or ():
+            if make_stepper(name).adaptive:
+                raise ValueError(f"solvers={list(solvers or ())} must be of fixed steps; {name!r} chooses its own")
+        self.solvers = None if solvers is None else tuple(solvers)
+        self.accept = accept
+        self.trials: list[Trial] = []
+        self.done = False
+        self._queue: list[tuple[str, int]] | None = None  # None while climbing
+        self._rung: _Rung | None = None
+        self._model: nn.Module | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._iterations = 0
+        self._first_loss: float | None = None
+        self._good: dict[str, Any] | None = None
+        self._found: dict[str, Any] | None = None
+
+    # ----------------------------------------------------------------------------------------------- driving a search
+
+    def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
+        """Takes hold of the model and its optimizers, and sets every span to one step. Times are frozen meanwhile."""
+        found = list(spans(model))
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)")
+        adaptive = [span._stepper.name for span in found if span.adaptive]
+        if adaptive:
+            raise ValueError(
+                f"the search is over the steps of fixed-step solvers, and {adaptive[0]} chooses its own; set "
+                "`span.solver = 'rk4'` first, and back to an adaptive solver afterwards"
+            )
+        self._model, self._spans = model, found
+        self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self._base_lr = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
+        for span in found:
+            span.t_f.requires_grad_(False)
+        self._own_solver = found[0]._stepper.name
+        if self._rung is None:
+            self._enter(self._own_solver, 1)
+        else:  # resumed from a checkpoint
+            self._use(self._rung.trial.solver, self._rung.trial.steps)
+
+    def penalty(self) -> Tensor:
+        """The step-doubling term of the last forward, at its present weight: to be added to the loss."""
+        rung = self._current()
+        value = self._doubling.penalty()
+        self._last_penalty = value.detach()
+        return rung.weight * value
+
+    def step(self, loss: float | Tensor, measure: Callable[[], Tensor] | None = None) -> None:
+        """After the optimizer's step: looks at the progress and decides.
+
+        Args:
+            loss: of the last forward, averaged over the processes where several run.
+            measure: computes the loss once more with the model as it is now; called under ``no_grad``, and with the
+                ODE solved exactly. Without it only the solver error of the last batch is held against its bound.
+        """
+        rung = self._current()
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        penalty = float(self._last_penalty)
+        self._iterations += 1
+        rung.trial.iterations += 1
+        if self._first_loss is None and math.isfinite(value):
+            self._first_loss = value
+        lowest = min(rung.trial.loss, self._first_loss or value)
+        if not (math.isfinite(value) and math.isfinite(penalty)) or value > EXPLODED * max(lowest, self._first_loss or 0):
+            self._back_off(f"the loss exploded to {value:.3g}")
+            return
+        rung.trial.loss = min(rung.trial.loss, value)
+        gap, error_gap = value / self.target, penalty / self.solver_tol**2
+        rung.weight *= math.exp(WEIGHT_RATE * _unit(math.log((error_gap + 1e-12) / (gap + 1e-12))))
+        score = math.log(max(gap, error_gap, 1e-3))
+        rung.smooth = score if rung.smooth is None else SMOOTHING * rung.smooth + (1 - SMOOTHING) * score
+        if rung.smooth < rung.best - PROGRESS:
+            rung.best, rung.since = rung.smooth, 0
+            if rung.trial.iterations % 10 == 0:
+                self._good = self._snapshot()
+        else:
+            rung.since += 1
+        # The penalty is about the square of the solver error: below its bound a look at the exact solution is worth it.
+        if gap <= 1.0 and error_gap <= 1.0 and rung.trial.iterations >= rung.next_check:
+            rung.next_check = rung.trial.iterations + 10
+            if self._check(measure):
+                self._passed()
+                return
+        if rung.since > self.patience:
+            if rung.drops < 1:
+                self._back_off(f"no progress in {self.patience} iterations")
+            else:
+                self._failed()
+
+    def finish(self) -> Verdict:
+        """Ends the search: the best model found is loaded, and its verdict returned. Times may be trained again."""
+        if self._model is None:
+            raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
+        self.done = True
+        passed = [t for t in self.trials if t.passed]
+        best = min(passed, key=lambda t: t.evaluations) if passed else self.trials[-1]
+        if self._found is not None:
+            self._use(best.solver, best.steps)
+            self._model.load_state_dict(self._found)
+        for span in self._spans:
+            span.t_f.requires_grad_(True)
+        verdict = Verdict(bool(passed), best, self.trials, self.target, self.solver_tol, self._iterations)
+        (_log.info if passed else _log.warning)("%s", verdict)
+        return verdict
+
+    def fit(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        batches: Iterable[Any],
+        *,
+        lr: float = 0.03,
+        max_iterations: int = 20_000,
+        progress: bool = True,
+    ) -> Verdict:
+        """Trains ``model`` with Adam until the search ends.
+
+        Args:
+            model: a wrapped model.
+            loss: ``loss(model(x), batch)``, a scalar; ``batch`` is an element of ``batches``.
+            batches: gone through again and again; each is ``(x, ...)`` or the tensor ``x`` itself.
+            lr: the learning rate to begin with.
+            max_iterations: after which the search ends with what it has.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The verdict; ``model`` is the best one found.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=_positive(lr, "lr"))
+        self.start(model, optimizer)
+        model.train()
+        with Progress(disable=not progress, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            while not self.done and self._iterations < max_iterations:
+                for batch in batches:
+                    x = batch if isinstance(batch, Tensor) else batch[0]
+                    try:
+                        value = loss(model(x), batch)
+                        optimizer.zero_grad()
+                        (value + self.penalty()).backward()
+                        optimizer.step()
+                    except IntegrationError as error:
+                        self._back_off(str(error))
+                        continue
+                    self.step(value, lambda x=x, batch=batch: loss(model(x), batch))
+                    if self.done or self._iterations >= max_iterations:
+                        break
+                    bar.update(task, advance=1, description=self.status())
+        return self.finish()
+
+    def status(self) -> str:
+        """One line on where the search is."""
+        rung = self._current()
+        t = rung.trial
+        return f"{t.steps} x {t.solver}: loss {t.loss:.3g} (target {self.target:g}), iteration {self._iterations}"
+
+    # --------------------------------------------------------------------------------------------------- its decisions
+
+    def _current(self) -> _Rung:
+        if self._rung is None:
+            raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
+        return self._rung
+
+    def _enter(self, solver: str, steps: int) -> None:
+        stepper = make_stepper(solver)
+        self._rung = _Rung(Trial(solver, steps, steps * stepper.evaluations))
+        self.trials.append(self._rung.trial)
+        self._use(solver, steps)
+        for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        self._good = self._snapshot()
+        _log.info("trying %d x %s (%d evaluations)", steps, solver, steps * stepper.evaluations)
+
+    def _use(self, solver: str, steps: int) -> None:
+        assert self._model is not None
+        for span in self._spans:
+            set_steps(span, steps, solver)
+        # A step of low order hides too much of its error from one half as long.
+        self._doubling = StepDoubling(self._model, 1.0, 2 if make_stepper(solver).order > 2 else 4)
+
+    def _snapshot(self) -> dict[str, Any]:
+        assert self._model is not None
+        return copy.deepcopy(self._model.state_dict())
+
+    def _back_off(self, why: str) -> None:
+        """The last good state, with a lower learning rate."""
+        rung = self._current()
+        rung.drops += 1
+        rung.since, rung.smooth = 0, None
+        exploded = "exploded" in why or "finite" in why
+        if rung.drops > 8:
+            self._failed()
+            return
+        if exploded and self._good is not None and self._model is not None:
+            self._model.load_state_dict(self._good)
+        for optimizer in self._optimizers:
+            if exploded:
+                optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["lr"] *= BACK_OFF
+        _log.info("%s: learning rate times %g", why, BACK_OFF)
+
+    @torch.no_grad()
+    def _check(self, measure: Callable[[], Tensor] | None) -> bool:
+        """Whether the model as it is now is within all bounds."""
+        trial, model = self._current().trial, self._model
+        assert model is not None
+        training = model.training
+        model.eval()
+        try:
+            loss = reference_loss = None
+            if measure is not None:
+                loss = float(measure())
+            error = max(_span_error(span) for span in self._spans)
+            if measure is not None:
+                with referenced(model):
+                    reference_loss = float(measure())
+            accepted = self.accept is None or self.accept()
+        except IntegrationError:
+            return False
+        finally:
+            model.train(training)
+        trial.solver_error = error
+        if loss is not None and reference_loss is not None:
+            trial.loss, trial.reference_loss = loss, reference_loss
+            if max(loss, reference_loss) > self.target:
+                return False
+        return error <= self.solver_tol and accepted
+
+    def _passed(self) -> None:
+        rung = self._current()
+        rung.trial.passed = True
+        self._found = self._snapshot()
+        if self._queue is None:
+            self._queue = list(self._cheaper(rung.trial))
+        self._next()
+
+    def _cheaper(self, passed: Trial) -> Iterator[tuple[str, int]]:
+        """What might do with fewer evaluations, the dearest first: each starts from the model that has passed."""
+        lower = self.solvers if self.solvers is not None else LOWER_ORDER.get(self._own_solver, ())
+        costs = {name: make_stepper(name).evaluations for name in (self._own_solver, *lower)}
+        options = {(name, n) for name, cost in costs.items() for n in range(1, passed.evaluations) if n * cost < passed.evaluations}
+        tried = {(t.solver, t.steps) for t in self.trials}
+        # Fewer steps of the same solver failed on the way up, or were passed over.
+        options = {o for o in options if o not in tried and o[0] != self._own_solver}
+        return iter(sorted(options, key=lambda o: -costs[o[0]] * o[1]))
+
+    def _failed(self) -> None:
+        rung = self._current()
+        _log.info("%d x %s is not enough", rung.trial.steps, rung.trial.solver)
+        if self._queue is None:
+            steps = rung.trial.steps + 1 if rung.trial.steps < 4 else math.ceil(rung.trial.steps * 1.4)
+            if steps > self.max_steps:
+                self.done = True
+            else:
+                self._enter(rung.trial.solver, steps)
+            return
+        # Fewer evaluations will not do either, with this solver.
+        self._queue = [o for o in self._queue if o[0] != rung.trial.solver]
+        self._next()
+
+    def _next(self) -> None:
+        if not self._queue:
+            self.done = True
+            return
+        solver, steps = self._queue.pop(0)
+        if self._found is not None and self._model is not None:
+            self._model.load_state_dict(self._found)
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        self._enter(solver, steps)
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, for a checkpoint in the middle of a search."""
+        rung = self._rung
+        return {
+            "trials": [asdict(t) for t in self.trials],
+            "rung": None if rung is None else {**asdict(rung), "trial": len(self.trials) - 1},
+            "queue": None if self._queue is None else [list(o) for o in self._queue],
+            "iterations": self._iterations,
+            "first_loss": self._first_loss,
+            "done": self.done,
+            "good": copy.deepcopy(self._good),
+            "found": copy.deepcopy(self._found),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; call it before :meth:`start`."""
+        self.trials = [Trial(**t) for t in state["trials"]]
+        rung = state["rung"]
+        self._rung = None if rung is None else _Rung(**{**rung, "trial": self.trials[rung["trial"]]})
+        self._queue = None if state["queue"] is None else [(name, n) for name, n in state["queue"]]
+        self._iterations, self._first_loss = state["iterations"], state["first_loss"]
+        self.done, self._good, self._found = state["done"], state["good"], state["found"]
+
+
+def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> None:
+    """Makes a fixed-step span take ``steps`` equal steps over its present interval, by ``solver`` if given."""
+    t0, t_f = span.t0.item(), span.t_f.item()
+    if solver is not None and span._stepper.name != solver:
+        span.solver = solver
+    span.t_span = torch.linspace(t0, t_f, steps + 1, dtype=span.t_f.dtype)
+
+
+def _span_error(span: LearnableSpan) -> float:
+    """The relative solver error of the span's last forward."""
+    exact = reference_end(span)
+    reached = span._last.states[-1].double()
+    return ((reached - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)).item()
+
+
+def _unit(value: float) -> float:
+    return min(max(value, -1.0), 1.0)
+
+
+def _positive(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite; got {value}")
+    return value
