@@ -27,30 +27,99 @@ def _takes_args(function: Callable) -> bool:
     return any(p.kind is p.VAR_KEYWORD or p.name == "args" for p in parameters)
 
 
+def _walk(module: nn.Module, seen: dict[nn.Module, int]) -> dict[nn.Module, int]:
+    """``module.modules()``, several times faster, each with its number of attributes and buffers."""
+    if module not in seen:
+        seen[module] = len(vars(module)) + len(module._buffers)
+        for child in module._modules.values():
+            if child is not None:
+                _walk(child, seen)
+    return seen
+
+
+class _Roles:
+    """Which of a field's modules want what. Looking for it is most of the cost of a call, so it is kept."""
+
+    def __init__(self, modules: dict[nn.Module, int]):
+        self.seen = modules
+        self.modules = list(modules)
+        self.traces = [m for m in modules if hasattr(m, "trace_estimator")]
+        self.controlled = [m for m in modules if hasattr(m, "_control")]
+        self.timed = [m for m in modules if hasattr(m, "t")]
+        self.galerkin = [m for m in modules if isinstance(m, GalLayer)]
+        self.captured = [(m, name) for m in modules for name in ("_control", "noise") if hasattr(m, name)]
+        self.batchnorms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 class Field:
     """The field of ``node``, to be bound to one solve after another."""
 
     def __init__(self, node: nn.Module):
         self.node = node
         self._known: tuple[Any, bool] | None = None
+        self._kept_roles: _Roles | None = None
+
+    def _roles(self) -> _Roles:
+        """Found anew where a module was added, removed or replaced, or has gained or lost an attribute."""
+        seen = _walk(self.node.vf, {})
+        if self._kept_roles is None or seen != self._kept_roles.seen:
+            self._kept_roles = _Roles(seen)
+        return self._kept_roles
+
+    def __getstate__(self):
+        return {**self.__dict__, "_known": None, "_kept_roles": None}
 
     def bind(self, x: Tensor, args: Mapping | None = None) -> "BoundField":
         """Draws the noise and sets the control for the initial state ``x``, as torchdyn does before a solve."""
-        node = self.node
-        modules = list(node.vf.modules())
-        excess = 1 if node.integral_loss is not None and node.sensitivity == "autograd" else 0
-        for module in modules:
-            if hasattr(module, "trace_estimator"):
-                if module.noise_dist is not None:
-                    module.noise = module.noise_dist.sample((x.shape[0],)).to(x)
-                excess += 1
-            if hasattr(module, "_control"):
-                node.controlled = True
-                module._control = x[:, excess:].detach()
+        node, roles = self.node, self._roles()
+        if roles.traces or roles.controlled:
+            excess = 1 if node.integral_loss is not None and node.sensitivity == "autograd" else 0
+            for module in roles.modules:
+                if module in roles.traces:
+                    if module.noise_dist is not None:
+                        module.noise = module.noise_dist.sample((x.shape[0],)).to(x)
+                    excess += 1
+                if module in roles.controlled:
+                    node.controlled = True
+                    module._control = x[:, excess:].detach()
         takes_args = self._calls_with_args()
         if args and not takes_args:
             raise ValueError(f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward")
-        return BoundField(node, modules, takes_args, args or {})
+        return BoundField(node, roles, takes_args, args or {})
+
+    @contextmanager
+    def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
+        """The field for evaluations beside a solve from ``x``, such as V-dot along its states.
+
+        The data control is set from ``x``, as in the solve; noise stays as the last solve drew it. Afterwards modules,
+        batch statistics and counters are as before, so that the solve's own backward is not touched (U19).
+        """
+        vf = self.node.vf
+        modules = list(vf.modules())
+        held = [
+            (m, name, getattr(m, name))
+            for m in modules
+            for name in ("_control", "noise", "noise_dist", "t", *(("weight", "bias") if isinstance(m, GalLayer) else ()))
+            if hasattr(m, name)
+        ]
+        counters = [(m, m.nfe) for m in (vf, vf.vf) if isinstance(getattr(m, "nfe", None), int | float)]
+        controlled = self.node.controlled
+        for module in modules:
+            noise = getattr(module, "noise", None)
+            if hasattr(module, "trace_estimator") and noise is not None and noise.shape[0] == x.shape[0]:
+                module.noise_dist = None  # nothing to draw: the solve's own noise fits
+        bound = None
+        try:
+            bound = self.bind(x, args)
+            yield bound
+        finally:
+            for module, name, value in held:
+                setattr(module, name, value)
+            for module, count in counters:
+                module.nfe = count
+            self.node.controlled = controlled
+            if bound is not None:
+                bound.undo()
 
     def _calls_with_args(self) -> bool:
         core = self.node.vf.vf
@@ -70,21 +139,14 @@ class BoundField:
         nfe: how often it was evaluated.
     """
 
-    def __init__(self, node: nn.Module, modules: list[nn.Module], takes_args: bool, args: Mapping):
+    def __init__(self, node: nn.Module, roles: _Roles, takes_args: bool, args: Mapping):
         self.node = node
-        self._modules = modules
-        self._timed_modules = [m for m in modules if hasattr(m, "t")]
-        self._galerkin = [m for m in modules if isinstance(m, GalLayer)]
-        self._captured = [
-            (m, name, getattr(m, name)) for m in modules for name in ("_control", "noise") if hasattr(m, name)
-        ]
+        self._modules = roles.modules
+        self._timed_modules = roles.timed
+        self._galerkin = roles.galerkin
+        self._captured = [(m, name, getattr(m, name)) for m, name in roles.captured]
         # Batch statistics would keep the NaN of a failed solve.
-        self._statistics = [
-            (b, b.clone())
-            for m in modules
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-            for b in m.buffers(recurse=False)
-        ]
+        self._statistics = [(b, b.clone()) for m in roles.batchnorms if m.training for b in m.buffers(recurse=False)]
         self.nfe = self._counted = 0
         self.function = self._build(takes_args, args)
 
@@ -96,6 +158,15 @@ class BoundField:
         order = node.order
         timed = core.timed or bool(timed_modules) or integral_loss is not None
         own = core.function
+
+        if not timed and order == 1:  # the most common field, and the shortest way to it
+
+            def evaluate_state(t, x):
+                self.nfe += 1
+                return own(t, x)
+
+            evaluate_state.timed = False  # type: ignore[attr-defined]
+            return evaluate_state
 
         def evaluate(t, x):
             self.nfe += 1
@@ -161,9 +232,9 @@ class BoundField:
 
     def undo(self) -> None:
         """After a failed solve: batch statistics as they were."""
-        with torch.no_grad():
-            for buffer, value in self._statistics:
-                buffer.copy_(value)
+        # Past autograd's version count, as batch norm itself writes them: a graph that is alive holds these buffers too.
+        for buffer, value in self._statistics:
+            buffer.data.copy_(value)
 
     def random_or_stateful(self) -> list[str]:
         """Names of the kinds of modules in training mode whose evaluations do not repeat."""

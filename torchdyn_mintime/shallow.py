@@ -6,8 +6,9 @@ the search goes over the number of steps, and over solvers of lower order, while
 
     loss + w * step doubling,
 
-where the weight w follows the two constraints, loss <= target and solver error <= tolerance: it grows while the error is
-further from its bound than the loss is from its own, and falls in the other case.
+with w = target / tolerance^2 at first, so that both terms reach their bounds together. Once the loss is near its target,
+w follows the two constraints: it grows while the error is further from its bound than the loss is from its own, and falls
+in the other case. Before that it stays: a weight that falls early lets the model leave the ODE while it learns.
 """
 
 import copy
@@ -38,6 +39,12 @@ WEIGHT_RATE = 0.02
 SMOOTHING = 0.95
 PROGRESS = 0.02
 """A relative gain in the worse of the two constraints that counts as progress."""
+NEAR = 10.0
+"""The loss over its target, below which the weight moves."""
+WEIGHT_RANGE = (0.25, 100.0)
+"""Of the weight, relative to its first value."""
+LEARNT = 0.3
+"""The part of the first loss above which a stalled training has not begun to learn: it starts again, more slowly."""
 EXPLODED = 10.0
 """A loss so many times the first and the best one is a training that went astray."""
 BACK_OFF = 0.3
@@ -124,12 +131,14 @@ class _Rung:
     """Training at one number of steps, so far."""
 
     trial: Trial
-    weight: float = 1.0
+    weight: float
     smooth: float | None = None
     best: float = math.inf
     since: int = 0
     drops: int = 0
     next_check: int = 0
+    scale: float = 1.0
+    """The squared solver error over the penalty, where a look at the exact solution has shown that it is more."""
 
 
 class Shallowest:
@@ -196,16 +205,18 @@ class Shallowest:
         for name in solvers or ():
             if make_stepper(name).adaptive:
                 raise ValueError(f"solvers={list(solvers or ())} must be of fixed steps; {name!r} chooses its own")
+        self._first_weight = self.target / self.solver_tol**2
         self.solvers = None if solvers is None else tuple(solvers)
         self.accept = accept
         self.trials: list[Trial] = []
         self.done = False
-        self._queue: list[tuple[str, int]] | None = None  # None while climbing
         self._rung: _Rung | None = None
         self._model: nn.Module | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._iterations = 0
         self._first_loss: float | None = None
+        self._restarts = 0
+        self._initial: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None
         self._found: dict[str, Any] | None = None
 
@@ -230,6 +241,7 @@ class Shallowest:
         self._own_solver = found[0]._stepper.name
         if self._rung is None:
             self._enter(self._own_solver, 1)
+            self._initial = self._good
         else:  # resumed from a checkpoint
             self._use(self._rung.trial.solver, self._rung.trial.steps)
 
@@ -260,8 +272,11 @@ class Shallowest:
             self._back_off(f"the loss exploded to {value:.3g}")
             return
         rung.trial.loss = min(rung.trial.loss, value)
-        gap, error_gap = value / self.target, penalty / self.solver_tol**2
-        rung.weight *= math.exp(WEIGHT_RATE * _unit(math.log((error_gap + 1e-12) / (gap + 1e-12))))
+        gap, error_gap = value / self.target, rung.scale * penalty / self.solver_tol**2
+        if gap < NEAR:
+            low, high = (r * self._first_weight for r in WEIGHT_RANGE)
+            wanted = rung.weight * math.exp(WEIGHT_RATE * _unit(math.log((error_gap + 1e-12) / (gap + 1e-12))))
+            rung.weight = min(max(wanted, low), high)
         score = math.log(max(gap, error_gap, 1e-3))
         rung.smooth = score if rung.smooth is None else SMOOTHING * rung.smooth + (1 - SMOOTHING) * score
         if rung.smooth < rung.best - PROGRESS:
@@ -276,8 +291,12 @@ class Shallowest:
             if self._check(measure):
                 self._passed()
                 return
+            if penalty > 0:
+                rung.scale = max(rung.scale, rung.trial.solver_error**2 / penalty)
         if rung.since > self.patience:
-            if rung.drops < 1:
+            if self._found is None and rung.trial.loss > LEARNT * (self._first_loss or 0) and self._restarts < 3:
+                self._restart()
+            elif rung.drops < (2 if rung.best < math.log(NEAR) else 1):
                 self._back_off(f"no progress in {self.patience} iterations")
             else:
                 self._failed()
@@ -359,7 +378,7 @@ class Shallowest:
 
     def _enter(self, solver: str, steps: int) -> None:
         stepper = make_stepper(solver)
-        self._rung = _Rung(Trial(solver, steps, steps * stepper.evaluations))
+        self._rung = _Rung(Trial(solver, steps, steps * stepper.evaluations), self._first_weight)
         self.trials.append(self._rung.trial)
         self._use(solver, steps)
         for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
@@ -397,6 +416,20 @@ class Shallowest:
                 group["lr"] *= BACK_OFF
         _log.info("%s: learning rate times %g", why, BACK_OFF)
 
+    def _restart(self) -> None:
+        """The model as it was at first, with a learning rate that stays lower."""
+        rung = self._current()
+        self._restarts += 1
+        assert self._model is not None and self._initial is not None
+        self._model.load_state_dict(self._initial)
+        self._base_lr = [[rate * BACK_OFF for rate in rates] for rates in self._base_lr]
+        for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
+            optimizer.state.clear()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        rung.smooth, rung.best, rung.since, rung.weight = None, math.inf, 0, self._first_weight
+        _log.info("nothing learnt in %d iterations: once more from the start, learning rate times %g", self.patience, BACK_OFF)
+
     @torch.no_grad()
     def _check(self, measure: Callable[[], Tensor] | None) -> bool:
         """Whether the model as it is now is within all bounds."""
@@ -428,44 +461,44 @@ class Shallowest:
         rung = self._current()
         rung.trial.passed = True
         self._found = self._snapshot()
-        if self._queue is None:
-            self._queue = list(self._cheaper(rung.trial))
         self._next()
-
-    def _cheaper(self, passed: Trial) -> Iterator[tuple[str, int]]:
-        """What might do with fewer evaluations, the dearest first: each starts from the model that has passed."""
-        lower = self.solvers if self.solvers is not None else LOWER_ORDER.get(self._own_solver, ())
-        costs = {name: make_stepper(name).evaluations for name in (self._own_solver, *lower)}
-        options = {(name, n) for name, cost in costs.items() for n in range(1, passed.evaluations) if n * cost < passed.evaluations}
-        tried = {(t.solver, t.steps) for t in self.trials}
-        # Fewer steps of the same solver failed on the way up, or were passed over.
-        options = {o for o in options if o not in tried and o[0] != self._own_solver}
-        return iter(sorted(options, key=lambda o: -costs[o[0]] * o[1]))
 
     def _failed(self) -> None:
         rung = self._current()
         _log.info("%d x %s is not enough", rung.trial.steps, rung.trial.solver)
-        if self._queue is None:
-            steps = rung.trial.steps + 1 if rung.trial.steps < 4 else math.ceil(rung.trial.steps * 1.4)
-            if steps > self.max_steps:
-                self.done = True
-            else:
-                self._enter(rung.trial.solver, steps)
+        if self._found is not None:
+            self._next()
             return
-        # Fewer evaluations will not do either, with this solver.
-        self._queue = [o for o in self._queue if o[0] != rung.trial.solver]
-        self._next()
+        steps = rung.trial.steps + 1 if rung.trial.steps < 4 else math.ceil(rung.trial.steps * 1.4)
+        if steps > self.max_steps:
+            self.done = True
+        else:
+            self._enter(rung.trial.solver, steps)
 
     def _next(self) -> None:
-        if not self._queue:
+        """On to fewer evaluations, from the best model found, or to the end."""
+        option = self._cheaper()
+        if option is None:
             self.done = True
             return
-        solver, steps = self._queue.pop(0)
         if self._found is not None and self._model is not None:
             self._model.load_state_dict(self._found)
         for optimizer in self._optimizers:
             optimizer.state.clear()
-        self._enter(solver, steps)
+        self._enter(*option)
+
+    def _cheaper(self) -> tuple[str, int] | None:
+        """What to try next with fewer evaluations than the best so far: as many steps of a cheaper solver, then between."""
+        best = min((t for t in self.trials if t.passed), key=lambda t: t.evaluations)
+        lower = self.solvers if self.solvers is not None else LOWER_ORDER.get(self._own_solver, ())
+        for name in lower:
+            cost = make_stepper(name).evaluations
+            failed = max((t.steps for t in self.trials if t.solver == name and not t.passed), default=0)
+            most = (best.evaluations - 1) // cost
+            if failed < most:
+                first = not any(t.solver == name for t in self.trials)
+                return name, min(most, best.steps) if first else (failed + most + 1) // 2
+        return None
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -475,12 +508,13 @@ class Shallowest:
         return {
             "trials": [asdict(t) for t in self.trials],
             "rung": None if rung is None else {**asdict(rung), "trial": len(self.trials) - 1},
-            "queue": None if self._queue is None else [list(o) for o in self._queue],
             "iterations": self._iterations,
             "first_loss": self._first_loss,
             "done": self.done,
             "good": copy.deepcopy(self._good),
             "found": copy.deepcopy(self._found),
+            "initial": copy.deepcopy(self._initial),
+            "restarts": self._restarts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -488,9 +522,9 @@ class Shallowest:
         self.trials = [Trial(**t) for t in state["trials"]]
         rung = state["rung"]
         self._rung = None if rung is None else _Rung(**{**rung, "trial": self.trials[rung["trial"]]})
-        self._queue = None if state["queue"] is None else [(name, n) for name, n in state["queue"]]
         self._iterations, self._first_loss = state["iterations"], state["first_loss"]
         self.done, self._good, self._found = state["done"], state["good"], state["found"]
+        self._initial, self._restarts = state["initial"], state["restarts"]
 
 
 def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> None:

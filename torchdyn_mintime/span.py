@@ -17,6 +17,7 @@ from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.grid import cut, merge
 from torchdyn_mintime.numerics.adjoint import AdjointProblem, solve_adjoint
+from torchdyn_mintime.numerics.checkpoint import CheckpointProblem, solve_checkpointed
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, Solution, integrate
 from torchdyn_mintime.numerics.steppers import AsynchronousLeapfrog, Hypersolver, Stepper, make_stepper
 
@@ -56,6 +57,8 @@ class LearnableSpan(nn.Module):
             for adaptive solvers the lower is t0 + 1e-3 of the template's length.
         step_size: of fixed-step solvers; where it is not the template's first spacing, the template is laid anew with it.
         learn_t0: whether t0 is a parameter too. It is clipped to t_f - step_size.
+        checkpoint: keep one state a step for backward, and evaluate the field once more there. The gradient is the
+            same, to rounding, as without: exactly that of the discrete solution (sensitivity "autograd").
 
     Attributes:
         node: the NeuralODE.
@@ -87,6 +90,7 @@ class LearnableSpan(nn.Module):
         bounds: tuple[float, float] | None = None,
         step_size: float | None = None,
         learn_t0: bool = False,
+        checkpoint: bool = False,
     ):
         super().__init__()
         stepper, backward_stepper = _check_node(node)
@@ -118,6 +122,12 @@ class LearnableSpan(nn.Module):
         self._field = Field(node)
         self._last = _Last()
         self._said: set[str] = set()
+        if checkpoint and node.sensitivity != "autograd":
+            raise ValueError(
+                f"checkpoint=True is for sensitivity='autograd'; the node has {node.sensitivity!r}, which keeps few states "
+                "by itself"
+            )
+        self.checkpoint = checkpoint
         self._release()
         self.register_state_dict_post_hook(_without_node_prefix)
 
@@ -346,17 +356,19 @@ class LearnableSpan(nn.Module):
     def _solve(self, bound: BoundField, x: Tensor, grid: Grid) -> tuple[Solution, Tensor | None]:
         node = self.node
         settings = dict(atol=node.atol, rtol=node.rtol, interpolator=self._interpolator())
-        if node.sensitivity == "autograd" or not torch.is_grad_enabled():
-            plain = node.integral_loss if node.sensitivity != "autograd" else None
-            if plain is None:
-                return integrate(bound.function, x, grid, self._stepper, **settings), None
-        if torch.is_grad_enabled() and (kinds := bound.random_or_stateful()):
+        learning = torch.is_grad_enabled()
+        checkpoint = learning and self.checkpoint and node.sensitivity == "autograd"
+        # An adjoint counts the running cost beside the state, with or without a gradient.
+        adjoint = node.sensitivity != "autograd" and (learning or node.integral_loss is not None)
+        if not (adjoint or checkpoint):
+            return integrate(bound.function, x, grid, self._stepper, **settings), None
+        if learning and (kinds := bound.random_or_stateful()):
+            under = "checkpoint=True" if checkpoint else f"sensitivity={node.sensitivity!r}"
+            instead = "checkpoint=False" if checkpoint else "sensitivity='autograd'"
             raise ValueError(
-                f"{', '.join(kinds)} in training mode within the field, under sensitivity={node.sensitivity!r}: the "
-                "backward solve would see another field than the forward one; use sensitivity='autograd', or .eval() them"
+                f"{', '.join(kinds)} in training mode within the field, under {under}: the "
+                f"backward solve would see another field than the forward one; use {instead}, or .eval() them"
             )
-        interpolated = node.sensitivity == "interpolated_adjoint"
-        tighter = min if interpolated else lambda forward, backward: backward  # torchdyn takes the forward's there
 
         @contextmanager
         def restored():
@@ -364,7 +376,25 @@ class LearnableSpan(nn.Module):
                 yield
             bound.finish()
 
-        problem = AdjointProblem(
+        if checkpoint:
+            if any(p.requires_grad for p in node.solver.parameters()):
+                raise ValueError(
+                    f"checkpoint=True gives the solver's own parameters ({self._stepper.name}) no gradient; freeze them, "
+                    "or use checkpoint=False"
+                )
+            problem = CheckpointProblem(
+                f=bound.function,
+                module=node.vf,
+                parameters=bound.parameters,
+                stepper=self._stepper,
+                restored=restored,
+                **settings,
+            )
+            return solve_checkpointed(problem, x, grid), None
+        interpolated = node.sensitivity == "interpolated_adjoint"
+        tighter = min if interpolated else lambda forward, backward: backward  # torchdyn takes the forward's there
+
+        adjoint_problem = AdjointProblem(
             f=bound.function,
             module=node.vf,
             parameters=bound.parameters,
@@ -377,7 +407,7 @@ class LearnableSpan(nn.Module):
             restored=restored,
             **settings,
         )
-        return solve_adjoint(problem, x, grid)
+        return solve_adjoint(adjoint_problem, x, grid)
 
     def _interpolator(self):
         name = self.node.interpolator

@@ -58,14 +58,14 @@ class Grid:
 
     def times(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The returned points as one tensor, which carries the gradient of ``start`` and ``end``."""
-        last = len(self.nodes) - 1
-        kept = [i for i in range(last + 1) if self.keep is None or self.keep[i]]
-        plain = torch.tensor([self.nodes[i] for i in kept], dtype=dtype, device=device)
-        head = [self.start.reshape(1).to(plain)] if self.start is not None and kept[0] == 0 else []
-        tail = [self.end.reshape(1).to(plain)] if self.end is not None and kept[-1] == last else []
+        keep = self.keep
+        kept = list(self.nodes) if keep is None else [t for t, k in zip(self.nodes, keep, strict=True) if k]
+        head = [self.start.reshape(1)] if self.start is not None and (keep is None or keep[0]) else []
+        tail = [self.end.reshape(1)] if self.end is not None and (keep is None or keep[-1]) else []
+        plain = torch.tensor(kept[len(head) : len(kept) - len(tail)], dtype=dtype, device=device)
         if not head and not tail:
             return plain
-        return torch.cat([*head, plain[len(head) : len(kept) - len(tail)], *tail])
+        return torch.cat([*(t.to(plain) for t in head), plain, *(t.to(plain) for t in tail)])
 
     def size(self, i: int) -> float | Tensor:
         """The i-th step: a number, or a tensor of float64 where it carries a gradient."""
@@ -80,7 +80,10 @@ class Grid:
 
     def left(self, i: int) -> float | Tensor:
         """The time at which the i-th step starts."""
-        return self.start.double() if i == 0 and self.start is not None else self.nodes[i]
+        if i == 0 and self.start is not None:
+            # A view: a field that keeps the time on a module (DepthCat.t) would else register the parameter t0 there.
+            return self.start.double().view(())
+        return self.nodes[i]
 
 
 @dataclass
@@ -110,6 +113,7 @@ def integrate(
     error_size: int | None = None,
     max_steps: int = MAX_STEPS,
     record: bool = False,
+    adapt: bool = True,
 ) -> Solution:
     """Solve z' = f(t, z), z(t_0) = x along a grid.
 
@@ -123,6 +127,7 @@ def integrate(
         error_size: how many entries of a flat state the error norm sees; None is all.
         max_steps: limit of adaptive steps.
         record: keep the whole path (see :class:`Solution`).
+        adapt: False holds the steps: an adaptive stepper too takes one step between any two points.
 
     Raises:
         IntegrationError: the state or field is not finite, or the step limit was reached.
@@ -135,7 +140,7 @@ def integrate(
         torch.Size([3, 1])
     """
     stepper.prepare(x)
-    if stepper.adaptive:
+    if stepper.adaptive and adapt:
         return _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record)
     return _fixed(f, x, grid, stepper, record)
 
@@ -148,11 +153,13 @@ def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool
     keep = grid.keep
     sizes = [_cast(grid.size(i), x) for i in range(n)]
     times = _stage_times(f, grid, stepper, x)
-    x0, states, path = x, [], []
+    x0, states, path, k1 = x, [], [], None
     for i in range(n):
         if keep is None or keep[i]:
             states.append(x)
-        x_new, stages = stepper.step(f, x, times[i], sizes[i])
+        x_new, stages = stepper.step(f, x, times[i], sizes[i], k1)
+        if stepper.adaptive and stepper.first_same_as_last:
+            k1 = stages[-1]
         if i == 0:
             _check_shape(x, stages)
         if record:

@@ -71,7 +71,10 @@ def _combine(x: Tensor, dt: float | Tensor, stages: Sequence[Tensor], weights: W
             # In place is safe: `out` is fresh, and an addition keeps neither of its terms for backward.
             out.add_(stages[j], alpha=dt * w)
         return out
-    return x + dt * _weighted_sum(stages, weights)
+    if not rest:
+        return torch.addcmul(x, dt, stages[first], value=w)
+    # One product with dt for all stages: each would cost a sum over the state in backward.
+    return torch.addcmul(x, dt, _weighted_sum(stages, weights))
 
 
 def _weighted_sum(stages: Sequence[Tensor], weights: Weights) -> Tensor:

@@ -1,0 +1,62 @@
+# Every command of the project, on a machine with Python 3.11 or newer and nothing else:
+#
+#   make demo     train vanilla and minimum-time models, print one table, draw the pictures
+#   make test     all tests, doctests included        make test ARGS="-k span -x"
+#   make lint     ruff: rules and format              make format   mends what it can
+#   make types    mypy over the package
+#   make docs     the documentation, warnings are errors: docs/_build/html/index.html
+#   make bench    the cost beside a plain NeuralODE and a plain loop
+#   make clean    removes caches and built pages      make distclean   the environment too
+#
+# The environment is made once, and installed again when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test lint format types docs bench clean distclean
+
+demo: $(VENV)/.test-installed
+	$(BIN)/python -m torchdyn_mintime demo $(ARGS)
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test-installed
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+format: $(VENV)/.test-installed
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+types: $(VENV)/.test-installed
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+bench: $(VENV)/.test-installed
+	$(BIN)/python -m torchdyn_mintime bench $(ARGS)
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov build dist docs/_build
+	find torchdyn_mintime tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.test-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the package and its test tools into $(VENV): a few minutes, once."
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.test-installed
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@

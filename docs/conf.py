@@ -1,0 +1,45 @@
+"""Sphinx configuration: `make docs` builds the pages with warnings as errors, and without a network."""
+
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from docutils.parsers.rst.states import Inliner
+
+HERE = Path(__file__).parent
+
+project = "torchdyn_mintime"
+author = "the torchdyn_mintime authors"
+copyright = author
+release = version = installed_version("torchdyn-mintime")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax is copied beside the pages
+]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+# intersphinx stays off: it fetches other projects' inventories at every build.
+
+nb_execution_mode = "off"  # notebooks are shown as they were stored; the tests run them
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_use_ivar = True  # an attribute that a docstring lists and the class annotates is described once
+
+html_theme = "furo"
+html_title = f"torchdyn_mintime {release}"
+html_static_path = [name for name in ("_static",) if (HERE / name).is_dir()]
+
+
+def _plain_bar(inliner, match, lineno):
+    """A bar in a docstring is a bar, as in |f|: reST's substitutions are not used."""
+    end = match.end("start")
+    return match.string[:end], [], match.string[end:], []
+
+
+Inliner.dispatch["|"] = _plain_bar

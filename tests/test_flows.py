@@ -1,0 +1,501 @@
+"""Continuous flows: gradients of their times, densities against closed forms and grids, both directions, bad input."""
+
+import copy
+import json
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from differences import assert_close, difference
+from torch import nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+from torchdyn.core import NeuralODE
+from torchdyn.models import CNF, hutch_trace
+from torchdyn.nn import DataControl, DepthCat
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.experiments import flow_pictures
+from torchdyn_mintime.experiments import flows as experiment
+from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
+from torchdyn_mintime.lightning import MinimumTime
+from torchdyn_mintime.regularizers import StepDoubling
+
+TIGHT = {"atol": 1e-8, "rtol": 1e-8, "atol_adjoint": 1e-8, "rtol_adjoint": 1e-8}
+
+
+class HeldNoise:
+    """A noise distribution whose every draw is the same: Hutchinson's estimate becomes a function."""
+
+    def sample(self, shape):
+        generator = torch.Generator().manual_seed(3)
+        return torch.randn(*shape, 2, dtype=torch.float64, generator=generator)
+
+
+def mlp(dim=2):
+    return nn.Sequential(nn.Linear(dim, 8), nn.Tanh(), nn.Linear(8, dim))
+
+
+def timed_mlp():
+    return nn.Sequential(DepthCat(1), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def strong(net: HyperNet) -> HyperNet:
+    """A hypernetwork at its start moves nothing; this one moves points by about their own size."""
+    with torch.no_grad():
+        net.net[-1].weight.mul_(5)
+        net.net[-1].bias.mul_(5)
+    return net
+
+
+FIELDS = {
+    "exact": lambda: CNF(mlp()),
+    "exact, timed": lambda: CNF(timed_mlp()),
+    "exact, hypernetwork": lambda: CNF(strong(HyperNet(2, 4, 8))),
+    "closed form, hypernetwork": lambda: HyperCNF(strong(HyperNet(2, 4, 8))),
+    "hutchinson": lambda: CNF(mlp(), hutch_trace, HeldNoise()),
+    "hutchinson, hypernetwork": lambda: CNF(strong(HyperNet(2, 4, 8)), hutch_trace, HeldNoise()),
+}
+
+
+def flow(field: nn.Module, steps: int = 10, t_f: float = 0.73, **options) -> FlowModel:
+    """A float64 model whose t_f lies inside a step."""
+    node = NeuralODE(field.double(), **{"solver": "rk4", **options})
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, steps + 1, dtype=torch.float64), t_f=t_f)
+    return FlowModel(span, Gaussian(2).double())
+
+
+def adaptive_flow(field: nn.Module, t_f: float = 0.73, **options) -> FlowModel:
+    node = NeuralODE(field.double(), solver="dopri5", **TIGHT, **options)
+    return FlowModel(
+        tm.LearnableSpan(node, torch.tensor([0.0, 1.0], dtype=torch.float64), t_f=t_f), Gaussian(2).double()
+    )
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 2, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------ gradients of t_f
+
+
+def printed_gradient(model: FlowModel, x: torch.Tensor) -> float:
+    """The paper's expression below eq. (12): -E[dlog p/dz . f] + E[-Tr df/dz], at z(t_f)."""
+    z = model.encode(x)[0].detach().requires_grad_()
+    score = torch.autograd.grad(model.base.log_prob(z).sum(), z)[0]
+    t, state = model.span.t_f.detach(), torch.cat([torch.zeros_like(z[:, :1]), z], 1).detach()
+    rate = model.span.vf(t, state).detach()  # [-Tr, f], with the noise of the last solve
+    return (-(score * rate[:, 1:]).sum(1) + rate[:, 0]).mean().item()
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_the_gradient_in_t_f_is_that_of_the_discrete_solution(kind, x):
+    model = flow(FIELDS[kind]())
+    model.nll(x).backward()
+    found = model.span.t_f.grad.item()
+    one = torch.ones((), dtype=torch.float64)
+    assert_close(found, difference(lambda: model.nll(x), [model.span.t_f], [one]), 1.0, 1e-7, kind)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint", "interpolated_adjoint"])
+@pytest.mark.parametrize("kind", ["exact", "closed form, hypernetwork", "hutchinson, hypernetwork"])
+def test_the_gradient_in_t_f_is_the_paper_s_expression(kind, sensitivity, x):
+    field = FIELDS[kind]()
+    model = adaptive_flow(field, sensitivity=sensitivity)
+    model.nll(x).backward()
+    found = model.span.t_f.grad.item()
+    # The adaptive autograd gradient holds the accepted steps, whose last one has an error of its own.
+    tolerance = 1e-5 if sensitivity == "autograd" else 1e-7
+    assert_close(found, printed_gradient(model, x), 1.0, tolerance, "eq. (12)")
+    fine = flow(field, steps=60)  # its t_f moves within a step, so that differences of it are smooth
+    one = torch.ones((), dtype=torch.float64)
+    assert_close(found, difference(lambda: fine.nll(x), [fine.span.t_f], [one]), 1.0, 1e-5, "differences")
+
+
+@pytest.mark.parametrize("kind", ["exact, timed", "closed form, hypernetwork", "hutchinson"])
+def test_both_sensitivities_agree_on_the_field(kind, x):
+    field = FIELDS[kind]()
+    grads = []
+    for sensitivity in ("autograd", "adjoint"):
+        model = adaptive_flow(field, sensitivity=sensitivity)
+        field.zero_grad()
+        model.nll(x).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in field.parameters() if p.grad is not None]))
+    assert torch.allclose(grads[0], grads[1], rtol=1e-5, atol=1e-8)
+
+
+def test_the_adjoint_uses_the_noise_of_its_own_solve():
+    # Another forward before backward draws new noise, which must not reach the first one's gradient.
+    noise = MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+    model = adaptive_flow(CNF(mlp(), hutch_trace, noise), sensitivity="adjoint")
+    x = torch.randn(6, 2, dtype=torch.float64)
+    found = []
+    for disturbed in (False, True):
+        torch.manual_seed(5)
+        loss = model.nll(x)
+        if disturbed:
+            model.nll(2 * x)
+        model.zero_grad()
+        loss.backward()
+        found.append(model.span.t_f.grad.item())
+    assert found[0] == found[1]
+
+
+# ------------------------------------------------------------------------------------------ values and directions
+
+
+def test_the_closed_form_trace_is_the_exact_one(x):
+    net = strong(HyperNet(2, 4, 8)).double()
+    closed, exact = HyperCNF(net), CNF(net)
+    state = torch.cat([torch.randn(6, 1, dtype=torch.float64), x], 1)
+    weights = torch.randn(6, 3, dtype=torch.float64)
+    net.t = torch.tensor(0.4, dtype=torch.float64)
+    grads = []
+    for module in (closed, exact):
+        net.zero_grad()
+        out = module(state.clone())
+        (out * weights).sum().backward()
+        grads.append((out.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])))
+    assert torch.allclose(grads[0][0], grads[1][0], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(grads[0][1], grads[1][1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_linear_flow_has_its_gaussian_density(x):
+    # z' = A z: x = exp(-A t_f) z is Gaussian with the covariance S S', S = exp(-A t_f).
+    linear = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[0.8, -1.5], [1.2, 0.3]]))
+    model = flow(CNF(linear), steps=30)
+    s = torch.linalg.matrix_exp(-linear.weight.detach() * model.span.t_f.item())
+    exact = MultivariateNormal(torch.zeros(2, dtype=torch.float64), s @ s.T)
+    assert torch.allclose(model.log_prob(x), exact.log_prob(x), rtol=1e-6, atol=1e-6)
+    samples = model.sample(20_000)
+    assert torch.allclose(samples.T.cov(), exact.covariance_matrix, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["exact, timed", "closed form, hypernetwork"])
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_there_and_back(kind, solver, x):
+    model = flow(FIELDS[kind](), steps=100) if solver == "rk4" else adaptive_flow(FIELDS[kind]())
+    with torch.no_grad():
+        z, change = model.encode(x)
+        back, change_back = model.decode(z)
+    assert (z - x).abs().max() > 0.1  # the flow does move them
+    # Solver tolerance: 1e-8 a step for dopri5, which its steps and the flow's stretching multiply.
+    within = 1e-8 if solver == "rk4" else 1e-6
+    assert torch.allclose(back, x, rtol=0, atol=within)
+    assert torch.allclose(change, change_back, rtol=0, atol=within)
+
+
+def test_there_and_back_with_a_learned_start(x):
+    node = NeuralODE(HyperCNF(strong(HyperNet(2, 4, 8))).double(), solver="rk4")
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, 41, dtype=torch.float64), t_f=0.61, learn_t0=True)
+    model = FlowModel(span, Gaussian(2).double())
+    with torch.no_grad():
+        span.t0.fill_(0.113)
+        assert torch.allclose(model.decode(model.encode(x)[0])[0], x, rtol=0, atol=1e-6)
+    assert span.t0.item() == 0.113 and span.t_f.item() == 0.61
+
+
+def grid_of(low, high, n):
+    line = torch.linspace(low, high, n, dtype=torch.float64)
+    points = torch.cartesian_prod(line, line)
+    return points, ((high - low) / (n - 1)) ** 2
+
+
+def test_the_density_integrates_to_one_and_samples_follow_it():
+    model = flow(HyperCNF(strong(HyperNet(2, 4, 8))), steps=20)
+    points, area = grid_of(-8, 8, 161)
+    with torch.no_grad():
+        log_p = model.log_prob(points)
+        assert abs(log_p.exp().sum().item() * area - 1) < 0.01
+        assert model.encode(points)[1].std() > 0.1  # else any sign of l would integrate to one
+        entropy = -(log_p.exp() * log_p).sum().item() * area
+        # The entropy from samples: its standard error is about 1 / sqrt(20,000) = 0.007 nats.
+        assert model.nll(model.sample(20_000)).item() == pytest.approx(entropy, abs=0.03)
+
+
+def test_a_trained_flow_integrates_to_one_and_beats_its_start():
+    generator = torch.Generator().manual_seed(0)
+    span = tm.LearnableSpan(NeuralODE(HyperCNF(), solver="rk4"), torch.linspace(0, 1, 41), t_f=0.2)
+    model = FlowModel(span, Gaussian(2, variance=0.1), lr=0.03)
+    optimizer = model.configure_optimizers()
+    before = model.nll(experiment.moons(2000, generator)).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        (model.nll(experiment.moons(256, generator)) + 0.35 * span.duration).backward()
+        optimizer.step()
+    model.double()
+    with torch.no_grad():
+        points, area = grid_of(-4, 5, 121)
+        assert abs(model.log_prob(points).exp().sum().item() * area - 1) < 0.01
+        assert model.nll(experiment.moons(2000, generator).double()).item() < before - 2
+
+
+def test_wrapped_in_one_line_it_is_the_same_flow():
+    noise = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    node = NeuralODE(CNF(mlp(), hutch_trace, noise), solver="rk4")
+    state = torch.cat([torch.zeros(8, 1), torch.randn(8, 2)], 1)
+    t_span = torch.linspace(0, 1, 11)
+    torch.manual_seed(1)
+    _, bare = node(state, t_span)
+    torch.manual_seed(1)
+    _, wrapped = tm.LearnableSpan(node, t_span)(state)
+    assert torch.allclose(bare, wrapped, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ sampling and composing
+
+
+def test_sampling_leaves_the_learned_interval_alone():
+    # Neither span nor node was given a t_span: the first one passed would fill t_f, and sampling passes one.
+    model = FlowModel(tm.LearnableSpan(NeuralODE(HyperCNF(), solver="rk4")), Gaussian(2))
+    with torch.no_grad():
+        model.span.t_f.fill_(0.3)
+    assert model.sample(7).shape == (7, 2)  # before any training
+    assert model.span.t_f.item() == pytest.approx(0.3)
+    assert model.span.steps == 30
+
+
+def test_samples_carry_no_graph_and_take_the_field_s_dtype():
+    model = flow(HyperCNF(HyperNet(2, 4, 8)))
+    samples = model.sample(3)
+    assert samples.dtype == torch.float64 and not samples.requires_grad
+
+
+def test_inference_mode_and_exact_trace():
+    model = FlowModel(tm.LearnableSpan(NeuralODE(CNF(mlp()), solver="rk4"), torch.linspace(0, 1, 5)), Gaussian(2))
+    x = torch.randn(4, 2)
+    expected = model.log_prob(x)
+    with torch.inference_mode():
+        assert torch.allclose(model.log_prob(torch.empty_like(x).copy_(x)), expected)
+        assert model.sample(2).shape == (2, 2)
+
+
+def test_a_running_cost_keeps_the_density(x):
+    field = CNF(mlp())
+    plain = flow(field)
+    costly = flow(field, integral_loss=lambda t, z: z.square().sum(1))
+    assert torch.allclose(plain.log_prob(x), costly.log_prob(x))
+    assert torch.allclose(plain.decode(x)[0], costly.decode(x)[0])
+
+
+def test_a_regularizer_sees_the_noise_of_the_last_solve():
+    noise = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    span = tm.LearnableSpan(NeuralODE(CNF(mlp(), hutch_trace, noise), solver="rk4"), torch.tensor([0.0, 0.5, 1.0]))
+    model = FlowModel(span, Gaussian(2))
+    doubling = StepDoubling(model)
+    model.nll(torch.randn(8, 2))
+    first, again = doubling.penalty().item(), doubling.penalty().item()
+    # New noise would differ in the trace by order one, and make the penalty that large.
+    assert first == again < 1e-4
+
+
+class Loader(torch.utils.data.DataLoader):
+    def __init__(self, wrapped: bool):
+        x = torch.randn(32, 2) + 1
+        data = torch.utils.data.TensorDataset(x) if wrapped else x
+        super().__init__(data, batch_size=16)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+def test_lightning_trains_it_with_the_price_of_time(wrapped):
+    node = NeuralODE(CNF(mlp()), solver="rk4")
+    node.t_span = torch.linspace(0, 1, 6)
+    model = FlowModel(node, Gaussian(2), lr=0.01)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        callbacks=[MinimumTime(weight=50.0)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, Loader(wrapped), Loader(wrapped))
+    assert model.span.t_f.item() == pytest.approx(1 - 6 * 0.01, abs=2e-3)  # Adam: one lr a step, downhill
+    assert {"nll", "val_nll", "t_f", "nfe"} <= set(trainer.callback_metrics)
+
+
+def test_the_times_do_not_decay_and_a_frozen_one_stays_out():
+    model = flow(CNF(mlp()))
+    groups = model.configure_optimizers().param_groups
+    assert [len(g["params"]) for g in groups] == [4, 1] and groups[1]["params"][0] is model.span.t_f
+    model.span.t_f.requires_grad_(False)
+    assert [len(g["params"]) for g in model.configure_optimizers().param_groups] == [4]
+
+
+def test_a_base_module_is_trained_and_saved():
+    class Learned(Gaussian):
+        def __init__(self):
+            super().__init__(2)
+            mean = self.mean
+            del self.mean
+            self.mean = nn.Parameter(mean)
+
+    span = tm.LearnableSpan(NeuralODE(CNF(mlp()), solver="rk4"), torch.linspace(0, 1, 5))
+    model = FlowModel(span, Learned())
+    model.nll(torch.randn(8, 2)).backward()
+    assert model.base.mean.grad.abs().sum() > 0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.base.mean.add_(1.0)
+        model.span.t_f.fill_(0.4)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(4, 2)
+    assert torch.equal(model.log_prob(x), other.log_prob(x))
+
+
+def test_a_torch_distribution_as_the_base():
+    base = MultivariateNormal(torch.zeros(2), 0.1 * torch.eye(2))
+    span = tm.LearnableSpan(NeuralODE(CNF(mlp()), solver="rk4"), torch.linspace(0, 1, 5))
+    x = torch.randn(4, 2)
+    assert torch.allclose(FlowModel(span, base)(x), FlowModel(span, Gaussian(2, variance=0.1))(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def node_of(field: nn.Module, **options) -> NeuralODE:
+    return NeuralODE(field, solver="rk4", **options)
+
+
+def without_noise() -> NeuralODE:
+    field = CNF(mlp(), hutch_trace, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    field.noise_dist = None
+    return node_of(field)
+
+
+def wide_noise() -> NeuralODE:
+    return node_of(CNF(mlp(), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))))
+
+
+CONSTRUCTION = {
+    "no node": (lambda: FlowModel(mlp(), Gaussian(2)), TypeError, "NeuralODE over a CNF.*Sequential"),
+    "no flow": (lambda: FlowModel(node_of(mlp(3)), Gaussian(2)), TypeError, "no trace.*CNF"),
+    "no base": (lambda: FlowModel(node_of(CNF(mlp())), None), TypeError, "NoneType has no log_prob"),
+    "base of another dimension": (lambda: FlowModel(node_of(CNF(mlp())), Gaussian(3)), ValueError, "dimension 3"),
+    "base of many": (
+        lambda: FlowModel(node_of(CNF(mlp())), Normal(torch.zeros(2), torch.ones(2))),
+        ValueError,
+        r"batch_shape \(2,\).*Independent",
+    ),
+    "no noise": (lambda: FlowModel(without_noise(), Gaussian(2)), ValueError, "needs noise_dist"),
+    "noise of another dimension": (
+        lambda: FlowModel(wide_noise(), Gaussian(2)),
+        ValueError,
+        r"shape \(3,\).*dimension 2",
+    ),
+    "data control": (
+        lambda: FlowModel(node_of(CNF(nn.Sequential(DataControl(), nn.Linear(4, 2)))), Gaussian(2)),
+        ValueError,
+        "DataControl",
+    ),
+    "second order": (lambda: FlowModel(node_of(CNF(mlp()), order=2), Gaussian(2)), ValueError, "order=2"),
+    "learning rate": (lambda: FlowModel(node_of(CNF(mlp())), Gaussian(2), lr=-1.0), ValueError, "lr must be.*-1.0"),
+    "no known trace": (lambda: HyperCNF(mlp()), TypeError, "value_and_trace.*Sequential"),
+    "variance": (lambda: Gaussian(2, variance=0.0), ValueError, "variance"),
+    "dimension": (lambda: Gaussian(0), ValueError, "dim must be"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_construction_is_refused_clearly(case):
+    make, error, text = CONSTRUCTION[case]
+    with pytest.raises(error, match=f"(?s){text}"):
+        make()
+
+
+DATA = {
+    "an array": (lambda m: m.log_prob([[0.0, 1.0]]), TypeError, "tensor.*list"),
+    "whole numbers": (lambda m: m.log_prob(torch.zeros(3, 2, dtype=torch.long)), TypeError, "int64"),
+    "with the column": (lambda m: m.log_prob(torch.zeros(3, 3)), ValueError, r"\(3, 3\).*column"),
+    "one point": (lambda m: m.log_prob(torch.zeros(2)), ValueError, r"\[batch, 2\]"),
+    "NaN": (lambda m: m.nll(torch.tensor([[0.0, 1.0], [math.nan, 0.0]])), ValueError, "1 of 2 rows, first in row 1"),
+    "infinity": (lambda m: m.nll(torch.tensor([[math.inf, 1.0]])), ValueError, "NaN or infinite"),
+    "NaN base points": (lambda m: m.decode(torch.full((2, 2), math.nan)), ValueError, "base points z"),
+    "no samples": (lambda m: m.sample(0), ValueError, "number of draws.*0"),
+    "half a sample": (lambda m: m.sample(1.5), ValueError, "1.5"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data_is_refused_clearly(case):
+    call, error, text = DATA[case]
+    model = FlowModel(node_of(CNF(mlp())), Gaussian(2))
+    with pytest.raises(error, match=f"(?s){text}"):
+        call(model)
+    assert model.span.t_f.grad is None and model.span.nfe == 0
+
+
+def test_large_finite_data_are_not_taken_for_infinite():
+    big = torch.full((4, 2), 3e38)  # their sum overflows
+    model = FlowModel(node_of(CNF(nn.Linear(2, 2))), Independent(Normal(torch.zeros(2), torch.ones(2)), 1))
+    with torch.no_grad():
+        model._check(big, "data x")
+
+
+def test_construction_leaves_nothing_behind():
+    node = node_of(CNF(mlp()))
+    state = torch.random.get_rng_state()
+    FlowModel(node, Gaussian(2))
+    assert torch.equal(state, torch.random.get_rng_state()) and node.vf.nfe == 0
+
+
+def test_an_unwrapped_flow_says_so():
+    model = FlowModel(tm.LearnableSpan(node_of(CNF(mlp())), torch.linspace(0, 1, 5)), Gaussian(2))
+    x = torch.randn(4, 2)
+    expected = model.log_prob(x)
+    tm.unwrap(model, torch.randn(4, 3))
+    with pytest.raises(TypeError, match="wrap"):
+        model.log_prob(x)
+    assert torch.allclose(tm.wrap(model).log_prob(x), expected)
+
+
+# ------------------------------------------------------------------------------------------ the experiment
+
+
+@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
+def test_frames_show_the_flow_itself(solver):
+    node = NeuralODE(HyperCNF(strong(HyperNet(2, 4, 8))).double(), solver=solver, atol=1e-6, rtol=1e-6)
+    t_span = torch.linspace(0, 1, 9 if solver == "rk4" else 2, dtype=torch.float64)
+    model = FlowModel(tm.LearnableSpan(node, t_span, t_f=0.7), Gaussian(2, variance=0.1).double())
+    film = flow_pictures.flow_frames(model, torch.zeros(2), frames=3, samples=50, cells=60)
+    assert film.times == pytest.approx([0.7, 0.35, 0.0])
+    cell = (2 * flow_pictures.EXTENT / 59) ** 2
+    assert torch.allclose(film.density.sum((1, 2)) * cell, torch.ones(3, dtype=torch.float64), atol=0.02)
+    back = model.encode(film.samples[-1])[0]
+    assert torch.allclose(back, film.samples[0], atol=1e-3)
+    # Row along y, column along x: the density at a cell is that at its place.
+    line = torch.linspace(-flow_pictures.EXTENT, flow_pictures.EXTENT, 60, dtype=torch.float64)
+    place = torch.stack([line[40], line[25]])[None]
+    assert film.density[-1][25, 40].item() == pytest.approx(model.log_prob(place).exp().item(), rel=1e-6)
+
+
+def test_pictures_are_written(tmp_path):
+    span = tm.LearnableSpan(NeuralODE(HyperCNF(HyperNet(2, 4, 8)), solver="rk4"), torch.linspace(0, 1, 4))
+    model = FlowModel(span, Gaussian(2))
+    paths = flow_pictures.draw_flows({"one": model}, experiment.moons, tmp_path / "moons", frames=2)
+    assert [p.suffix for p in paths] == [".png", ".gif"] and all(p.stat().st_size > 1000 for p in paths)
+
+
+def test_the_experiment_runs_and_writes(tmp_path):
+    settings = experiment.FlowSettings(iterations=2, batch=32, test=64)
+    lines = []
+    results = experiment.run_flow(
+        "flow-circles", seeds=(0,), settings=settings, out=tmp_path, pictures=False, say=lines.append
+    )
+    assert [r.method for r in results] == ["vanilla", "minimum-time", "adaptive", "vanilla, as many steps"]
+    vanilla, ours, _, control = results
+    assert vanilla.steps == 100 and control.steps == ours.steps < 100
+    assert all(math.isfinite(r.reference) for r in results)
+    saved = json.loads((tmp_path / "flow-circles.json").read_text())
+    assert len(saved) == 4 and len(saved[0]["history"]) == 2
+    assert any("times fewer steps" in line for line in lines)
+    with pytest.raises(ValueError, match="flow-moons"):
+        experiment.run_flow("moons")
+    with pytest.raises(ValueError, match="minimum-time"):
+        experiment.run_flow("flow-moons", "fast")

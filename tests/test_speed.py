@@ -1,0 +1,289 @@
+"""Speed and memory: what must be equal, and what must not grow. Times are only compared, never asserted.
+
+    pytest tests/test_speed.py                       equalities, counts and bytes
+    pytest tests/test_speed.py --benchmark-only      the timed comparisons, one group a case; read the ratios
+"""
+
+import copy
+
+import pytest
+import torch
+from problems import random_model
+from torch import nn
+from torchdyn.core import NeuralODE
+from torchdyn.models import CNF
+from torchdyn.nn import DataControl, DepthCat
+
+import torchdyn_mintime as tm
+from torchdyn_mintime import bench
+from torchdyn_mintime.numerics import Grid, integrate, make_stepper
+
+MIB = 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoint=True is the plain path, to rounding
+
+
+def gradients(node, x, template, *, checkpoint, loss, **call):
+    """Value and gradients of a solve with t_f in the middle of the template, and how often the field was evaluated."""
+    x = x.clone().requires_grad_()
+    span = tm.LearnableSpan(node, template, t_f=0.83, learn_t0=True, checkpoint=checkpoint)
+    torch.manual_seed(3)  # Hutchinson's noise
+    t_eval, sol = span(x, **call)
+    value = loss(t_eval, sol)
+    parameters = {n: p for n, p in node.vf.named_parameters() if p.requires_grad}
+    wanted = {"x": x, "t_f": span.t_f, "t0": span.t0, **parameters}
+    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    return sol.detach(), dict(zip(wanted, found, strict=True))
+
+
+def at_the_end(t_eval, sol):
+    return sol[-1].tanh().sum() + sol[-1].square().sum()
+
+
+def along_the_way(t_eval, sol):
+    return (t_eval[:, None] * sol.flatten(1).tanh()).sum() + sol[1].square().sum()
+
+
+def assert_same(node, x, template, loss, **call):
+    plain_sol, plain = gradients(node, x, template, checkpoint=False, loss=loss, **call)
+    sol, found = gradients(node, x, template, checkpoint=True, loss=loss, **call)
+    assert torch.equal(sol, plain_sol)
+    for name, g in plain.items():
+        if g is None:
+            assert found[name] is None, name
+        else:
+            torch.testing.assert_close(found[name], g, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("loss", [at_the_end, along_the_way])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4", "tsit5", "dopri5"])
+@pytest.mark.parametrize("kind", ["mlp", "depthcat", "keyword", "lambda", "second order", "conv"])
+def test_checkpoint_gives_the_gradients_of_autograd(kind, solver, loss):
+    model = random_model(kind, solver=solver, atol=1e-4, rtol=1e-4)
+    assert_same(model.node, model.x, torch.linspace(0, 1, 8, dtype=torch.float64), loss)
+
+
+@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
+@pytest.mark.parametrize("save_at", [[0.2, 0.5], [0.0, 0.31], [0.83]])
+def test_checkpoint_with_asked_times(solver, save_at):
+    """Also where t_f itself is not asked for: then it has no gradient, as under autograd."""
+    model = random_model("keyword", solver=solver)
+    loss = along_the_way if len(save_at) > 1 else at_the_end
+    assert_same(model.node, model.x, torch.linspace(0, 1, 6, dtype=torch.float64), loss, save_at=save_at)
+
+
+def test_checkpoint_backwards_in_time():
+    model = random_model("keyword")
+    template = torch.linspace(0, 1, 6, dtype=torch.float64)
+    assert_same(model.node, model.x, template, along_the_way, t_span=template.flip(0))
+
+
+def test_checkpoint_with_an_interpolator():
+    model = random_model("mlp", solver="dopri5", interpolator="4th")
+    assert_same(model.node, model.x, torch.linspace(0, 1, 30, dtype=torch.float64), along_the_way)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_checkpoint_of_a_normalizing_flow(noise, float64):
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    if noise:
+        from torchdyn.core.defunc import DEFunc  # noqa: F401 - the estimator lives beside it
+        from torchdyn.models.cnf import hutch_trace
+
+        normal = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        flow = CNF(net, trace_estimator=hutch_trace, noise_dist=normal)
+    else:
+        flow = CNF(net)
+    node = NeuralODE(nn.Sequential(flow), solver="rk4")
+    assert_same(node, torch.randn(5, 3), torch.linspace(0, 1, 6), along_the_way)
+
+
+def test_checkpoint_with_a_running_cost(float64):
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    node = NeuralODE(net, solver="rk4", integral_loss=lambda t, x: x.square().sum(1, keepdim=True))
+    assert_same(node, torch.cat([torch.zeros(4, 1), torch.randn(4, 2)], 1), torch.linspace(0, 1, 6), along_the_way)
+
+
+def test_checkpoint_remembers_the_data_control(float64):
+    """Another forward before backward replaces the control that the module holds (U19)."""
+    net = nn.Sequential(DataControl(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, other = torch.randn(4, 2), torch.randn(4, 2)
+    found = []
+    for checkpoint in (False, True):
+        span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 6), checkpoint=checkpoint)
+        sol = span(x)[1]
+        span(other)
+        found.append(torch.autograd.grad(sol[-1].square().sum(), list(net.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_checkpoint_under_functional_call(float64):
+    """Backward runs when the module has its own parameters again; the gradient is at the given ones."""
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.randn(4, 2)
+    found = []
+    for checkpoint in (False, True):
+        span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 6), checkpoint=checkpoint)
+        scale = torch.tensor(1.7, requires_grad=True)
+        given = {n: p.detach() * scale for n, p in span.named_parameters() if n.startswith("node.")}
+        sol = torch.func.functional_call(span, given, (x,))[1]
+        found.append(torch.autograd.grad(sol[-1].square().sum(), scale)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_checkpoint_refuses_what_would_give_a_wrong_gradient():
+    x = torch.randn(4, 2)
+    span = tm.LearnableSpan(NeuralODE(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), solver="rk4"), checkpoint=True)
+    with pytest.raises(ValueError, match="Dropout .*checkpoint=True"):
+        span(x)
+    span.eval()(x)[1].sum().backward()
+
+    weight = torch.randn(2, 2, requires_grad=True)
+    stranger = tm.LearnableSpan(NeuralODE(lambda t, x: x @ weight, solver="rk4"), checkpoint=True)
+    with pytest.raises(ValueError, match=r"\(2, 2\).*not a parameter"):
+        stranger(x)
+    with torch.no_grad():
+        stranger(x)
+
+    with pytest.raises(ValueError, match="autograd"):
+        tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4", sensitivity="adjoint"), checkpoint=True)
+
+
+def test_checkpoint_after_an_optimizer_step_is_an_error_as_under_autograd():
+    net = nn.Linear(2, 2)
+    span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), checkpoint=True)
+    loss = span(torch.randn(4, 2))[1][-1].square().sum()
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_checkpoint_under_autocast():
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, found = torch.randn(4, 2), []
+    for checkpoint in (False, True):
+        span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 6), checkpoint=checkpoint)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = span(x)[1][-1].float().square().sum()
+        found.append(torch.autograd.grad(loss, [span.t_f, *net.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)  # sums of bfloat16 products, in another order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, in bytes: exact on any machine
+
+
+def test_checkpoint_keeps_one_state_a_step():
+    net, x = bench.mlp(64, 128), bench.state(512, 64)
+    kept = {}
+    for checkpoint in (False, True):
+        span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 101), checkpoint=checkpoint)
+        kept[checkpoint] = bench.saved_bytes(lambda span=span: span(x)[1], [x, *net.parameters()])
+    one = x.nbytes
+    assert kept[True] <= 105 * one <= 15 * MIB
+    assert kept[False] > 5 * kept[True]
+
+
+@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
+def test_inference_that_asks_for_the_final_state_keeps_one_state(solver):
+    net, x = bench.mlp(2, 16), bench.state(64, 2)
+    span = tm.LearnableSpan(NeuralODE(net, solver=solver), torch.linspace(0, 1, 51)).eval()
+    with torch.no_grad():
+        whole = span(x)[1]
+        last = span(x, save_at=[span.t_f.item()])[1]
+    assert torch.equal(last[-1], whole[-1])
+    assert last.untyped_storage().nbytes() == x.nbytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts
+
+
+@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
+def test_the_time_gradient_costs_no_evaluation(solver):
+    net, x, found = bench.mlp(3, 32), bench.state(16, 3), []
+    for learned in (False, True):
+        span = tm.LearnableSpan(NeuralODE(net, solver=solver), torch.linspace(0, 1, 11))
+        span.t_f.requires_grad_(learned)
+        span(x)[1][-1].square().sum().backward()
+        found.append(span.nfe)
+    assert found[0] == found[1]
+
+
+def test_the_same_step_with_and_without_a_gradient():
+    """A step size that carries a gradient takes another route through the arithmetic."""
+    net, x = bench.mlp(3, 32).double(), bench.state(16, 3).double()
+    span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 2, dtype=torch.float64))
+    with torch.no_grad():
+        plain = span(x)[1]
+    torch.testing.assert_close(span(x)[1], plain, rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_kept_of_the_modules_follows_every_change():
+    """The field's modules are not looked through at every call; a change of the field must still be seen."""
+    x = torch.randn(4, 2)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    node = NeuralODE(net, solver="rk4")
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, 3))
+
+    def agrees():
+        fresh = tm.LearnableSpan(NeuralODE(copy.deepcopy(net), solver="rk4"), torch.linspace(0, 1, 3))
+        with torch.no_grad():
+            return torch.equal(span(x)[1], fresh(x)[1])
+
+    assert agrees()
+    net[0] = nn.Linear(2, 2)  # replaced
+    assert agrees()
+    net.insert(0, DepthCat(1))  # a module that wants the time, though the field did not before
+    net[1] = nn.Linear(3, 2)
+    assert agrees()
+    net.insert(0, DataControl())  # and one that wants the data
+    net[2] = nn.Linear(5, 2)
+    assert agrees()
+    del net[0]
+    net[1] = nn.Linear(3, 2)
+    assert agrees()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bench itself
+
+
+def test_the_bench_runs_and_writes(tmp_path):
+    results = bench.main(["--only", "time-gradient", "final-state", "--rounds", "1", "--out", str(tmp_path)])
+    assert {r.part for r in results} == {"time-gradient", "final-state"}
+    assert len((tmp_path / "bench-1-thread.csv").read_text().splitlines()) == len(results) + 1
+    whole, last = (r.mebibytes for r in results if r.part == "final-state")
+    assert whole == pytest.approx(101 * last)
+
+
+@pytest.mark.parametrize("name", ["plain loop", "LearnableSpan", "NeuralODE", "torchdiffeq rk4"])
+@pytest.mark.parametrize("steps", [1, 4, 100])
+@pytest.mark.benchmark(min_rounds=5, warmup=True)
+def test_forward_and_backward(benchmark, name, steps):
+    benchmark.group = f"forward + backward, 3-32-3, batch 512, {steps} steps"
+    found = {c.name: c for c in bench.contestants(bench.mlp(3, 32), bench.state(512, 3), steps, backward=True)}
+    if name not in found:
+        pytest.skip("torchdiffeq is not installed")
+    benchmark(found[name].run)
+
+
+@pytest.mark.parametrize("size", [10, 1000])
+def test_a_grid_costs_no_more_than_its_points(size):
+    """No work that is quadratic in the number of points: the drive reads each node a fixed number of times."""
+
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, i):
+            Counting.reads += 1
+            return super().__getitem__(i)
+
+    nodes = Counting(torch.linspace(0, 1, size + 1).tolist())
+    integrate(lambda t, z: -z, torch.ones(1), Grid(nodes), make_stepper("rk4"))
+    assert Counting.reads <= 12 * (size + 1)

@@ -1,0 +1,138 @@
+"""The command line: ``python -m torchdyn_mintime --help``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Data = Annotated[Path, typer.Option("--data", help="Folder of image data, as torchvision lays it out.")]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch image data that is missing.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Output = Annotated[Path, typer.Option("--output", help="Folder for tables, figures and pictures.")]
+
+
+@app.callback()
+def main() -> None:
+    """Neural ODEs that learn how deep they need to be: the paper's experiments, with the controls beside them."""
+
+
+@app.command()
+def demo(
+    output: Output = Path("results"),
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every model; default: 120.")] = None,
+    seed: Annotated[int, typer.Option(help="Of data, initialisation and batches.")] = 0,
+) -> None:
+    """Vanilla and minimum-time on two moons and handwritten digits: one table, with pictures. About two minutes."""
+    from torchdyn_mintime.experiments import demo as module
+
+    module.demo(output / "demo", Console(), iterations, seed)
+
+
+@app.command()
+def run(
+    task: Annotated[str, typer.Argument(help="moons, annuli, digits, ...")],
+    method: Annotated[list[str] | None, typer.Option(help="May be given several times. Default: minimum-time.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed on.")] = 1,
+    first_seed: Annotated[int, typer.Option()] = 0,
+    weight: Annotated[float | None, typer.Option(min=0, help="Price of time, eq. (13).")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the network.")] = None,
+    span_lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the times.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of --iterations, where there are batches.")] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="Training images; a fifth as many for the test.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the convolutional network (paper: 64).")] = None,
+    data: Data = Path("data"),
+    download: Download = False,
+    device: Device = "cpu",
+    output: Output = Path("results"),
+) -> None:
+    """One task: a row for each method and seed. A finished seed is not trained again, a stopped one goes on.
+
+    What is not given is as published, or the task's own.
+    """
+    from torchdyn_mintime.experiments import single
+    from torchdyn_mintime.experiments.images import MissingData, Source
+    from torchdyn_mintime.experiments.methods import find_method
+    from torchdyn_mintime.experiments.tasks import TASKS
+
+    if task not in TASKS:
+        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(TASKS)}")
+    methods = method or ["minimum-time"]
+    for name in methods:
+        try:
+            find_method(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    given = {
+        "weight": weight,
+        "lr": lr,
+        "span_lr": span_lr,
+        "iterations": iterations,
+        "subset": subset,
+        "width": width,
+    }
+    settings = replace(TASKS[task].settings, **{key: value for key, value in given.items() if value is not None})
+    console, source = Console(), Source(data, download)
+    try:
+        if epochs is not None:
+            per_epoch = len(TASKS[task].load(settings, source).x) // (settings.batch or 10**9) or 1
+            settings = replace(settings, iterations=epochs * per_epoch)
+        single.run(task, methods, settings, range(first_seed, first_seed + seeds), output, console, device, source)
+    except MissingData as error:
+        console.print(f"{TASKS[task].title}: not run: {error}")
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def table(
+    number: Annotated[str, typer.Argument(help="1 to 6, as in the paper.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    lrs: Annotated[
+        str, typer.Option(help="Learning rates to try every method with; 'own': the task's.")
+    ] = ".01,.03,.1",
+    only: Annotated[list[str] | None, typer.Option(help="Of the table's tasks; may be given several times.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of each task's own.")] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="Training images; a fifth as many for the test.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the convolutional network (paper: 64).")] = None,
+    sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
+    data: Data = Path("data"),
+    download: Download = False,
+    device: Device = "cpu",
+    output: Output = Path("results"),
+) -> None:
+    """A table of the paper: its rows, ours, and the controls, in one run. What was finished is not run again."""
+    from torchdyn_mintime.experiments import tables
+    from torchdyn_mintime.experiments.images import Source
+
+    if number not in tables.TABLES:
+        raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}")
+    options = tables.Options(
+        seeds=seeds,
+        rates=() if lrs == "own" else _numbers(lrs, float),
+        iterations=iterations,
+        subset=subset,
+        width=width,
+        tasks=tuple(only or ()),
+        sweep=_numbers(sweep, int),
+        source=Source(data, download),
+        device=device,
+    )
+    tables.make(number, options, output, Console())
+
+
+def _numbers(text: str, kind: type) -> tuple:
+    try:
+        numbers = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} must be numbers with commas between them") from None
+    if any(number <= 0 for number in numbers):
+        raise typer.BadParameter(f"{text!r} must be positive")
+    return numbers
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m torchdyn_mintime")

@@ -1,0 +1,150 @@
+"""Who moves t_f, and when training is over."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchdyn_mintime.experiments.training import Run
+
+__all__ = ["Driver", "Grow", "KeepTarget", "Search"]
+
+SEARCH_ITERATIONS = 8
+"""How many times the iterations of other methods a search may take; each of its own is far cheaper."""
+
+
+class Driver:
+    """The plain one: so many iterations, and the optimizer moves t_f if it is a parameter.
+
+    Attributes:
+        first_stage: iterations of the first of two stages; None where there is one stage.
+        owns_rates: whether it sets the learning rates, so that nobody else must.
+    """
+
+    first_stage: int | None = None
+    owns_rates = False
+
+    def start(self, run: "Run") -> None:
+        """Before the first iteration."""
+
+    def penalty(self, run: "Run") -> Tensor | float:
+        """A term of the loss that the driver sets itself."""
+        return 0.0
+
+    def before_step(self, run: "Run", loss: Tensor) -> None:
+        """Between backward and the optimizer's step, with the terminal loss."""
+
+    def after_step(self, run: "Run", loss: Tensor) -> None:
+        """After the optimizer's step."""
+
+    def done(self, run: "Run") -> bool:
+        """Whether training is over."""
+        return len(run.history.loss) >= run.settings.iterations
+
+    def finish(self, run: "Run") -> None:
+        """After the last iteration."""
+
+    def structure(self, run: "Run") -> dict[str, Any]:
+        """What of the model its state_dict does not hold."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a stopped run needs to go on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a stopped run."""
+
+
+class KeepTarget(Driver):
+    """Minimum-time with the price of time found for a target loss."""
+
+    def __init__(self, target: float):
+        self.target = target
+
+    def start(self, run: "Run") -> None:
+        from torchdyn_mintime.weighting import TargetLoss
+
+        self.price = TargetLoss(run.model, self.target)
+
+    def before_step(self, run: "Run", loss: Tensor) -> None:
+        self.price.step(loss)
+
+    def finish(self, run: "Run") -> None:
+        self.price.restore_best()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.price.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.price.load_state_dict(state)
+
+
+class Grow(Driver):
+    """Algorithm 2: after the iterations of pre-training, t_f grows at each one until the loss is met.
+
+    As in the paper's code, the optimizer starts afresh with each growth, and training stays on the same loss.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+
+    def start(self, run: "Run") -> None:
+        from torchdyn_mintime.growth import DepthGrowth
+
+        self.growth = DepthGrowth(run.model.node, self.threshold)
+        self.first_stage = run.settings.iterations
+
+    def after_step(self, run: "Run", loss: Tensor) -> None:
+        if len(run.history.loss) < run.settings.iterations:
+            return
+        if self.growth.step(loss):
+            run.renew_optimizer()
+        elif self.growth.exhausted and not self.growth.done:
+            run.failure = f"t_f grew to {self.growth.max_t_f:g} and the loss is still {float(loss):.3g}"
+
+    def done(self, run: "Run") -> bool:
+        return self.growth.done
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.growth.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.growth.load_state_dict(state)
+
+
+class Search(Driver):
+    """The fewest evaluations at which the loss is met and the model is its own ODE."""
+
+    owns_rates = True
+
+    def __init__(self, target: float):
+        self.target = target
+
+    def start(self, run: "Run") -> None:
+        from torchdyn_mintime.shallow import Shallowest
+
+        self.search = Shallowest(target=self.target)
+        self.search.start(run.model, run.optimizer)
+
+    def penalty(self, run: "Run") -> Tensor:
+        return self.search.penalty()
+
+    def after_step(self, run: "Run", loss: Tensor) -> None:
+        self.search.step(loss, run.loss_again)
+
+    def done(self, run: "Run") -> bool:
+        return self.search.done or len(run.history.loss) >= SEARCH_ITERATIONS * run.settings.iterations
+
+    def finish(self, run: "Run") -> None:
+        if not self.search.finish().feasible:
+            run.failure = "no number of steps met the target as a true ODE"
+
+    def structure(self, run: "Run") -> dict[str, Any]:
+        return {"steps": run.model.node.steps, "solver": run.model.node._stepper.name}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.search.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.search.load_state_dict(state)

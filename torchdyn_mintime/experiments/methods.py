@@ -1,0 +1,183 @@
+"""How a model is trained: each method as a row of the tables.
+
+A method is data: how the NeuralODE is set up, which terms go on the loss, and who drives t_f. A new one is one entry of
+``METHODS``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from torchdyn_mintime import parameter_groups, spans, wrap
+from torchdyn_mintime.experiments.drivers import Driver, Grow, KeepTarget, Search
+from torchdyn_mintime.experiments.models import Classifier, NoODE, span_of
+from torchdyn_mintime.experiments.tasks import Settings, Task
+from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer, ball
+from torchdyn_mintime.regularizers import JacobianNorm, KineticEnergy, LocalError, StepDoubling, TaylorRegularizer
+
+if TYPE_CHECKING:
+    from torchdyn_mintime.experiments.training import Step
+
+__all__ = ["METHODS", "Method", "Term", "find_method", "vanilla_with"]
+
+Term = Callable[["Step"], Tensor]
+"""A term of the loss of one iteration, a scalar."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        label: as printed.
+        span: options of ``wrap``; None leaves torchdyn's bare NeuralODE.
+        node: options of the NeuralODE over the task's.
+        t_span: the points of the solve over the task's.
+        terminal: weight of the terminal loss.
+        terms: each makes a term of the loss from the model and the settings.
+        solves: whether training needs the solution; LyaNet's does not.
+        skips: train without the NeuralODE: what the layers around it do alone.
+        driver: decides what happens to t_f, and when training ends.
+    """
+
+    label: str
+    span: Mapping[str, Any] | None = None
+    node: Mapping[str, Any] = field(default_factory=dict)
+    t_span: Tensor | None = None
+    terminal: float = 1.0
+    terms: tuple[Callable[[Classifier, Settings], Term], ...] = ()
+    solves: bool = True
+    skips: bool = False
+    driver: Callable[[], Driver] = Driver
+
+    def model(self, task: Task, settings: Settings) -> Classifier:
+        """The task's network, set up for this method."""
+        model = task.model(settings, self.t_span, **self.node)
+        if self.skips:
+            model.node = NoODE()
+        if self.span is not None:
+            wrap(model, model.t_span, **self.span)  # the one line
+        return model
+
+    def groups(self, model: Classifier, settings: Settings) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        if next(spans(model), None) is None:
+            return [{"params": list(model.parameters()), "lr": settings.lr}]
+        return parameter_groups(model, lr=settings.lr, span_lr=settings.span_lr)
+
+
+# ------------------------------------------------------------------------------------------------ terms of the loss
+
+
+def _price_of_time(model: Classifier, settings: Settings) -> Term:
+    return lambda step: settings.weight * model.node.duration  # eq. (13)
+
+
+def _lyapunov(rate: float) -> Callable[[Classifier, Settings], Term]:
+    """Eq. (17), the plain mean over points as in the paper's code."""
+
+    def make(model: Classifier, settings: Settings) -> Term:
+        regularizer = LyapunovRegularizer(model.node, CrossEntropy(model.head), rate)
+        return lambda step: regularizer.penalty(step.t_eval, step.sol, step.y, reduction="points")
+
+    return make
+
+
+def _lyanet(rate: float) -> Callable[[Classifier, Settings], Term]:
+    """LyaNet: 512 states drawn in a ball of radius U(0, sqrt(225 n)) and one time in each iteration; no solve."""
+
+    def make(model: Classifier, settings: Settings) -> Term:
+        regularizer = LyapunovRegularizer(model.node, CrossEntropy(model.head), rate)
+
+        def term(step: "Step") -> Tensor:
+            # LyaNet looks at every state with every sample's label. Samples of a class give the same, so one of each
+            # is enough where classes are equally many, as they are in these tasks.
+            first = [int((step.y == c).nonzero()[0]) for c in step.y.unique()]
+            sampler = ball((225.0 * step.z0.shape[1]) ** 0.5, uniform_radius=True)
+            return regularizer.sampled_penalty(
+                step.z0[first], step.y[first], sampler=sampler, samples=512, t_span=model.t_span
+            )
+
+        return term
+
+    return make
+
+
+def _step_doubling(model: Classifier, settings: Settings) -> Term:
+    regularizer = StepDoubling(model)
+    return lambda step: regularizer.penalty()
+
+
+def _along_trajectory(make_regularizer: Callable[[Any], Any]) -> Callable[[Classifier, Settings], Term]:
+    """A regularizer of the path, on torchdyn's bare NeuralODE."""
+
+    def make(model: Classifier, settings: Settings) -> Term:
+        regularizer = make_regularizer(model.node)
+        return lambda step: regularizer.penalty(step.t_eval, step.sol)
+
+    return make
+
+
+def _local_error(model: Classifier, settings: Settings) -> Term:
+    regularizer = LocalError(model.node, 10.0, sampled=True)
+    return lambda step: regularizer.penalty()
+
+
+# ---------------------------------------------------------------------------------------------------- the registry
+
+_SHORT = span_of(5, 0.05)
+_ADJOINT = {"sensitivity": "adjoint"}
+_FIXED = {"bounds": (1.0 - 1e-6, 1.0)}
+_TAYLOR = {k: _along_trajectory(lambda node, k=k: TaylorRegularizer(node, 1e-3, k)) for k in (2, 3)}
+_KINETIC = _along_trajectory(lambda node: KineticEnergy(node, 0.01))
+_JACOBIAN = _along_trajectory(lambda node: JacobianNorm(node, 0.01))
+
+METHODS: dict[str, Method] = {
+    "vanilla": Method("vanilla"),
+    "minimum-time": Method("minimum-time", span={}, terms=(_price_of_time,)),
+    "target": Method("minimum-time, target CE .01", span={}, driver=lambda: KeepTarget(0.01)),
+    "convergence-rate": Method(
+        "convergence-rate", span={}, t_span=_SHORT, terminal=0.0, terms=(_lyapunov(20.0),), driver=lambda: Grow(0.01)
+    ),
+    "combined": Method(
+        "combined", span={"bounds": (0.01, 1.0)}, t_span=_SHORT, terms=(_lyapunov(20.0), _price_of_time)
+    ),
+    "lyapunov-1": Method("Lyapunov, rate 1", span=_FIXED, terminal=0.0, terms=(_lyapunov(1.0),)),
+    "lyapunov-10": Method("Lyapunov, rate 10", span=_FIXED, terminal=0.0, terms=(_lyapunov(10.0),)),
+    "lyapunov-20": Method("Lyapunov, rate 20", span=_FIXED, terminal=0.0, terms=(_lyapunov(20.0),)),
+    "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet(20.0),), solves=False),
+    "taynode-2": Method("TayNODE, K = 2", terms=(_TAYLOR[2],)),
+    "taynode-3": Method("TayNODE, K = 3", terms=(_TAYLOR[3],)),
+    "rnode": Method("RNODE", terms=(_KINETIC, _JACOBIAN)),
+    "local-error": Method("local error", span=_FIXED, terms=(_local_error,)),
+    "step-doubling": Method("1 step, step doubling", span=_FIXED, t_span=span_of(1), terms=(_step_doubling,)),
+    "shallowest": Method("shallowest true ODE", span={}, driver=lambda: Search(0.01)),
+    "skipped": Method("the ODE skipped", skips=True),
+    "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=span_of(1)),
+    "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),
+    "vanilla-adjoint-adaptive": Method(
+        "vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=span_of(1)
+    ),
+    "minimum-time-adjoint": Method("minimum-time, adjoint", span={}, node=_ADJOINT, terms=(_price_of_time,)),
+}
+
+
+def vanilla_with(steps: int) -> Method:
+    """The control: vanilla on the same interval, with as many equal steps of rk4."""
+    return Method(f"vanilla, {steps} steps", node={"solver": "rk4"}, t_span=span_of(steps))
+
+
+def find_method(name: str) -> Method:
+    """The method of a name: an entry of ``METHODS``, or ``vanilla:12`` for vanilla with 12 equal steps.
+
+    Raises:
+        ValueError: there is none.
+    """
+    base, _, steps = name.partition(":")
+    if base == "vanilla" and steps.isdigit() and int(steps) > 0:
+        return vanilla_with(int(steps))
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, vanilla:STEPS")
+    return METHODS[name]

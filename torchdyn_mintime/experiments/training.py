@@ -1,0 +1,251 @@
+"""Training several models side by side: one iteration of each in turn, so that a busy machine slows all alike."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from torchdyn_mintime import IntegrationError, spans
+from torchdyn_mintime.experiments.data import Data, cropped
+from torchdyn_mintime.experiments.methods import Method
+from torchdyn_mintime.experiments.models import Classifier
+from torchdyn_mintime.experiments.tasks import Settings, Task
+
+__all__ = ["History", "Run", "Step", "end_of", "race", "single_thread"]
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread, so that times can be compared; small networks are faster so, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class History:
+    """One entry per iteration.
+
+    Attributes:
+        seconds: since the start, of this model's own iterations.
+        loss: the terminal loss of the batch, without other terms.
+        accuracy: of the batch, before the step.
+        t_f: after the step.
+        nfe: evaluations of the field in the step.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    t_f: list[float] = field(default_factory=list)
+    nfe: list[int] = field(default_factory=list)
+
+    def seconds_at(self, iteration: int) -> float:
+        """Seconds after so many iterations, or after all where there are fewer."""
+        return self.seconds[min(iteration, len(self.seconds)) - 1] if self.seconds and iteration else 0.0
+
+    def to_target(self, loss: float = 0.01, accuracy: float = 1.0) -> float | None:
+        """Seconds until the batch's loss and accuracy first met the target; None if they never did."""
+        for before, own_loss, own_accuracy in zip([0.0, *self.seconds], self.loss, self.accuracy, strict=False):
+            if own_loss <= loss and own_accuracy >= accuracy:
+                return before  # they are those of the parameters before this iteration's update
+        return None
+
+
+@dataclass
+class Step:
+    """What a term of the loss sees of an iteration.
+
+    Attributes:
+        z0: initial states ``[batch, ...]``.
+        y: labels ``[batch]``.
+        t_eval, sol: the solve, ``[points]`` and ``[points, batch, ...]``; None where the method trains without one.
+    """
+
+    z0: Tensor
+    y: Tensor
+    t_eval: Tensor | None = None
+    sol: Tensor | None = None
+
+
+class Run:
+    """One model in training.
+
+    Args:
+        task, method, settings, data: what is trained, how, and on what.
+        device: where.
+
+    Attributes:
+        history: what happened so far.
+        failure: why it stopped early, or an empty text.
+    """
+
+    def __init__(self, task: Task, method: Method, settings: Settings, data: Data, device: str = "cpu"):
+        self.method, self.settings, self.device = method, settings, torch.device(device)
+        self.data = data.to(self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # the same initialisation for every method
+            self.model: Classifier = method.model(task, settings).to(self.device)
+            # What a method draws in training must not depend on which others train beside it.
+            self._random = torch.get_rng_state()
+        self.spans = list(spans(self.model))
+        self.terms = [make(self.model, settings) for make in method.terms]
+        self.history = History()
+        self.failure = ""
+        self.renew_optimizer()
+        self.driver = method.driver()
+        self.driver.start(self)
+        self._batches = torch.Generator().manual_seed(settings.seed)  # the same batches for every method
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def renew_optimizer(self) -> None:
+        """A fresh optimizer, at the first learning rate."""
+        groups = self.method.groups(self.model, self.settings)
+        self.optimizer: torch.optim.Optimizer
+        if self.settings.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(groups)
+        else:
+            self.optimizer = torch.optim.SGD(groups, momentum=0.9)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._since_renewal = 0
+
+    def _set_rates(self) -> None:
+        n, i = self.settings.iterations, self._since_renewal
+        # For SGD the paper divides the rate by ten after 60, 100 and 140 of 160 epochs.
+        adam = self.settings.optimizer == "adam"
+        factor = self.settings.decay**i if adam else 0.1 ** sum(i >= part * n for part in (0.375, 0.625, 0.875))
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    @property
+    def done(self) -> bool:
+        """Whether training is over."""
+        return bool(self.failure) or self.driver.done(self)
+
+    def step(self) -> None:
+        """One iteration. Forward, backward, update and what the method decides are timed; nothing else."""
+        x, y = self._batch()
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        nfe, start = self.model.node.vf.nfe, self._clock()
+        self.model.train()
+        self.optimizer.zero_grad()
+        try:
+            terminal, logits = self._forward_backward(x, y)
+            self.driver.before_step(self, terminal)
+            self.optimizer.step()
+            for span in self.spans:
+                span.clip_()  # eq. (14)
+        except (IntegrationError, FloatingPointError) as error:
+            self.failure = str(error)
+            torch.set_rng_state(outside)
+            return
+        evaluations, seconds = self.model.node.vf.nfe - nfe, self._clock() - start
+        history = self.history
+        history.loss.append(terminal.item())
+        history.accuracy.append((logits.argmax(1) == y).float().mean().item())
+        history.nfe.append(int(evaluations))
+        self._x, self._y = x, y
+        self._since_renewal += 1
+        if not self.driver.owns_rates:
+            self._set_rates()
+        start = self._clock()
+        self.driver.after_step(self, terminal)
+        seconds += self._clock() - start
+        history.t_f.append(end_of(self.model))
+        history.seconds.append(seconds + (history.seconds[-1] if history.seconds else 0.0))
+        self._random = torch.get_rng_state()
+        torch.set_rng_state(outside)
+        if self.done:
+            self.driver.finish(self)
+
+    def _forward_backward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the method's loss; returns the terminal loss and the logits."""
+        step = Step(self.model.before(x), y)
+        loss: Tensor | float = 0.0
+        if self.method.solves:
+            step.t_eval, step.sol = self.model.node(step.z0, self.model.t_span)
+            logits = self.model.head(step.sol[-1])
+            terminal = cross_entropy(logits, y)
+            loss = self.method.terminal * terminal if self.method.terminal else 0.0
+        for term in self.terms:
+            loss = loss + term(step)
+        loss = loss + self.driver.penalty(self)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} after {len(self.history.loss)} iterations")
+        loss.backward()
+        if not self.method.solves:
+            with torch.no_grad():
+                logits = self.model(x)
+                terminal = cross_entropy(logits, y)
+        return terminal, logits
+
+    def loss_again(self) -> Tensor:
+        """The terminal loss of the last batch with the model as it is now."""
+        return cross_entropy(self.model(self._x), self._y)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        size, data = self.settings.batch, self.data
+        if size is None:
+            return data.x, data.y
+        if len(self._order) < size:
+            self._order = torch.randperm(len(data.x), generator=self._batches)
+        index, self._order = self._order[:size], self._order[size:]
+        index = index.to(self.device)
+        return cropped(data.x[index], data.pad, self._batches), data.y[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a stopped run needs to go on as if it had not been stopped."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "driver": self.driver.state_dict(),
+            "history": asdict(self.history),
+            "random": self._random,
+            "batches": self._batches.get_state(),
+            "order": self._order,
+            "since_renewal": self._since_renewal,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a stopped run."""
+        self.model.load_state_dict(state["model"])
+        self.driver.load_state_dict(state["driver"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = History(**state["history"])
+        self._random, self._order = state["random"].cpu(), state["order"]
+        self._batches.set_state(state["batches"].cpu())
+        self._since_renewal = state["since_renewal"]
+
+
+def end_of(model: Classifier) -> float:
+    """t_f, in units of time."""
+    return model.node.t_f.item() if hasattr(model.node, "t_f") else model.t_span[-1].item()
+
+
+def race(runs: Sequence[Run], advanced: Callable[[Run], None] = lambda run: None) -> None:
+    """Trains all runs to their ends, one iteration of each in turn.
+
+    Args:
+        runs: the models in training.
+        advanced: called after each iteration, for progress bars and checkpoints.
+    """
+    with single_thread():
+        while any(not run.done for run in runs):
+            for run in runs:
+                if not run.done:
+                    run.step()
+                    advanced(run)

@@ -1,0 +1,430 @@
+r"""Continuous normalizing flows over a learned interval: densities, samples, and the paper's time-dependent field.
+
+A flow carries data x at t0 to a base distribution at t_f, with the change of log-density beside it (eq. 5):
+
+    d/dt [l, z] = [-Tr(df/dz), f(t, z)],    l(t0) = 0, z(t0) = x,
+    log p(x) = log p_base(z(t_f)) - l(t_f),
+
+and is trained on the mean negative log-likelihood, eq. (6). Samples start from the base at t_f and run back to t0. The
+state is torchdyn's own, ``[batch, 1 + dim]`` with l in the first column, so that ``torchdyn.models.CNF`` fits as it is.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import REQUIRES_NOISE
+
+from torchdyn_mintime.secondary import evaluating, undisturbed
+from torchdyn_mintime.span import LearnableSpan
+from torchdyn_mintime.wrapping import parameter_groups
+
+__all__ = ["FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
+
+
+class Gaussian(nn.Module):
+    r"""The base N(mean, variance I), which moves with the model (a ``torch.distributions`` object does not).
+
+    Args:
+        dim: number of dimensions.
+        variance: of each dimension. The Neural ODEs example and the paper take 0.1.
+        mean: of each dimension.
+
+    Raises:
+        ValueError: ``dim`` below 1, or a variance that is not positive and finite.
+
+    Example:
+        >>> base = Gaussian(2, variance=0.1)
+        >>> base.log_prob(base.sample((4,))).shape
+        torch.Size([4])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, variance: float = 1.0, mean: float = 0.0):
+        super().__init__()
+        if not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"dim must be a whole number, 1 or more; got {dim!r}")
+        if not (math.isfinite(variance) and variance > 0):
+            raise ValueError(f"variance must be positive and finite; got {variance!r}")
+        self.register_buffer("mean", torch.full((dim,), float(mean)))
+        self.register_buffer("scale", torch.full((dim,), math.sqrt(variance)))
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """``(dim,)``."""
+        return self.mean.shape
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; mean, variance I), ``[..., dim] -> [...]`` (nats)."""
+        standard = (z - self.mean) / self.scale
+        return -0.5 * (standard.square() + math.log(2 * math.pi)).sum(-1) - self.scale.log().sum()
+
+    def sample(self, shape: Sequence[int] = ()) -> Tensor:
+        """Independent draws, ``[*shape, dim]``."""
+        noise = torch.randn(*shape, len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + self.scale * noise
+
+    def extra_repr(self) -> str:
+        return f"{len(self.mean)}, variance={self.scale[0].item() ** 2:.4g}"
+
+
+class HyperNet(nn.Module):
+    r"""The field of the Neural ODEs flow example, whose weights are a small network of the time:
+
+        f(t, z) = 1/width sum_k v_k(t) tanh(w_k(t) . z + b_k(t)),    v_k = u_k sigmoid(g_k).
+
+    ``self.t`` is set by torchdyn before every evaluation, as for ``DepthCat``, so that ``CNF(HyperNet(2))`` works. The
+    trace of its Jacobian has a closed form, which :class:`HyperCNF` uses.
+
+    Args:
+        dim: number of dimensions of z.
+        hidden: width of the network of the time.
+        width: number of terms.
+
+    Example:
+        >>> net = HyperNet(2)
+        >>> net.t = torch.tensor(0.5)
+        >>> net(torch.zeros(8, 2)).shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(self, dim: int = 2, hidden: int = 32, width: int = 64):
+        super().__init__()
+        self.dim, self.width = dim, width
+        self.net = nn.Sequential(
+            nn.Linear(1, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, 3 * width * dim + width),
+        )
+        self.t: Tensor | None = None
+
+    def weights(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """w ``[width, dim]``, b ``[width]`` and v / width ``[width, dim]`` at the time ``self.t``."""
+        if self.t is None:
+            raise RuntimeError("HyperNet has no time yet: solve it in a NeuralODE, or set its `t` to a tensor first")
+        size, first = self.width * self.dim, next(self.net.parameters())
+        # Times come in the state's dtype; under autocast or in mixed models the network may have another.
+        out = self.net(torch.as_tensor(self.t).reshape(1, 1).to(first))[0].to(z)
+        w, u, g, b = out.split([size, size, size, self.width])
+        v = (u * torch.sigmoid(g)).view(self.width, self.dim) / self.width
+        return w.view(self.width, self.dim), b, v
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f(t, z), ``[batch, dim] -> [batch, dim]``."""
+        w, b, v = self.weights(z)
+        return torch.tanh(torch.addmm(b, z, w.T)) @ v
+
+    def value_and_trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """f ``[batch, dim]`` and Tr(df/dz) = 1/width sum_k (1 - h_k^2) v_k . w_k ``[batch]``, with h the tanh above."""
+        w, b, v = self.weights(z)
+        h = torch.tanh(torch.addmm(b, z, w.T))
+        c = (w * v).sum(1)
+        return h @ v, c.sum() - (h * h) @ c
+
+
+class HyperCNF(nn.Module):
+    r"""The field [-Tr(df/dz), f] of a net that knows its own trace, in the place of ``torchdyn.models.CNF``.
+
+    Same values as ``CNF(net)`` with its exact trace, without a call of autograd for each dimension: half the time.
+
+    Args:
+        net: a module with ``value_and_trace(z) -> (f [batch, dim], trace [batch])``; default ``HyperNet(dim)``.
+        dim, hidden, width: of the default net.
+
+    Example:
+        >>> span = LearnableSpan(NeuralODE(HyperCNF(dim=2), solver="rk4"))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> t_eval, sol = span(torch.zeros(8, 3))
+        >>> sol[-1].shape
+        torch.Size([8, 3])
+    """
+
+    # torchdyn's marks of a flow: its solve draws the noise and keeps the first column for the log-density by them.
+    noise_dist = None
+    noise = None
+
+    def __init__(self, net: nn.Module | None = None, *, dim: int = 2, hidden: int = 32, width: int = 64):
+        super().__init__()
+        self.net: Any = HyperNet(dim, hidden, width) if net is None else net
+        if not hasattr(self.net, "value_and_trace"):
+            raise TypeError(
+                f"HyperCNF takes a net with value_and_trace(z) -> (f, trace); {type(net).__name__} has none; "
+                "use torchdyn.models.CNF, which finds the trace by autograd"
+            )
+
+    def trace_estimator(self, z: Tensor) -> Tensor:
+        """Tr(df/dz), ``[batch]``: exact."""
+        return self.net.value_and_trace(z)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """d/dt [l, z], ``[batch, 1 + dim]``."""
+        value, trace = self.net.value_and_trace(x[:, 1:])
+        return torch.cat([-trace[:, None], value], 1)
+
+
+class FlowModel(pl.LightningModule):
+    r"""A continuous normalizing flow with a learned interval, ready to train with Lightning or by hand.
+
+    Args:
+        flow: a ``NeuralODE`` over ``torchdyn.models.CNF`` or :class:`HyperCNF`, or its :class:`LearnableSpan`. A bare
+            node is wrapped. For an interval that stays as it is, freeze it: ``model.span.t_f.requires_grad_(False)``.
+        base: the distribution of z(t_f): a ``torch.distributions.Distribution`` over vectors (``event_shape``
+            ``(dim,)``), or a module with ``event_shape``, ``log_prob`` and ``sample``, such as :class:`Gaussian`. A
+            module moves with the model and its parameters are trained; a Distribution must be on the data's device
+            and of its dtype.
+        lr: Adam's learning rate of the field.
+        span_lr: that of the times, in units of time a step; default ``lr``.
+
+    The price of time is not set here: add ``weight * model.span.duration`` to ``model.nll(x)`` (eq. 13), or give the
+    trainer ``torchdyn_mintime.lightning.MinimumTime(weight)``. Under Hutchinson's trace :meth:`log_prob` is an unbiased
+    estimate; a regularizer that looks at the last solve sees the noise of that solve.
+
+    Raises:
+        TypeError: ``flow`` is no flow, or ``base`` is no distribution.
+        ValueError: base, field and noise do not fit one another.
+
+    Example:
+        >>> from torchdyn.models import CNF
+        >>> net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        >>> model = FlowModel(NeuralODE(CNF(net), solver="rk4"), Gaussian(2))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> x = torch.randn(64, 2)
+        >>> loss = model.nll(x) + 0.1 * model.span.duration
+        >>> loss.backward()
+        >>> model.sample(5).shape, model.log_prob(x).shape
+        (torch.Size([5, 2]), torch.Size([64]))
+    """
+
+    def __init__(
+        self,
+        flow: "NeuralODE | LearnableSpan",
+        base: "Distribution | nn.Module",
+        *,
+        lr: float = 1e-3,
+        span_lr: float | None = None,
+    ):
+        super().__init__()
+        for name, value in {"lr": lr, "span_lr": lr if span_lr is None else span_lr}.items():
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number, 0 or more; got {value!r}")
+        dim = _check_base(base)
+        span = flow if isinstance(flow, LearnableSpan) else _wrapped(flow)
+        _check_field(span, dim)
+        self.flow = span
+        self.base: Any = base
+        self.dim, self.lr, self.span_lr = dim, lr, span_lr
+
+    # ------------------------------------------------------------------------------------------ the two directions
+
+    @property
+    def span(self) -> LearnableSpan:
+        """The span over which the flow runs: ``span.t_f``, ``span.duration``, ``span.nfe``, ``span.steps``."""
+        if not isinstance(self.flow, LearnableSpan):
+            raise TypeError(
+                "the flow's LearnableSpan was taken out (unwrap); put it back: torchdyn_mintime.wrap(model)"
+            )
+        return self.flow
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to base, from t0 to t_f.
+
+        Args:
+            x: ``[batch, dim]``.
+
+        Returns:
+            z(t_f) ``[batch, dim]``, and l(t_f) = -int Tr(df/dz) dt ``[batch]`` of eq. (5), in nats.
+        """
+        self._check(x, "data x")
+        return self._run(x)
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Base to data, from t_f back to t0 over the same grid.
+
+        Args:
+            z: ``[batch, dim]``.
+
+        Returns:
+            x ``[batch, dim]``, and l(t_f) of the same path ``[batch]``, so that log p(x) = log p_base(z) - l.
+        """
+        self._check(z, "base points z")
+        x, change = self._run(z, reverse=True)
+        return x, -change
+
+    def _run(self, start: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        if torch.is_inference_mode_enabled():
+            # Lightning validates in inference mode, where no trace can be taken by autograd.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._run(start.clone(), reverse)
+        span = self.span
+        extra = 1 + _cost_columns(span)
+        state = torch.cat([start.new_zeros(len(start), extra), start], 1)
+        # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
+        span._filled = True
+        out = span(state, span.t_span.flip(0)) if reverse else span(state)
+        sol = out[1] if isinstance(out, tuple) else out
+        end = sol[-1]
+        return end[:, extra:], end[:, extra - 1]
+
+    # ------------------------------------------------------------------------------------------ densities and samples
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) = log p_base(z(t_f)) - l(t_f), eq. (5), differentiable in x, the field and the times.
+
+        Args:
+            x: ``[batch, dim]``.
+
+        Returns:
+            ``[batch]``, nats.
+
+        Raises:
+            TypeError, ValueError: x is not a finite floating-point tensor of the base's dimension.
+            IntegrationError: the solve failed.
+        """
+        z, change = self.encode(x)
+        return self.base.log_prob(z) - change
+
+    def forward(self, x: Tensor) -> Tensor:
+        """:meth:`log_prob`."""
+        return self.log_prob(x)
+
+    def nll(self, x: Tensor) -> Tensor:
+        """The mean negative log-likelihood, eq. (6), in nats: the terminal loss."""
+        return -self.log_prob(x).mean()
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """``n`` draws from the flow as it is, ``[n, dim]``: trained or not, they follow its :meth:`log_prob`."""
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"sample takes the number of draws, a whole number of 1 or more; got {n!r}")
+        return self.decode(self.base.sample((n,)).to(self._like()))[0]
+
+    def _like(self) -> Tensor:
+        """A tensor of the flow's dtype and device."""
+        return next((p for p in self.span.node.vf.parameters()), self.span.t_f)
+
+    def _check(self, x: Any, what: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{what} must be a tensor [batch, {self.dim}]; got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{what} must be of a floating-point type; got {x.dtype}; use .float()")
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(
+                f"{what} must have the shape [batch, {self.dim}], the base's dimension; got {tuple(x.shape)} "
+                "(the column of the log-density is added by the model)"
+            )
+        if math.isfinite(x.detach().sum().item()):  # one reduction where all is well
+            return
+        if len(bad := (~torch.isfinite(x).all(1)).nonzero().flatten()):
+            raise ValueError(
+                f"{what} holds NaN or infinite entries in {len(bad)} of {len(x)} rows, first in row {bad[0].item()}; "
+                "remove or impute them"
+            )
+
+    # ------------------------------------------------------------------------------------------ Lightning
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, with the times in a group of their own."""
+        groups = parameter_groups(self, lr=self.lr, span_lr=self.span_lr)
+        return torch.optim.Adam([group for group in groups if group["params"]])
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """The loss of a batch ``[batch, dim]``, or of the first entry of a tuple; logs ``nll``."""
+        return self._step(batch, "nll")
+
+    def validation_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Logs ``val_nll``."""
+        return self._step(batch, "val_nll")
+
+    def test_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Logs ``test_nll``."""
+        return self._step(batch, "test_nll")
+
+    def _step(self, batch: Any, name: str) -> Tensor:
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        loss = self.nll(x)
+        self.log(name, loss.detach(), prog_bar=True, batch_size=len(x))
+        return loss
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _cost_columns(span: LearnableSpan) -> int:
+    """Columns that torchdyn keeps before the field's own state: one for an integral loss under autograd."""
+    return int(span.node.integral_loss is not None and span.node.sensitivity == "autograd")
+
+
+def _wrapped(flow: Any) -> LearnableSpan:
+    if not isinstance(flow, NeuralODE):
+        raise TypeError(f"flow must be a NeuralODE over a CNF, or its LearnableSpan; got {type(flow).__name__}")
+    return LearnableSpan(flow)
+
+
+def _check_base(base: Any) -> int:
+    """The base's dimension."""
+    missing = [name for name in ("log_prob", "sample", "event_shape") if not hasattr(base, name)]
+    if missing:
+        raise TypeError(
+            f"base must be a distribution; {type(base).__name__} has no {', '.join(missing)}; try Gaussian(dim)"
+        )
+    event, batch = tuple(base.event_shape), tuple(getattr(base, "batch_shape", ()))
+    if len(event) != 1 or batch:
+        hint = "; wrap it in torch.distributions.Independent(base, 1)" if len(batch) == 1 and not event else ""
+        raise ValueError(
+            f"base must be one distribution over vectors, event_shape (dim,); got event_shape {event} and "
+            f"batch_shape {batch}{hint}"
+        )
+    return event[0]
+
+
+def _check_field(span: LearnableSpan, dim: int) -> None:
+    """The field is a flow's, of the base's dimension, and its noise fits."""
+    modules = list(span.node.vf.modules())
+    flows = [m for m in modules if hasattr(m, "trace_estimator")]
+    if not flows:
+        raise TypeError(
+            "the NeuralODE's field has no trace: it must give [-Tr(df/dz), f] for a state [l, z]; "
+            "put the net in torchdyn.models.CNF(net), or use HyperCNF"
+        )
+    if span.order > 1:
+        raise ValueError(f"a flow's ODE is of order 1; this NeuralODE has order={span.order}")
+    if any(hasattr(m, "_control") for m in modules):
+        raise ValueError(
+            "the field uses DataControl, which reads the initial state: forwards that is x, backwards z, so the two "
+            "directions would be different flows; remove it"
+        )
+    for flow in flows:
+        noise = flow.noise_dist
+        if noise is None:
+            if flow.trace_estimator in REQUIRES_NOISE:
+                raise ValueError(
+                    "Hutchinson's trace needs noise_dist, a distribution over vectors of the data's dimension, such as "
+                    f"MultivariateNormal(torch.zeros({dim}), torch.eye({dim})); got None"
+                )
+        elif hasattr(noise, "event_shape") and (shape := tuple(noise.batch_shape + noise.event_shape)) != (dim,):
+            raise ValueError(f"noise_dist draws vectors of shape {shape}, but the base has the dimension {dim}")
+    _probe(span, dim)
+
+
+@torch.no_grad()
+def _probe(span: LearnableSpan, dim: int) -> None:
+    """One evaluation, which leaves no trace, to see that the field takes the base's dimension."""
+    like = next((p for p in span.node.vf.parameters()), span.t_f)
+    x = torch.zeros(2, 1 + _cost_columns(span) + dim, dtype=like.dtype, device=like.device)
+    with undisturbed(span), evaluating(span), torch.random.fork_rng(devices=[]):
+        bound = span._field.bind(x)
+        try:
+            out = bound.function(span.t0.detach().to(x), x)
+        except RuntimeError as error:
+            raise ValueError(f"the field does not accept data of the base's dimension {dim}: {error}") from error
+    if out.shape != x.shape:
+        raise ValueError(f"the field gave the shape {tuple(out.shape)} for a state of shape {tuple(x.shape)}")

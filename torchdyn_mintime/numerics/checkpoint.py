@@ -1,0 +1,221 @@
+r"""The exact gradient of the discrete solution, with the memory of one state a step.
+
+autograd keeps what every evaluation of the field used. Here the solve keeps the states z_i that its steps started from;
+backward takes the steps in reverse, each once more with a graph of its own, and carries lambda_i = dl/dz_i,
+
+    lambda_i = lambda_{i+1} dS_i/dz + dPhi/dz(t_i),    dl/dtheta = sum_i lambda_{i+1} dS_i/dtheta,    z_{i+1} = S_i(z_i),
+
+and the same for the times that the first and the last step depend on. The graph is the one that autograd would have
+kept, so the gradient is the same to rounding, for one more evaluation of every stage. Adaptive steps are held as accepted.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdyn_mintime.numerics.adjoint import _autocast, _autocast_state
+from torchdyn_mintime.numerics.integrate import Grid, Solution, _cast, _interpolate, _stage_times, integrate
+from torchdyn_mintime.numerics.steppers import Stepper
+
+__all__ = ["CheckpointProblem", "solve_checkpointed"]
+
+VectorField = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass
+class CheckpointProblem:
+    """What a checkpointed solve needs to know.
+
+    Attributes:
+        f: the field. It must give the same again when it is evaluated again.
+        module: the module that holds the parameters which f uses, by the names in ``parameters``.
+        parameters: those that require a gradient.
+        stepper, atol, rtol, interpolator: of the solve (see :func:`integrate`).
+        restored: a context in which the field is as it was in the forward solve (data control, noise).
+    """
+
+    f: VectorField
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    stepper: Stepper
+    atol: float
+    rtol: float
+    interpolator: Callable | None = None
+    restored: Callable[[], AbstractContextManager] = nullcontext
+
+
+def solve_checkpointed(problem: CheckpointProblem, x: Tensor, grid: Grid) -> Solution:
+    """Solve along a grid; ``solution.states`` carries the gradients of the discrete solution.
+
+    Raises:
+        IntegrationError: as :func:`integrate`.
+        ValueError: the field uses a tensor that requires a gradient and is not among the parameters; autograd would
+            find it, a second evaluation would not.
+    """
+    info: dict[str, Any] = {}
+    states = _Checkpointed.apply(problem, info, grid, x, grid.start, grid.end, *problem.parameters.values())
+    return Solution(states, info["steps"])
+
+
+class _Checkpointed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: CheckpointProblem, info, grid: Grid, x, start, end, *parameters):
+        stepper, fixed = problem.stepper, not problem.stepper.adaptive
+        start, end = (None if t is None else t.detach() for t in (start, end))
+        solution = integrate(
+            _watched(problem.f, parameters),
+            x.detach(),
+            Grid(grid.nodes, start, end, None if fixed else grid.keep),
+            stepper,
+            atol=problem.atol,
+            rtol=problem.rtol,
+            interpolator=problem.interpolator,
+            record=not fixed,
+        )
+        returned = solution.states
+        if not fixed:
+            started = torch.stack([z for _, z, _ in solution.path[:-1]])
+        else:
+            started = returned  # with the last state too, which nothing starts from: no second copy of the others
+            if grid.keep is not None:
+                returned = returned[[i for i, kept in enumerate(grid.keep) if kept]]
+        ctx.problem, ctx.steps = problem, solution.steps
+        ctx.grid = Grid(grid.nodes, start, end, grid.keep)
+        ctx.autocast = _autocast_state(x.device.type)
+        ctx.save_for_backward(started, *parameters)
+        info["steps"] = solution.steps
+        return returned
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_states):
+        started, *parameters = ctx.saved_tensors
+        problem, names = ctx.problem, list(ctx.problem.parameters)
+        replay = _Replay(problem, ctx.grid, ctx.steps)
+        current = dict(problem.module.named_parameters())
+        with problem.restored(), _autocast(*ctx.autocast):
+            if all(current.get(n) is p for n, p in zip(names, parameters, strict=True)):
+                x, start, end, totals = replay(started, grad_states, parameters)
+            else:  # the module holds others by now (functional_call): put those of the forward solve in their place
+                leaves = [p.detach().requires_grad_() for p in parameters]
+                named = {f"module.{n}": leaf for n, leaf in zip(names, leaves, strict=True)}
+                x, start, end, totals = torch.func.functional_call(replay, named, (started, grad_states, leaves))
+        return (None, None, None, x, start, end, *totals)
+
+
+class _Replay(nn.Module):
+    """The steps taken once more, last one first. A module, so that parameters can be put in its field's place."""
+
+    def __init__(self, problem: CheckpointProblem, grid: Grid, steps: Sequence[float]):
+        super().__init__()
+        self.module = problem.module
+        self._problem, self._grid, self._steps = problem, grid, steps
+
+    def forward(self, started: Tensor, grad_states: Tensor, parameters: Sequence[Tensor]):
+        grid, steps, stepper, f = self._grid, self._steps, self._problem.stepper, self._problem.f
+        nodes, last = grid.nodes, len(steps) - 2
+        keep = grid.keep or [True] * len(nodes)
+        kept = [t for t, k in zip(nodes, keep, strict=True) if k]
+        incoming = dict(zip(kept, grad_states, strict=True))  # by time; landing on a point is exact
+        start, end = (None if t is None else t.detach().requires_grad_() for t in (grid.start, grid.end))
+        passes = self._passes()
+        totals: list[Tensor | None] = [None] * (len(parameters) + 2)
+        carried: Tensor | None = None
+        stepper.prepare(started[0])
+        for i in range(last, -1, -1):
+            t, t_new = steps[i], steps[i + 1]
+            if (arriving := incoming.get(t_new)) is not None and (passes is None or i == last):
+                carried = arriving if carried is None else carried + arriving
+            inside = [] if passes is None else [incoming[nodes[k]] for k in range(*passes[i]) if keep[k]]
+            if carried is None and not inside:  # nothing was asked for from here on
+                continue
+            with torch.enable_grad():
+                z = started[i].detach().requires_grad_()
+                ends = start if i == 0 else None, end if i == last else None
+                step = Grid([t, t_new], *ends)
+                times = _stage_times(f, step, stepper, z)[0]
+                z_new, stages = stepper.step(f, z, times, _cast(step.size(0), z))
+                outputs: list[Tensor] = []
+                if inside:
+                    interpolator = self._problem.interpolator
+                    _interpolate(interpolator, passes[i][0], nodes, keep, outputs, t, t_new, z, z_new, stages)
+            weights = inside
+            if carried is not None:
+                outputs, weights = [*outputs, z_new], [*inside, carried]
+            wanted = [z, *parameters, *(time for time in ends if time is not None)]
+            carried, *found = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+            places = [*range(len(parameters)), *(len(parameters) + k for k in (0, 1) if ends[k] is not None)]
+            for k, g in zip(places, found, strict=True):
+                if g is not None:
+                    total = totals[k]
+                    # The first is copied: what autograd returns may be shared with something else.
+                    totals[k] = g.clone() if total is None else total.add_(g)
+        if (arriving := incoming.get(nodes[0])) is not None:
+            carried = arriving if carried is None else carried + arriving
+        *totals, start, end = totals
+        return carried, start, end, totals
+
+    def _passes(self) -> list[tuple[int, int]] | None:
+        """The interior points that each step's interpolation gave, as ranges; None where every point was landed on."""
+        if self._problem.interpolator is None or not self._problem.stepper.adaptive:
+            return None
+        nodes, begin, passes = self._grid.nodes, 1, []
+        for t, t_new in zip(self._steps, self._steps[1:], strict=False):
+            end = begin
+            while end < len(nodes) - 1 and min(t, t_new) <= nodes[end] <= max(t, t_new):
+                end += 1
+            passes.append((begin, end))
+            begin = end
+        return passes
+
+
+# --------------------------------------------------------------------------------------- tensors that nobody named
+
+
+def _watched(f: VectorField, parameters: Sequence[Tensor]) -> VectorField:
+    """``f``, whose first evaluation looks for tensors that require a gradient and would get none."""
+    first = True
+
+    def evaluate(t, z):
+        nonlocal first
+        if not first:
+            return f(t, z)
+        first = False
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            dz = f(t, z)
+        value = dz.detach()
+        known = {id(z), id(t), *map(id, parameters)}
+        strangers = [weakref.ref(leaf) for leaf in _leaves(dz, parameters) if id(leaf) not in known]
+        del dz
+        # What the field made for itself in the evaluation is gone with its graph.
+        for stranger in strangers:
+            if (leaf := stranger()) is not None:
+                raise ValueError(
+                    f"checkpoint=True, but the vector field uses a tensor of shape {tuple(leaf.shape)} that requires a "
+                    "gradient and is not a parameter of the node's field, so it would get none; register it there "
+                    "(NeuralODE's optimizable_params=), detach it, or use checkpoint=False"
+                )
+        return value
+
+    evaluate.timed = getattr(f, "timed", True)  # type: ignore[attr-defined]
+    return evaluate
+
+
+def _leaves(output: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaves of a graph, without what lies behind ``parameters`` (under functional_call they may be computed)."""
+    seen: set[Any] = {p.grad_fn for p in parameters}
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes.extend(following for following, _ in node.next_functions)

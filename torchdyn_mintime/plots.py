@@ -1,0 +1,100 @@
+"""Pictures of training and of trained models, each drawn on an axis of matplotlib that the caller gives."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "curves", "grid_of_axes", "points", "regions", "save", "trajectories"]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255", "#117733")
+"""Okabe and Ito's, told apart by colour-blind readers too; two more for ten classes."""
+
+STYLES = ("-", "-", "--", "-.", ":")
+
+
+def grid_of_axes(rows: int, columns: int, width: float = 4.0, height: float = 3.4) -> "tuple[Figure, list[Axes]]":
+    """A figure of its own, without a display, and its axes row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Writes the figure, and the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def curves(
+    axis: "Axes",
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    log: bool = False,
+) -> None:
+    """Named curves, each a pair (x, y)."""
+    for i, (name, (xs, ys)) in enumerate(lines.items()):
+        axis.plot(xs, ys, color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.6, linestyle=STYLES[i % len(STYLES)])
+    axis.set(xlabel=x, ylabel=y, title=title)
+    if log:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    if len(lines) > 1:
+        axis.legend(fontsize=8)
+
+
+def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:
+    """Points of the plane ``[n, 2]``, coloured by class."""
+    for c in labels.unique().tolist():
+        axis.scatter(*x[labels == c, :2].T.tolist(), s=6, color=COLOURS[c % len(COLOURS)], label=f"class {c}")
+    axis.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
+    axis.legend(fontsize=8)
+
+
+def trajectories(axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most: int = 80) -> None:
+    """Paths of the state in the plane; a ring where each starts, a dot where it ends.
+
+    Args:
+        sol: ``[points, batch, n]``. The first two dimensions are drawn; above three, the two directions in which the
+            last states vary most.
+        labels: classes ``[batch]``.
+        most: about how many paths.
+    """
+    sol = sol.detach().flatten(2)
+    names = "$z_1$", "$z_2$"
+    if sol.shape[2] > 3:
+        last = sol[-1] - sol[-1].mean(0)
+        directions = torch.linalg.svd(last, full_matrices=False).Vh[:2]
+        sol, names = (sol - sol[-1].mean(0)) @ directions.T, ("first principal direction", "second")
+    every = max(1, sol.shape[1] // most)  # evenly spread: data is often sorted by class
+    sol, labels = sol[:, ::every, :2].cpu(), labels[::every].cpu()
+    for i, c in enumerate(labels.tolist()):
+        colour = COLOURS[c % len(COLOURS)]
+        axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
+    colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]
+    axis.scatter(*sol[0].T.tolist(), s=9, facecolors="none", edgecolors=colours, linewidths=0.7)
+    axis.scatter(*sol[-1].T.tolist(), s=9, c=colours)
+    axis.set(title=title, xlabel=names[0], ylabel=names[1])
+
+
+def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tensor, *, title: str) -> None:
+    """The plane coloured by the class that a model gives it, with the data on top.
+
+    Args:
+        ticks: coordinates ``[n]`` of a square grid, the same in both directions.
+        share: of class 1 at each point ``[n, n]``, rows being ``y``; between 0 and 1.
+        x, labels: the data, ``[k, 2]`` and ``[k]``.
+    """
+    axis.contourf(ticks.tolist(), ticks.tolist(), share.tolist(), levels=20, cmap="RdBu", alpha=0.6, vmin=0, vmax=1)
+    points(axis, x, labels, title=title)
