@@ -1,8 +1,8 @@
 """Profiles, seeds and dtypes shared by all tests.
 
-    pytest                                   the default profile: few examples, a few minutes in all
-    HYPOTHESIS_PROFILE=thorough pytest       many examples and the full counts of every statistical test
-    CI=1 pytest                              the default sizes, derandomized: one commit, one verdict
+pytest                                   the default profile: few examples, a few minutes in all
+HYPOTHESIS_PROFILE=thorough pytest       many examples and the full counts of every statistical test
+CI=1 pytest                              the default sizes, derandomized: one commit, one verdict
 """
 
 import os

@@ -37,6 +37,11 @@ def directions_like(tensors, seed: int = 0) -> list[Tensor]:
 
 
 def assert_close(analytic: float, numeric: float, scale: float, rtol: float, what: str = "") -> None:
-    """|analytic - numeric| <= rtol * max(|numeric|, 1e-2 scale): a derivative that happens to vanish is measured by its terms."""
+    """|analytic - numeric| <= rtol * max(|numeric|, 1e-2 scale).
+
+    The scale is that of the terms: a derivative in which they happen to cancel is not asked for more digits than they have.
+    """
     error = abs(analytic - numeric) / max(abs(numeric), 1e-2 * scale, 1e-300)
-    assert error <= rtol, f"{what}: gradient {analytic!r}, difference {numeric!r}, relative error {error:.2e} > {rtol:.0e}"
+    assert error <= rtol, (
+        f"{what}: gradient {analytic!r}, difference {numeric!r}, relative error {error:.2e} > {rtol:.0e}"
+    )

@@ -4,6 +4,7 @@ Nothing here uses the package under test. `rhs(t, x)` is always the plain right-
 that a reference solution does not share torchdyn's faults either.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -213,7 +214,9 @@ def random_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, b
             module = _mlp(dim, dim).to(dtype)
             rhs = lambda t, x: module(x)  # noqa: E731
         elif kind == "depthcat":
-            module = nn.Sequential(DepthCat(1), nn.Linear(dim + 1, 8), nn.Tanh(), DepthCat(1), nn.Linear(9, dim)).to(dtype)
+            module = nn.Sequential(DepthCat(1), nn.Linear(dim + 1, 8), nn.Tanh(), DepthCat(1), nn.Linear(9, dim)).to(
+                dtype
+            )
 
             def rhs(t, x):
                 column = t * torch.ones(x.shape[0], 1, dtype=x.dtype)
@@ -273,7 +276,7 @@ def reference(rhs, x: Tensor, times: Tensor, steps: int = 200) -> Tensor:
     """
     substeps = math.ceil(steps / (len(times) - 1))
     states = [x]
-    for a, b in zip(times[:-1], times[1:], strict=True):
+    for a, b in itertools.pairwise(times):
         dt, z = (b - a) / substeps, states[-1]
         for i in range(substeps):
             z = rk4_step(rhs, a + i * dt, z, dt)

@@ -19,7 +19,7 @@ from torchdyn_mintime.experiments import flow_pictures
 from torchdyn_mintime.experiments import flows as experiment
 from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
 from torchdyn_mintime.lightning import MinimumTime
-from torchdyn_mintime.regularizers import StepDoubling
+from torchdyn_mintime.regularizers import JacobianNorm, KineticEnergy, StepDoubling
 
 TIGHT = {"atol": 1e-8, "rtol": 1e-8, "atol_adjoint": 1e-8, "rtol_adjoint": 1e-8}
 
@@ -290,6 +290,22 @@ def test_a_regularizer_sees_the_noise_of_the_last_solve():
     first, again = doubling.penalty().item(), doubling.penalty().item()
     # New noise would differ in the trace by order one, and make the penalty that large.
     assert first == again < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["hutchinson", "closed form, hypernetwork"])
+def test_regularizers_along_the_path_take_the_flow_s_own_noise_and_skip_its_first_column(kind, x):
+    model = flow(FIELDS[kind]())
+    kinetic, jacobian = KineticEnergy(model), JacobianNorm(model)
+    nll = model.nll(x)
+    (nll + kinetic.penalty() + jacobian.penalty() + 0.1 * model.span.duration).backward()
+    assert model.span.t_f.grad.isfinite()
+    if kind == "hutchinson":
+        assert torch.equal(jacobian.noise, HeldNoise().sample((len(x),)))
+    # By hand: the trapezoidal rule over the speed of z alone.
+    with torch.no_grad():
+        t_eval, sol = model.span(torch.cat([torch.zeros_like(x[:, :1]), x], 1))
+        speed = torch.stack([model.span.vf(t, z)[:, 1:].square().mean() / 2 for t, z in zip(t_eval, sol, strict=True)])
+    assert kinetic.penalty().item() == pytest.approx(torch.trapezoid(speed, t_eval.detach()).item(), rel=1e-9)
 
 
 class Loader(torch.utils.data.DataLoader):

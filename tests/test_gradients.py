@@ -111,7 +111,8 @@ class Case:
             last, first = (0, -1) if self.descending else (-1, 0)
             speed = {
                 "dl/dt_f": self.model.rhs(t_eval[last], sol[last]).norm() * dl_dz[last].norm(),
-                "dl/dt0": self.model.rhs(t_eval[first], sol[first]).norm() * max(self.x.grad.norm(), dl_dz[first].norm()),
+                "dl/dt0": self.model.rhs(t_eval[first], sol[first]).norm()
+                * max(self.x.grad.norm(), dl_dz[first].norm()),
             }
         gradients = {}
         for name, (tensors, directions) in self.targets().items():
@@ -327,7 +328,7 @@ def test_closed_forms(equation, sensitivity, solver, descending):
     x.requires_grad_(True)
     template = torch.linspace(-0.4, 0.9, 101 if fixed else 3, dtype=torch.float64)
     span = tm.LearnableSpan(node, template, learn_t0=True)
-    t_eval, sol = span(x, template.flip(0)) if descending else span(x)
+    _t_eval, sol = span(x, template.flip(0)) if descending else span(x)
     weights = torch.randn(x.shape, dtype=torch.float64)
     (sol[-1] * weights).sum().backward()
     got = [span.t0.grad, span.t_f.grad, x.grad, *(p.grad for p in field.parameters())]
@@ -501,7 +502,9 @@ def test_t_eval_carries_the_gradient_of_both_times(solver, sensitivity):
 def test_trajectory_has_the_same_gradients_as_forward(solver, sensitivity):
     results = []
     for way in ("forward", "trajectory"):
-        model = random_model("keyword", seed=2, solver=solver, sensitivity=sensitivity, **(TIGHT if solver != "rk4" else {}))
+        model = random_model(
+            "keyword", seed=2, solver=solver, sensitivity=sensitivity, **(TIGHT if solver != "rk4" else {})
+        )
         template = torch.linspace(0, 1, 9, dtype=torch.float64)
         span = tm.LearnableSpan(model.node, template)
         sol = span(model.x)[1] if way == "forward" else span.trajectory(model.x, template)
@@ -522,7 +525,7 @@ def test_points_read_off_an_interpolant_have_the_right_time_gradients(sensitivit
         atol_adjoint=1e-9, rtol_adjoint=1e-9,
     )  # fmt: skip
     span = tm.LearnableSpan(model.node, template, learn_t0=True)
-    t_eval, sol = span(model.x)
+    _t_eval, sol = span(model.x)
     exact = reference(model.rhs, model.x, template)
     # The interpolant is of fourth order over long steps: 2e-5 here at a tolerance of 1e-6.
     torch.testing.assert_close(sol, exact, rtol=1e-4, atol=1e-4)
@@ -538,7 +541,15 @@ def test_points_read_off_an_interpolant_have_the_right_time_gradients(sensitivit
 @pytest.mark.parametrize("sensitivity", ("autograd", *ADJOINTS))
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_a_backward_can_be_repeated(solver, sensitivity):
-    case = Case("keyword", 1, torch.linspace(0, 1, 5, dtype=torch.float64), 0.9, "trajectory", solver=solver, sensitivity=sensitivity)
+    case = Case(
+        "keyword",
+        1,
+        torch.linspace(0, 1, 5, dtype=torch.float64),
+        0.9,
+        "trajectory",
+        solver=solver,
+        sensitivity=sensitivity,
+    )
     loss = case.value()
     leaves = [case.span.t_f, case.span.t0, case.x, *case.model.parameters]
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -611,7 +622,11 @@ def test_the_time_gradient_costs_at_most_one_evaluation(solver, sensitivity):
 @pytest.mark.parametrize("equation", CLOSED_FORMS)
 def test_the_reference_solves_the_closed_forms(equation):
     _, field, x = closed_form(equation)
-    rhs = field if getattr(field, "order", 1) == 1 else (lambda t, y: torch.cat([y[:, 2:] if y.shape[1] > 2 else y[:, 1:], field(t, y)], 1))
+    rhs = (
+        field
+        if getattr(field, "order", 1) == 1
+        else (lambda t, y: torch.cat([y[:, 2:] if y.shape[1] > 2 else y[:, 1:], field(t, y)], 1))
+    )
     for times in ((-0.4, 0.9), (0.9, -0.4)):
         span = torch.tensor(times, dtype=torch.float64)
         torch.testing.assert_close(reference(rhs, x, span)[-1], field.exact(span[0], span[1], x), rtol=1e-8, atol=1e-9)

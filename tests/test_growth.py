@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdyn.core import NeuralODE
 
 from torchdyn_mintime import DepthGrowth, LearnableSpan, recipes
-from torchdyn_mintime.growth import Rescue
+from torchdyn_mintime.growth import DivergedError, Rescue
 from torchdyn_mintime.lightning import GrowDepth
 from torchdyn_mintime.lyapunov import CrossEntropy
 
@@ -33,7 +33,7 @@ def short_span(steps=5, step=0.01, solver="rk4", **options):
 @given(start=st.integers(1, 8), needed=st.integers(0, 12), increment=st.sampled_from([None, 0.02]))
 def test_without_patience_it_is_algorithm_2(start, needed, increment):
     """Lines 6 to 10: while the loss is above epsilon, t_f grows by gamma."""
-    span = short_span(max(start, 2), t_f=start * 0.01)
+    span = LearnableSpan(random_model("mlp", dtype=torch.float32).node, torch.linspace(0, 1, 101), t_f=start * 0.01)
     growth = DepthGrowth(span, 0.1, increment)
     grew = [growth.step(1.0) for _ in range(needed)]
     assert all(grew) and not growth.done
@@ -142,6 +142,12 @@ def test_it_can_start_from_one_step_and_goes_on_along_the_template():
     assert span(torch.randn(2, 2))[0].tolist() == pytest.approx([0, 0.01, 0.02])
 
 
+@pytest.mark.parametrize("steps", [3, 7, 10, 11, 30, 100])
+def test_one_step_is_allowed_whatever_float32_makes_of_it(steps):
+    node = random_model("mlp", dtype=torch.float32).node
+    assert LearnableSpan(node, torch.linspace(0, 1, steps + 1), t_f=1 / steps).steps == 1
+
+
 def test_adaptive_solvers_must_say_by_how_much():
     span = short_span(solver="tsit5")
     with pytest.raises(ValueError, match="increment=None, but an adaptive solver"):
@@ -193,7 +199,7 @@ def test_an_exploded_loss_goes_back_with_half_the_learning_rate():
     rescue = Rescue(net, optimizer, every=1)
     x = torch.randn(8, 2)
     for _ in range(3):
-        loss = net(x).square().mean()
+        loss = net(x).square().mean() * 1e-3 + 0.5
         assert rescue.look(loss.item()) is False
         optimizer.zero_grad()
         loss.backward()
@@ -217,10 +223,34 @@ def test_a_rescue_gives_up_at_last_and_never_starts_from_nothing():
         rescue.look(math.nan)
     rescue.look(1.0)
     assert not rescue.look(9.0) and rescue.look(11.0)  # ten times the best is where it starts
-    with pytest.raises(ValueError, match="exploded to inf for the 2th time, at the learning rates"):
+    with pytest.raises(DivergedError, match=r"the loss exploded to inf after 1 rescues, at the learning rates \[0.5\]"):
         rescue.look(math.inf)
     with pytest.raises(ValueError, match="factor .* got 2"):
         Rescue(net, rescue.optimizer, factor=2.0)
+
+
+def test_a_loss_that_stays_far_above_its_best_was_spoiled():
+    net = nn.Linear(1, 1)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), stuck=3, every=1)
+    good = net.weight.item()
+    rescue.look(0.2)
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    assert [rescue.look(0.45) for _ in range(3)] == [False, False, True]
+    assert net.weight.item() == good
+    assert [rescue.look(m) for m in (0.45, 0.45, 0.3, 0.45, 0.45)] == [False] * 5  # twice the best ends the row
+
+
+def test_only_a_good_state_is_kept():
+    """A state at the brink would explode again, whatever the learning rate."""
+    net = nn.Linear(1, 1)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), every=1)
+    good = net.weight.item()
+    rescue.look(0.5)
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    assert rescue.look(4.0) is False and rescue.look(5.1) is True
+    assert net.weight.item() == good
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
@@ -267,6 +297,21 @@ def test_a_growth_that_does_not_converge_is_reported_and_gives_back_the_best(cap
     assert report.t_f == span.t_f.item()
 
 
+def test_a_training_that_never_stops_exploding_is_reported(monkeypatch):
+    span, (x, y) = small_model(), blobs()
+    losses, calls = recipes._Run.losses, []
+
+    def explode(self, x, y, lyapunov):
+        terminal, penalty = losses(self, x, y, lyapunov)
+        calls.append(0)
+        return terminal * (1.0 if len(calls) < 3 else 1e3), penalty
+
+    monkeypatch.setattr(recipes._Run, "losses", explode)
+    report = recipes.growth(span, x, y, threshold=1e-3)
+    assert not report.converged and report.rescues == 8
+    assert "after 8 rescues" in report.reason
+
+
 def test_running_out_of_iterations_is_reported_too():
     span, (x, y) = small_model(), blobs()
     report = recipes.growth(span, x, y, lr=1e-5, threshold=1e-6, max_iterations=4)
@@ -282,15 +327,17 @@ def test_growth_from_one_step():
 
 
 def test_a_loss_that_explodes_is_gone_back_from():
-    span, (x, y) = small_model(t_f=0.05), blobs()
-    report = recipes.growth(span, x, y, lr=100.0, threshold=0.02, max_iterations=300)
+    # Quadrants, which no straight line separates, at a learning rate far too large.
+    span, x = small_model(t_f=0.05), torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    report = recipes.growth(span, torch.cat([x, torch.zeros(64, 1)], 1), y, lr=3.0, threshold=0.25, max_iterations=400)
     assert report.rescues > 0 and report.converged
     assert all(p.isfinite().all() for p in span.parameters())
 
 
 def test_the_combined_loss_trades_depth_for_nothing():
     span, (x, y) = small_model(), blobs()
-    report = recipes.combined(span, x, y, iterations=60, threshold=0.1, span_lr=0.002)
+    report = recipes.combined(span, x, y, iterations=60, threshold=0.1, lr=0.1, span_lr=0.002)
     assert report.converged and report.loss <= 0.1 and report.growths == []
     assert len(set(report.history["t_f"])) > 10 and min(report.history["t_f"]) >= 0.04 - 1e-6
     report = recipes.combined(small_model(), x, y, iterations=2, threshold=1e-9)
@@ -403,7 +450,9 @@ def test_the_callback_says_when_it_did_not_converge_and_gives_back_the_best():
         end(trainer, pl_module)
 
     callback.on_train_epoch_end = record
-    with pytest.warns(UserWarning, match=r"did not converge: t_f reached max_t_f = 0.04 and metric is 0.7 > 0.1; .*metric 0.5"):
+    with pytest.warns(
+        UserWarning, match=r"did not converge: t_f reached max_t_f = 0.04 and metric is 0.7 > 0.1; .*metric 0.5"
+    ):
         trainer = fit(module, callback, 10)
     assert trainer.current_epoch == 3 and callback.growth.exhausted
     assert all(torch.equal(v, snapshots[1][k]) for k, v in module.state_dict().items())
@@ -429,6 +478,14 @@ def test_the_callback_goes_back_from_an_explosion():
     assert callback.growth.done and trainer.current_epoch == 4
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.015)
     assert [g.metric for g in callback.growth.history] == pytest.approx([0.9, 0.5])
+
+
+def test_the_callback_gives_up_on_a_loss_that_never_stops_exploding():
+    module = Classifier(metric=lambda epoch: 0.5 if epoch < 2 else math.inf)
+    callback = GrowDepth(threshold=0.1, monitor="metric")
+    with pytest.warns(UserWarning, match=r"did not converge: the loss exploded to inf after 8 rescues.*\(metric 0.5\)"):
+        trainer = fit(module, callback, 20)
+    assert trainer.current_epoch == 11 and all(p.isfinite().all() for p in module.parameters())
 
 
 def test_the_callback_refuses_what_it_cannot_use():

@@ -16,7 +16,10 @@ from torchdyn_mintime.lightning import MinimumTime
 
 # Lightning warns about workers and loggers that these tests do without on purpose.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*", "ignore:.*isinstance.treespec.*", "ignore:.*log_every_n_steps.*"
+    "ignore:.*does not have many workers.*",
+    "ignore:.*LeafSpec.*",
+    "ignore:.*isinstance.treespec.*",
+    "ignore:.*log_every_n_steps.*",
 )
 
 SPAN = torch.linspace(0, 1, 11)
@@ -52,7 +55,7 @@ class Learner(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        t_eval, y_hat = self.model(x, self.t_span)
+        _t_eval, y_hat = self.model(x, self.t_span)
         y_hat = y_hat[-1]
         loss = nn.CrossEntropyLoss()(y_hat, y)
         return {"loss": loss}

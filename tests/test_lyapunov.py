@@ -223,7 +223,9 @@ def test_the_penaltys_gradient_is_its_difference(kind, potential, sensitivity, d
     groups = {"theta": tensors, "t_f": [span.t_f]}
     for name, group in groups.items():
         directions = directions_like(group, seed)
-        analytic = sum((0.0 if p.grad is None else (p.grad * d).sum().item()) for p, d in zip(group, directions, strict=True))
+        analytic = sum(
+            (0.0 if p.grad is None else (p.grad * d).sum().item()) for p, d in zip(group, directions, strict=True)
+        )
         numeric = difference(value, group, directions)
         # The adjoint's gradient is that of the exact solution: RK4 at 1/40 differs by about h^4.
         rtol = 1e-6 if sensitivity == "autograd" else 1e-4
@@ -246,7 +248,7 @@ def test_reductions_of_a_closed_form():
 
 
 def test_the_potential_is_detached_only_in_the_rate_term():
-    node, equation, x = closed_form("decay", solver="rk4")
+    node, _, x = closed_form("decay", solver="rk4")
     for detach, factor in ((True, -2.0), (False, 3.0)):
         regularizer = LyapunovRegularizer(node, square, 5.0, detach_potential=detach)
         z = x.expand(5, 3, 2).clone().requires_grad_()
@@ -283,7 +285,9 @@ def test_the_penalty_trains_a_field_to_the_rate():
 # ----------------------------------------------------------------------------------------------------------- certificate
 
 
-@given(a=st.floats(0.2, 6), b=st.floats(0.2, 6), rate=st.floats(0.2, 12), seed=st.integers(0, 1000), wrapped=st.booleans())
+@given(
+    a=st.floats(0.2, 6), b=st.floats(0.2, 6), rate=st.floats(0.2, 12), seed=st.integers(0, 1000), wrapped=st.booleans()
+)
 def test_the_certificate_of_a_linear_system_is_the_closed_form(a, b, rate, seed, wrapped):
     linear = nn.Linear(2, 2, bias=False, dtype=torch.float64)
     with torch.no_grad():
@@ -314,9 +318,13 @@ def test_the_second_order_certificate_of_a_critically_damped_oscillator():
     x = torch.tensor([[1.0, 0.5], [2.0, -1.0]], dtype=torch.float64)
     certificate = regularizer.certificate(x, t_span=T_SPAN)
     since = certificate.t[:, None]
-    assert torch.allclose(certificate.values, torch.exp(-3 * since) * (x[:, 0] + since * (x[:, 1] + 3 * x[:, 0])), rtol=1e-6)
+    assert torch.allclose(
+        certificate.values, torch.exp(-3 * since) * (x[:, 0] + since * (x[:, 1] + 3 * x[:, 0])), rtol=1e-6
+    )
     assert torch.allclose(certificate.worst_ratio, torch.ones(2, dtype=torch.float64), rtol=1e-6)
-    assert bool((LyapunovRegularizer(node, lambda z: z[:, 0], 4.0, order=2).certificate(x, t_span=T_SPAN)).held.sum() == 0)
+    assert bool(
+        (LyapunovRegularizer(node, lambda z: z[:, 0], 4.0, order=2).certificate(x, t_span=T_SPAN)).held.sum() == 0
+    )
     sol = node(x, T_SPAN)[1]
     assert regularizer.penalty(T_SPAN, sol).item() == pytest.approx(0.0, abs=1e-12)
 

@@ -124,6 +124,33 @@ def table(
     tables.make(number, options, output, Console())
 
 
+@app.command()
+def figure(
+    number: Annotated[str, typer.Argument(help="1, 3, 4, 5, 7 to 11, as in the paper.")],
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of each task's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of data, initialisation and batches.")] = 0,
+    subset: Annotated[int | None, typer.Option(min=1, help="Training images; a fifth as many for the test.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the convolutional network (paper: 64).")] = None,
+    data: Data = Path("data"),
+    download: Download = False,
+    device: Device = "cpu",
+    output: Output = Path("results"),
+) -> None:
+    """A figure of the paper, from models trained here. What was trained before is not trained again."""
+    from torchdyn_mintime.experiments import figures
+    from torchdyn_mintime.experiments.images import MissingData, Source
+
+    if number not in figures.FIGURES:
+        raise typer.BadParameter(f"there is no figure {number!r}; choose among {', '.join(figures.FIGURES)}")
+    options = figures.Options(iterations, seed, subset, width, Source(data, download), device)
+    console = Console()
+    try:
+        figures.make(number, options, output, console)
+    except MissingData as error:
+        console.print(f"figure {number}: not run: {error}")
+        raise typer.Exit(1) from error
+
+
 def _numbers(text: str, kind: type) -> tuple:
     try:
         numbers = tuple(kind(part) for part in text.split(",") if part.strip())

@@ -2,7 +2,8 @@
 
 All contestants of a case solve the same network from the same state over [0, 1]. They take turns, round by round, and
 the ratio to the reference is taken within each round before the median over rounds: a machine that is busy for a while
-slows a whole round, and the ratio hardly at all. Seconds are shown for orientation; ratios are what to quote.
+slows a whole round, and the ratio hardly at all. With one thread the clock is the process's own, which stands still while
+others have the processor. Milliseconds are shown for orientation; ratios are what to quote.
 
     python -m torchdyn_mintime bench                       # one thread, all parts
     python -m torchdyn_mintime bench --threads all
@@ -72,12 +73,13 @@ class Result:
 
 def alternate(runs: Sequence[Run], rounds: int, seconds_a_round: float = 0.05) -> list[list[float]]:
     """Seconds of every call of each run. They take turns call by call; short ones get up to 100 times the rounds."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     longest = 1e-6
     for run in runs:
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        longest = max(longest, time.perf_counter() - start)
+        longest = max(longest, clock() - start)
     rounds *= max(1, min(100, int(seconds_a_round / longest)))
     seconds: list[list[float]] = [[] for _ in runs]
     gc.collect()
@@ -86,9 +88,9 @@ def alternate(runs: Sequence[Run], rounds: int, seconds_a_round: float = 0.05) -
         for k in range(rounds):
             order = range(len(runs)) if k % 2 == 0 else range(len(runs) - 1, -1, -1)
             for i in order:
-                start = time.perf_counter()
+                start = clock()
                 runs[i]()
-                seconds[i].append(time.perf_counter() - start)
+                seconds[i].append(clock() - start)
             if k % 50 == 49:
                 gc.collect()
     finally:
@@ -372,7 +374,7 @@ def _table(results: Sequence[Result], threads: int):
 
     table = Table(title=f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}: ratios, medians over rounds")
     for column in ("part", "case", "by", "ratio", "ms", "evaluations", "MiB kept"):
-        table.add_column(column, justify="left" if column in ("part", "case", "by") else "right")
+        table.add_column(column, justify="left" if column in ("part", "case", "by") else "right", no_wrap=True)
     previous = None
     for r in results:
         if previous is not None and (r.part, r.case) != previous:

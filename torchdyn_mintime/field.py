@@ -147,7 +147,7 @@ class BoundField:
         self._captured = [(m, name, getattr(m, name)) for m, name in roles.captured]
         # Batch statistics would keep the NaN of a failed solve.
         self._statistics = [(b, b.clone()) for m in roles.batchnorms if m.training for b in m.buffers(recurse=False)]
-        self.nfe = self._counted = 0
+        self.nfe = 0
         self.function = self._build(takes_args, args)
 
     def _build(self, takes_args: bool, args: Mapping) -> Callable[[Any, Tensor], Tensor]:
@@ -216,12 +216,15 @@ class BoundField:
                 setattr(module, name, value)
 
     def finish(self) -> None:
-        """After a solve or its backward: count as torchdyn does, and let go of the graph that times and Galerkin weights hold."""
-        vf, new = self.node.vf, self.nfe - self._counted
-        self._counted = self.nfe
-        vf.nfe += new
+        """After the solve: count as torchdyn does. A backward is no part of it, and counts here alone."""
+        vf = self.node.vf
+        vf.nfe += self.nfe
         if isinstance(vf.vf, DEFuncBase) and not _has_hooks(vf.vf):
-            vf.vf.nfe += new
+            vf.vf.nfe += self.nfe
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the graph that times and Galerkin weights hold."""
         for module in self._timed_modules:
             if isinstance(module.t, Tensor):
                 module.t = module.t.detach()

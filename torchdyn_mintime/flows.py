@@ -302,7 +302,8 @@ class FlowModel(pl.LightningModule):
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """``n`` draws from the flow as it is, ``[n, dim]``: trained or not, they follow its :meth:`log_prob`."""
+        """``n`` draws from the flow as it is, ``[n, dim]``: trained or not, they follow its :meth:`log_prob`, within
+        the solver's error."""
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"sample takes the number of draws, a whole number of 1 or more; got {n!r}")
         return self.decode(self.base.sample((n,)).to(self._like()))[0]

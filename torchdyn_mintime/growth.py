@@ -11,7 +11,7 @@ from torch import nn
 
 from torchdyn_mintime.span import LearnableSpan
 
-__all__ = ["DepthGrowth", "Growth", "Rescue"]
+__all__ = ["DepthGrowth", "DivergedError", "Growth", "Rescue"]
 
 _log = logging.getLogger(__name__)
 
@@ -172,8 +172,8 @@ class DepthGrowth:
             if not self.exhausted:
                 self.exhausted = True
                 _log.warning(
-                    "t_f = %.6g reached max_t_f = %.6g and the metric %.4g is still above the threshold %.4g after %d steps and "
-                    "%d growths; a deeper model alone does not help: look at the loss, the learning rate and the field",
+                    "t_f = %.6g reached max_t_f = %.6g and the metric %.4g is still above the threshold %.4g after %d steps "
+                    "and %d growths; a deeper model alone does not help: look at the loss, the learning rate and the field",
                     *(t_f, self.max_t_f, value, self.threshold, self.steps, len(self.history)),
                 )
             return False
@@ -184,9 +184,13 @@ class DepthGrowth:
         with torch.no_grad():
             span.t_f.fill_(min(t_f + self.increment, self.max_t_f))
         self.history.append(Growth(self.steps, value, span.t_f.item(), reason))
-        self.best, self.waited = math.inf, 0
+        self.restart()
         _log.info("t_f grew from %.6g to %.6g: %s", t_f, span.t_f.item(), reason)
         return True
+
+    def restart(self) -> None:
+        """Waits anew for an improvement, as after a growth: for when the training has gone back to an earlier state."""
+        self.best, self.waited = math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the span, as plain values. The span's own state_dict holds t_f and its bounds."""
@@ -223,17 +227,25 @@ class DepthGrowth:
         )
 
 
+class DivergedError(RuntimeError):
+    """A loss exploded again and again, whatever the learning rate."""
+
+
 class Rescue:
     """The last good state of a training, and the way back to it when the loss explodes.
 
     Args:
         model: whose parameters and buffers are kept.
         optimizer: whose state is kept too, and whose learning rates are lowered on the way back.
-        jump: a loss this many times the best one so far (and above ``floor``) has exploded, as has one that is not finite.
+        jump: a loss this many times the best one so far (and above ``floor``) has exploded, as has one that is not
+            finite.
         floor: losses below it never count as exploded.
+        stuck: after so many looks in a row above twice the best loss the training counts as spoiled, and goes back as
+            well; 0 is never.
         factor: what learning rates are multiplied by on the way back.
         limit: how often to go back before giving up.
-        every: a state is kept at the first good look and every so many after it.
+        every: a good state is kept at the first look and at every so many after it. Good is a loss of at most one and a
+            half times the best: a state at the brink would explode again.
 
     Attributes:
         count: how often it went back.
@@ -256,6 +268,7 @@ class Rescue:
         *,
         jump: float = 10.0,
         floor: float = 1.0,
+        stuck: int = 0,
         factor: float = 0.5,
         limit: int = 8,
         every: int = 5,
@@ -265,8 +278,8 @@ class Rescue:
         self.factor = _positive(factor, "factor")
         if self.factor >= 1:
             raise ValueError(f"factor must lower the learning rate, so lie below 1; got {factor}")
-        self.limit, self.every = limit, every
-        self.count = self._looks = 0
+        self.stuck, self.limit, self.every = stuck, limit, every
+        self.count = self._looks = self._above = 0
         self.best = math.inf
         self._good: tuple[dict, dict] | None = None
 
@@ -283,28 +296,28 @@ class Rescue:
             Whether it went back.
 
         Raises:
-            ValueError: the loss was not finite from the start, or exploded more than ``limit`` times.
+            ValueError: the loss was not finite from the start.
+            DivergedError: it exploded more than ``limit`` times.
         """
-        if not self.exploded(loss):
+        self._above = self._above + 1 if loss > 2 * self.best else 0
+        spoiled = self.stuck > 0 and self._above >= self.stuck
+        if not (spoiled or self.exploded(loss)):
             self.best = min(self.best, loss)
-            if self._looks % self.every == 0:
+            if self._good is None or (self._looks % self.every == 0 and loss <= 1.5 * self.best):
                 self._good = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
             self._looks += 1
             return False
+        what = f"stayed at {loss:.4g}, far above its best {self.best:.4g}" if spoiled else f"exploded to {loss:.4g}"
         if self._good is None:
             raise ValueError(
-                f"the loss is {loss} before anything was learned; lower the learning rate or look at the data"
+                f"the loss is {loss} before anything was learned; lower the learning rate or check the data"
             )
         if self.count >= self.limit:
-            raise ValueError(
-                f"the loss exploded to {loss} for the {self.count + 1}th time, at the learning rates {self._rates()}"
-            )
+            raise DivergedError(f"the loss {what} after {self.count} rescues, at the learning rates {self._rates()}")
         self.count += 1
-        self._looks = 0
+        self._looks = self._above = 0
         self.back()
-        _log.warning(
-            "the loss exploded to %.4g; back to the last good state, learning rates now %s", loss, self._rates()
-        )
+        _log.warning("the loss %s; back to the last good state, learning rates now %s", what, self._rates())
         return True
 
     def back(self) -> None:

@@ -6,6 +6,7 @@ Import ``pytorch_lightning`` beside this, not ``lightning.pytorch``: torchdyn's 
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,11 +14,13 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from torchdyn_mintime.growth import DepthGrowth, Rescue
+from torchdyn_mintime import shallow
+from torchdyn_mintime.growth import DepthGrowth, DivergedError, Rescue
 from torchdyn_mintime.span import LearnableSpan
+from torchdyn_mintime.weighting import TargetLoss
 from torchdyn_mintime.wrapping import has_bare, named_spans, wrap
 
-__all__ = ["GrowDepth", "MinimumTime"]
+__all__ = ["GrowDepth", "MinimumTime", "Shallowest"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,33 +55,59 @@ class _SpanCallback(pl.Callback):
 class MinimumTime(_SpanCallback):
     """Minimum-time training, eq. (13), of every NeuralODE in a Lightning module.
 
-    Each bare NeuralODE is wrapped in a :class:`LearnableSpan` in ``setup``. After every backward pass the gradient of
-    ``weight * (t_f - t0)`` is added to the times, so that training is that of ``loss + weight * span.duration``, with
-    gradient accumulation, clipping and mixed precision too. After the step, times are clipped by eq. (14).
+    Each bare NeuralODE is wrapped in a :class:`LearnableSpan` in ``setup``. With a ``weight``, the gradient of
+    ``weight * (t_f - t0)`` is added to the times after every backward pass, so that training is that of
+    ``loss + weight * span.duration``, with gradient accumulation, clipping and mixed precision too; after the step,
+    times are clipped by eq. (14). With a ``target``, a :class:`~torchdyn_mintime.weighting.TargetLoss` finds the price of
+    time and moves the times itself; at the end of the training the best feasible model is given back.
 
     Args:
-        weight: the price of time, in units of loss per unit of time; 0 lets t_f follow the loss alone.
+        weight: the price of time, in units of loss per unit of time; 0 lets t_f follow the loss alone. Default 1, where
+            no target is given.
+        target: the loss to reach, instead of a weight.
+        monitor: with a target, the logged metric that is held against it; None is training_step's loss, averaged over
+            the ranks.
+
+    Attributes:
+        price: with a target, the TargetLoss, once training has begun.
 
     Raises:
-        ValueError: a weight that is negative or not finite.
+        ValueError: a weight that is negative or not finite, a target that is not positive, or both given.
 
     Logs:
-        ``t_f`` and ``nfe`` (with the span's name where there are several).
+        ``t_f`` and ``nfe`` (with the span's name where there are several); with a target ``time_weight`` too.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[MinimumTime(weight=0.1)], logger=False, enable_checkpointing=False,
         ...                      enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     """
 
-    def __init__(self, weight: float = 1.0):
-        if not isinstance(weight, int | float):
-            raise TypeError(f"weight must be a number; got {weight!r}")
-        if not (math.isfinite(weight) and weight >= 0):
+    def __init__(self, weight: float | None = None, *, target: float | None = None, monitor: str | None = None):
+        if weight is not None and target is not None:
+            raise ValueError(f"give a weight or a target, not both; got weight={weight!r} and target={target!r}")
+        if monitor is not None and target is None:
+            raise ValueError(f"monitor={monitor!r} is held against a target; give target= too")
+        for name, value in (("weight", weight), ("target", target)):
+            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be a number; got {value!r}")
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and 0 or more; got {weight}")
-        self.weight = float(weight)
+        if target is not None and not (math.isfinite(target) and target > 0):
+            raise ValueError(f"target must be positive and finite; got {target}")
+        self.weight = 1.0 if weight is None else float(weight)
+        self.target, self.monitor = target, monitor
+        self.price: TargetLoss | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._losses: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the times will be trained, and not decayed."""
+        if self.target is not None:
+            self.price = TargetLoss(pl_module, self.target)
+            if self._loaded is not None:
+                self.price.load_state_dict(self._loaded)
+                self._loaded = None
+            return
         groups = [g for optimizer in trainer.optimizers for g in optimizer.param_groups]
         for name, span in self._spans(pl_module):
             owners = [g for g in groups if any(p is span.t_f for p in g["params"])]
@@ -95,23 +124,162 @@ class MinimumTime(_SpanCallback):
                     stacklevel=2,
                 )
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Remembers the loss of every batch of an accumulation."""
+        if self.price is not None:
+            self._losses.append(loss.item() / _loss_scale(trainer, pl_module))
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the gradient of eq. (13)'s second term."""
-        scale = 1.0
-        if pl_module.automatic_optimization:
-            scale /= trainer.accumulate_grad_batches
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scale *= scaler.get_scale()
+        if self.target is not None:
+            return
+        scale = _loss_scale(trainer, pl_module)
         for _, span in self._spans(pl_module):
             _add_gradient(span.t_f, self.weight * scale)
             _add_gradient(span.t0, -self.weight * scale)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        """With a target: moves the times and their price, by the gradients of the whole accumulation."""
+        if self.price is None or not self._losses or all(s.t_f.grad is None for _, s in self._spans(pl_module)):
+            return
+        if self.monitor is None:
+            value = sum(self._losses) / len(self._losses)
+        elif self.monitor in trainer.callback_metrics:
+            value = float(trainer.callback_metrics[self.monitor])
+        else:
+            return  # not logged yet: a metric of the epoch's end
+        self._losses.clear()
+        self.price.step(_mean_over_ranks(trainer, pl_module, value))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Clips by eq. (14), and logs."""
         for _, span in self._spans(pl_module):
             span.clip_()
         self._log(pl_module)
+        if self.price is not None and self.price.weight is not None:
+            pl_module.log("time_weight", self.price.weight)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With a target: the best feasible model, and a word on it."""
+        if self.price is None:
+            return
+        if self.price.restore_best():
+            _log.info("the target loss %g was met: %s", self.price.target, self.price.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The price and the best model, for the checkpoint."""
+        return {} if self.target is None else {"price": self._loaded if self.price is None else self.price.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training starts: the spans may not be there yet."""
+        self._loaded = state_dict.get("price")
+
+
+class Shallowest(_SpanCallback):
+    """The search for the fewest evaluations (:class:`torchdyn_mintime.Shallowest`) in a Trainer.
+
+    The step-doubling term is added to the loss that ``training_step`` returns; the module itself is not changed. The
+    training stops when the search has ended, and the best model found is given back.
+
+    Args:
+        target, solver_tol, solvers, max_steps, patience: those of :class:`torchdyn_mintime.Shallowest`.
+
+    Attributes:
+        search: the search.
+        verdict: its result, after the training.
+
+    Raises:
+        ValueError: a bound that cannot be used.
+
+    Logs:
+        ``steps`` and ``nfe``; what is tried and why on the ``torchdyn_mintime`` logger.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[Shallowest(target=0.01, solver_tol=0.1)], logger=False, accelerator="cpu",
+        ...                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    """
+
+    def __init__(self, *, target: float, solver_tol: float = 0.1, **options: Any):
+        self.search = shallow.Shallowest(target=target, solver_tol=solver_tol, **options)
+        self.verdict: shallow.Verdict | None = None
+        self._original: Callable | None = None
+        self._loss: torch.Tensor | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wraps, and freezes the times before a strategy takes hold of the parameters."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            for _, span in self._spans(pl_module):
+                span.t_f.requires_grad_(False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the search, or goes on with that of a checkpoint."""
+        self.search.start(pl_module, trainer.optimizers)
+        self.search.reduce = lambda value: _mean_over_ranks(trainer, pl_module, value)
+        self._original = pl_module.training_step
+        # On the instance: a strategy calls it through its own wrapper, and the term must be in the same backward.
+        object.__setattr__(pl_module, "training_step", self._with_penalty)
+        if self.search.done:
+            trainer.should_stop = True
+
+    def _with_penalty(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._original is not None
+        out = self._original(*args, **kwargs)
+        loss = out["loss"] if isinstance(out, dict) else out
+        if loss is None:
+            return None
+        self._loss = loss.detach()
+        total = loss + self.search.penalty()
+        return {**out, "loss": total} if isinstance(out, dict) else total
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Looks at the progress, and decides."""
+        self._log(pl_module)
+        if self._loss is None or self.search.done:
+            return
+        value = _mean_over_ranks(trainer, pl_module, self._loss.item())
+
+        def measure() -> float:
+            assert self._original is not None
+            log, pl_module.log = pl_module.log, lambda *args, **kwargs: None  # type: ignore[method-assign]
+            try:
+                out = self._original(batch, batch_idx)
+            finally:
+                pl_module.log = log  # type: ignore[method-assign]
+            loss = out["loss"] if isinstance(out, dict) else out
+            return _mean_over_ranks(trainer, pl_module, loss.item())
+
+        self.search.step(value, measure)
+        self._loss = None
+        if self.search.done:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The best model, and the verdict."""
+        if self._original is not None:
+            del pl_module.__dict__["training_step"]
+            self._original = None
+            self.verdict = self.search.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search's state, for the checkpoint."""
+        return self.search.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was."""
+        self.search.load_state_dict(state_dict)
+
+
+def _loss_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+    """What Lightning has multiplied the loss by before backward."""
+    scale = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scale if scaler is None else scale * scaler.get_scale()
+
+
+def _mean_over_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, value: float) -> float:
+    """One figure for all ranks: they would otherwise decide differently."""
+    return float(trainer.strategy.reduce(torch.tensor(value, device=pl_module.device), reduce_op="mean"))
 
 
 def _add_gradient(time: torch.Tensor, value: float) -> None:
@@ -180,8 +348,11 @@ class GrowDepth(_SpanCallback):
         self._epochs = self._batches = 0
         self._sum = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes t_f from the optimizer, and goes on where a checkpoint was."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wraps, and takes t_f from the optimizer before a strategy takes hold of the parameters."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
         found = dict(self._spans(pl_module))
         if self.span is None and len(found) != 1:
             raise MisconfigurationException(
@@ -208,7 +379,9 @@ class GrowDepth(_SpanCallback):
         """A new average of the loss."""
         self._sum, self._batches = 0.0, 0
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Adds the loss to the epoch's average, and logs."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
@@ -224,7 +397,12 @@ class GrowDepth(_SpanCallback):
         assert growth is not None
         self._epochs += 1
         metric = self._metric(trainer, pl_module)
-        if self._rescue is not None and self._rescue.look(metric):
+        try:
+            if self._rescue is not None and self._rescue.look(metric):
+                growth.restart()
+                return
+        except DivergedError as error:
+            self._give_up(trainer, pl_module, str(error))
             return
         if self._epochs <= self.pretraining or growth.done:
             return
@@ -236,14 +414,18 @@ class GrowDepth(_SpanCallback):
             _log.info("the threshold was met at t_f = %.6g; training stops", growth.span.t_f.item())
             trainer.should_stop = True
         elif growth.exhausted:
-            trainer.should_stop = True
-            warnings.warn(
-                f"GrowDepth did not converge: t_f reached max_t_f = {growth.max_t_f:g} and {self._name} is {metric:.4g} > "
-                f"{self.threshold:g}; the best model seen ({self._name} {self._best:.4g}) is given back",
-                stacklevel=2,
+            self._give_up(
+                trainer,
+                pl_module,
+                f"t_f reached max_t_f = {growth.max_t_f:g} and {self._name} is {metric:.4g} > {self.threshold:g}",
             )
-            if self._kept is not None:
-                pl_module.load_state_dict(self._kept)
+
+    def _give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, why: str) -> None:
+        trainer.should_stop = True
+        best = f"; the best model seen ({self._name} {self._best:.4g}) is given back" if self._kept is not None else ""
+        warnings.warn(f"GrowDepth did not converge: {why}{best}", stacklevel=2)
+        if self._kept is not None:
+            pl_module.load_state_dict(self._kept)
 
     @property
     def _name(self) -> str:
@@ -253,15 +435,14 @@ class GrowDepth(_SpanCallback):
         if self.monitor is None:
             if not self._batches:
                 raise MisconfigurationException("training_step returned no loss; give GrowDepth a monitor=")
-            value = torch.tensor(self._sum / self._batches, device=pl_module.device)
+            value = self._sum / self._batches
         else:
             if self.monitor not in trainer.callback_metrics:
                 raise MisconfigurationException(
                     f"GrowDepth(monitor={self.monitor!r}) found no such metric; logged were {sorted(trainer.callback_metrics)}"
                 )
-            value = torch.as_tensor(trainer.callback_metrics[self.monitor]).to(pl_module.device)
-        # One figure for all ranks: they would otherwise grow apart.
-        return float(trainer.strategy.reduce(value.detach(), reduce_op="mean"))
+            value = float(trainer.callback_metrics[self.monitor])
+        return _mean_over_ranks(trainer, pl_module, value)
 
     def state_dict(self) -> dict[str, Any]:
         """The growth's state and the best model seen, for the checkpoint."""

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.field import Field
+from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.numerics.integrate import Grid, integrate
 from torchdyn_mintime.numerics.steppers import make_stepper
+from torchdyn_mintime.secondary import last_solve
 from torchdyn_mintime.span import LearnableSpan
 
 __all__ = [
@@ -328,14 +329,12 @@ class LyapunovRegularizer(nn.Module):
 
     def _last_solve(self) -> tuple[Tensor, Tensor]:
         if isinstance(self.model, LearnableSpan):
-            last = self.model._last
-            if last.grid is not None and last.states is not None:
-                return last.grid.times(self.model.t_f.dtype, self.model.t_f.device), last.states
-        elif self._last is not None:
+            last = last_solve(self.model)
+            return last.grid.times(self.model.t_f.dtype, self.model.t_f.device), last.states
+        if self._last is not None:
             return self._last
         raise RuntimeError(
-            "there is no last forward to look at; call the model first (a bare NeuralODE through this regularizer, with "
-            "return_t_eval=True)"
+            "there is no last forward to look at; call the NeuralODE through this regularizer first, with return_t_eval=True"
         )
 
     def violation(self, t_eval: Tensor, sol: Tensor, *target: Any) -> Tensor:
@@ -394,7 +393,7 @@ class LyapunovRegularizer(nn.Module):
     def _field(self) -> Field:
         return self.model._field if isinstance(self.model, LearnableSpan) else Field(self.model)
 
-    def _along(self, bound, t: Tensor, sol: Tensor, target: tuple) -> list[Tensor]:
+    def _along(self, bound: BoundField, t: Tensor, sol: Tensor, target: tuple) -> list[Tensor]:
         """The terms at every point: all points in one evaluation where that is known to be equal, else one by one (U11)."""
         key = self._batching_key(bound, sol, target)
         if key is not None and self._equal.get(key):
@@ -405,15 +404,15 @@ class LyapunovRegularizer(nn.Module):
             self._equal[key] = self._check_batching(bound, t, sol, target, stacked)
         return stacked
 
-    def _flat(self, bound, t: Tensor, sol: Tensor, target: tuple) -> list[Tensor]:
+    def _flat(self, bound: BoundField, t: Tensor, sol: Tensor, target: tuple) -> list[Tensor]:
         points = len(t)
         terms = self._at(bound.function, t[0], sol.flatten(0, 1), tuple(_repeat(v, points) for v in target))
         return [term.reshape(points, -1) for term in terms]
 
-    def _batching_key(self, bound, sol: Tensor, target: tuple) -> tuple | None:
+    def _batching_key(self, bound: BoundField, sol: Tensor, target: tuple) -> tuple | None:
         """What the check of equality is remembered by; None where points must not be put together at all."""
         modules = [m for m in (bound.node.vf, self.potential) if isinstance(m, nn.Module)]
-        if self._takes_time or bound.function.timed or bound._captured or sol.dim() < 3:
+        if self._takes_time or getattr(bound.function, "timed", True) or bound._captured or sol.dim() < 3:
             return None
         if not all(isinstance(v, Tensor) for v in target):
             return None
@@ -423,7 +422,7 @@ class LyapunovRegularizer(nn.Module):
         return id(bound.node.vf), sol.shape[2:], sol.dtype, sol.device, tuple(m.training for m in modules)
 
     @torch.no_grad()
-    def _check_batching(self, bound, t: Tensor, sol: Tensor, target: tuple, stacked: list[Tensor]) -> bool:
+    def _check_batching(self, bound: BoundField, t: Tensor, sol: Tensor, target: tuple, stacked: list[Tensor]) -> bool:
         try:
             flat = self._flat(bound, t.detach(), sol.detach(), target)
         except (RuntimeError, ValueError, IndexError):
@@ -451,7 +450,11 @@ class LyapunovRegularizer(nn.Module):
         with torch.enable_grad():
             point = z if graph and z.requires_grad else z.detach().requires_grad_()
             v = self._potential(t, point, target)
-            found = torch.autograd.grad(v.sum(), point, create_graph=graph, allow_unused=True) if v.requires_grad else [None]
+            found = (
+                torch.autograd.grad(v.sum(), point, create_graph=graph, allow_unused=True)
+                if v.requires_grad
+                else [None]
+            )
             slope = found[0]
         if slope is None:
             raise ValueError(_NO_GRADIENT)
@@ -583,7 +586,7 @@ class LyapunovRegularizer(nn.Module):
             )
         _check_targets(target, sol.shape[1])
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled.
         return {**self.__dict__, "_last": None, "_equal": {}}
 

@@ -23,7 +23,8 @@ class GaussNewtonTime(torch.optim.Optimizer):
 
     It reads the gradient that backward left at the times, that of the loss without any price of time: the price here is
     that of (c/2) t^2. It costs no evaluation. Give the other parameters to another optimizer, and both a ``step`` and a
-    ``zero_grad`` every iteration. A LearnableSpan clips t_f to its bounds by itself; SNOpt's floor is ``bounds=(0.1, ...)``.
+    ``zero_grad`` every iteration. A LearnableSpan clips t_f to its bounds by itself; SNOpt's floor is a lower bound of
+    0.1.
 
     Args:
         params: times: ``span.t_f``, and ``span.t0`` with ``learn_t0``.
@@ -40,7 +41,7 @@ class GaussNewtonTime(torch.optim.Optimizer):
         >>> optimizer = GaussNewtonTime([t_f], lr=0.1, price=0.0, every=1)
         >>> (2 * t_f).backward()  # g = 2
         >>> optimizer.step()
-        >>> t_f.item()  # 1 - 0.1 * 2 / 4
+        >>> round(t_f.item(), 4)  # 1 - 0.1 * 2 / 4
         0.95
     """
 
@@ -68,7 +69,7 @@ class GaussNewtonTime(torch.optim.Optimizer):
                 raise ValueError(f"GaussNewtonTime updates times, which are scalars; got the shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Averages the gradients; at every ``every``-th call, updates the times."""
         loss = None
         if closure is not None:
@@ -77,13 +78,13 @@ class GaussNewtonTime(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, c = self.state[p], group["price"]
-        slope = p.grad + c * p
-        curvature = p.grad.square() + c
+        slope = gradient + c * p
+        curvature = gradient.square() + c
         if not state:
             # The first values stand for the averages, which are then of one scale and need no correction.
             state["step"], state["slope"], state["curvature"] = 0, slope.clone(), curvature.clone()
@@ -105,7 +106,8 @@ class CoordinateDescent:
 
     Example:
         >>> net, t_f = torch.nn.Linear(1, 1), torch.nn.Parameter(torch.tensor(1.0))
-        >>> optimizer = CoordinateDescent(torch.optim.Adam(net.parameters()), torch.optim.SGD([t_f], lr=0.1), turns=(2, 1))
+        >>> first, second = torch.optim.Adam(net.parameters()), torch.optim.SGD([t_f], lr=0.1)
+        >>> optimizer = CoordinateDescent(first, second, turns=(2, 1))
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     (net(torch.ones(1, 1)).sum() + t_f).backward()

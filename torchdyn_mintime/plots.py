@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "curves", "grid_of_axes", "points", "regions", "save", "trajectories"]
+__all__ = ["COLOURS", "bars", "curves", "grid_of_axes", "points", "regions", "save", "trajectories"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255", "#117733")
 """Okabe and Ito's, told apart by colour-blind readers too; two more for ten classes."""
@@ -52,6 +52,15 @@ def curves(
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         axis.legend(fontsize=8)
+
+
+def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> None:
+    """One horizontal bar for each name, with its value."""
+    names = list(values)[::-1]
+    drawn = axis.barh(names, [values[name] for name in names], color=COLOURS[0])
+    axis.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+    axis.set(xlabel=x, title=title)
+    axis.margins(x=0.15)
 
 
 def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:

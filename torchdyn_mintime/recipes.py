@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.growth import DepthGrowth, Growth, Rescue
-from torchdyn_mintime.lyapunov import MIN_POINTS, CrossEntropy, LyapunovRegularizer
+from torchdyn_mintime.growth import DepthGrowth, DivergedError, Growth, Rescue
+from torchdyn_mintime.lyapunov import MIN_POINTS, CrossEntropy, LyapunovRegularizer, TruncatedCrossEntropy
 from torchdyn_mintime.numerics.integrate import IntegrationError
-from torchdyn_mintime.span import LearnableSpan
+from torchdyn_mintime.secondary import last_solve
 from torchdyn_mintime.wrapping import parameter_groups, spans
 
 __all__ = ["Report", "combined", "convergence_rate", "growth", "pretrain", "vanilla"]
@@ -124,9 +124,9 @@ def convergence_rate(
     threshold: float = 0.01,
     increment: float | None = None,
     max_t_f: float | None = None,
-    patience: int = 0,
+    patience: int = 3,
     terminal_weight: float = 0.0,
-    fresh_optimizer: bool = True,
+    fresh_optimizer: bool = False,
     max_iterations: int = 2000,
     potential: nn.Module | None = None,
     reduction: str = "points",
@@ -134,18 +134,22 @@ def convergence_rate(
 ) -> Report:
     """Algorithm 2: pre-training by the Lyapunov loss, then t_f grows until the terminal loss is at the threshold.
 
-    Where the state has only as many entries as there are classes, give it a zero more (torchdyn's ``Augmenter``): the
+    Growth waits for the loss to settle (``patience=3``). With ``patience=0, fresh_optimizer=True`` this is Algorithm 2 to
+    the letter, as in the paper's code: t_f grows at every step, which costs few iterations and some depth.
+
+    Where the state has only as many entries as there are classes, give it a zero more (torchdyn's ``Augmenter``). The
     condition asks that the right logit gains on the others at every time, so orbits of interleaved classes would have
-    to pass through each other, which they cannot in a plane (two moons: the published 2-16-2 net stays at a Lyapunov loss
-    of about 2 whatever the learning rate; 3-16-3 converges).
+    to pass through each other, which they cannot in a plane. On two moons the published 2-16-2 net stays at a Lyapunov
+    loss of about 2 at whatever learning rate, and its growth runs away; 3-16-3 converges.
 
     Args:
         model, x, y, rate, lr, potential, reduction, batch_size: see :func:`pretrain`.
         pretraining: optimizer steps of stage one.
         threshold: epsilon, of the mean terminal loss.
-        increment, max_t_f, patience: see :class:`~torchdyn_mintime.growth.DepthGrowth`; 0 is Algorithm 2 to the letter.
+        increment, max_t_f, patience: see :class:`~torchdyn_mintime.growth.DepthGrowth`; steps are optimizer steps, or
+            passes over the data where it comes in batches.
         terminal_weight: in stage two the terminal loss is added with this weight; 0 is the paper.
-        fresh_optimizer: a new Adam at every growth, as the paper's code has; it makes every step one of full size.
+        fresh_optimizer: Adam starts anew at every growth, which makes every step one of full size.
         max_iterations: optimizer steps of stage two, at most.
 
     Returns:
@@ -157,7 +161,7 @@ def convergence_rate(
         grower = DepthGrowth(run.span, threshold, increment, max_t_f=max_t_f, patience=patience)
         run.optimize(lr)
         run.pretrain(pretraining)
-        return run.grow(grower, max_iterations, 1.0, terminal_weight, lr if fresh_optimizer else None)
+        return run.grow(grower, max_iterations, 1.0, terminal_weight, fresh_optimizer)
 
 
 def growth(
@@ -187,7 +191,7 @@ def growth(
     with run.frozen():
         grower = DepthGrowth(run.span, threshold, increment, max_t_f=max_t_f, patience=patience)
         run.optimize(lr)
-        return run.grow(grower, max_iterations, 0.0, 1.0, None)
+        return run.grow(grower, max_iterations, 0.0, 1.0, False)
 
 
 def combined(
@@ -272,7 +276,17 @@ def vanilla(
 class _Run:
     """One training: the model's parts, the counters, and the best state seen."""
 
-    def __init__(self, method, model, x, y, potential, rate, reduction, batch_size):
+    def __init__(
+        self,
+        method: str,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        potential: nn.Module | None,
+        rate: float,
+        reduction: str,
+        batch_size: int | None,
+    ):
         found = list(spans(model))
         if len(found) != 1:
             raise ValueError(
@@ -281,34 +295,42 @@ class _Run:
             )
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples and y {len(y)}")
-        if batch_size is not None and not (isinstance(batch_size, int) and 0 < batch_size):
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
             raise ValueError(f"batch_size must be a positive number of samples; got {batch_size!r}")
         self.model, self.span, self.x, self.y = model, found[0], x, y
         if potential is None:
             potential = CrossEntropy(classes=int(y.max()) + 1)
         self.potential = potential
         # The metric is the loss itself, not the truncated one.
-        plain = isinstance(potential, CrossEntropy)
-        self.terminal = CrossEntropy(potential.head, classes=potential.classes) if plain else potential
+        self.terminal: nn.Module = potential
+        if isinstance(potential, TruncatedCrossEntropy):
+            self.terminal = CrossEntropy(potential.head, classes=potential.classes)
         self.regularizer = LyapunovRegularizer(self.span, potential, rate)
         self.reduction = reduction
         self.batch_size = batch_size if batch_size is not None and batch_size < len(x) else None
         self.report = Report(method)
-        self.rescue: Rescue | None = None
+        self.optimizer: torch.optim.Optimizer
+        self.rescue: Rescue
+        self.watched = False
         self.trained = nn.ModuleList([model, potential])  # what is optimized, kept and gone back to
 
-    def frozen(self):
+    def frozen(self) -> "_Frozen":
         """t_f requires no gradient inside, and is as before afterwards."""
         return _Frozen(self.span.t_f)
 
     def optimize(self, lr: float, span_lr: float | None = None) -> None:
+        """An optimizer of everything, times at their own rate, and a watch over exploding losses."""
         groups = parameter_groups(self.trained, lr=lr, span_lr=span_lr)
         self.optimizer = torch.optim.Adam([g for g in groups if g["params"]])
-        before = self.rescue
-        self.rescue = Rescue(self.trained, self.optimizer)
-        if before is not None:  # a fresh optimizer does not forget what went wrong, nor how good the loss was
-            self.rescue.count, self.rescue.best = before.count, before.best
+        self.watch()
         self.trained.train()
+
+    def watch(self, stuck: int = 0) -> None:
+        """Looks out for exploding losses, with what is good judged anew: each stage has another aim."""
+        if self.watched:
+            self.report.rescues += self.rescue.count
+        self.watched = True
+        self.rescue = Rescue(self.trained, self.optimizer, stuck=stuck)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All data, in random batches where a size was given."""
@@ -321,36 +343,34 @@ class _Run:
     def losses(self, x: Tensor, y: Tensor, lyapunov: bool) -> tuple[Tensor, Tensor | None]:
         """Terminal loss and Lyapunov loss of one solve."""
         self.model(x)
-        terminal = self.terminal(self.span._last.states[-1], y).mean()
+        terminal = self.terminal(last_solve(self.span).states[-1], y).mean()
         return terminal, self.regularizer.penalty_of_last(y, reduction=self.reduction) if lyapunov else None
 
     def step(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: tuple[float, float, float],
-        decide: Callable[[float], bool | None] | None = None,
+        self, x: Tensor, y: Tensor, weights: tuple[float, float, float], decide: Callable[[float], bool | None]
     ) -> None:
         """One optimizer step on weights . (Lyapunov, terminal, duration); none where the loss exploded.
 
-        ``decide(terminal loss)`` is called between the solve and the step: None is to go on, True to solve again (t_f has
-        changed), False to leave the parameters as they were measured.
+        With all data at once, ``decide(terminal loss)`` is called between the solve and the step: None is to go on, True
+        to solve again, since t_f has changed, False to leave the parameters as they were measured.
         """
+        whole = self.batch_size is None
         try:
             terminal, lyapunov = self.losses(x, y, weights[0] > 0)
             value = terminal.item()
-            if self.rescue.look(value):
+            if (whole or self.rescue.exploded(value)) and self.rescue.look(value):
                 return
-            verdict = None if decide is None else decide(value)
-            if verdict is False:
-                return
-            if verdict:
-                terminal, lyapunov = self.losses(x, y, weights[0] > 0)
+            if whole:
+                verdict = decide(value)
+                if verdict is False:
+                    return
+                if verdict:
+                    terminal, lyapunov = self.losses(x, y, weights[0] > 0)
         except IntegrationError as error:
             _log.warning("a solve failed: %s", error)
             self.rescue.look(math.inf)
             return
-        loss = weights[1] * terminal if weights[1] > 0 else 0.0
+        loss = terminal * weights[1]
         if lyapunov is not None:
             loss = loss + weights[0] * lyapunov
         if weights[2] > 0:
@@ -358,59 +378,83 @@ class _Run:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self._note(value, math.nan if lyapunov is None else lyapunov.item())
+        self.span.clip_()
+        for key, number in (
+            ("terminal", value),
+            ("lyapunov", math.nan if lyapunov is None else lyapunov.item()),
+            ("t_f", self.span.t_f.item()),
+        ):
+            self.report.history[key].append(number)
 
-    def _note(self, terminal: float, lyapunov: float) -> None:
-        for key, value in (("terminal", terminal), ("lyapunov", lyapunov), ("t_f", self.span.t_f.item())):
-            self.report.history[key].append(value)
+    def stage(
+        self,
+        name: str,
+        iterations: int,
+        weights: tuple[float, float, float],
+        decide: Callable[[float], bool | None] = lambda value: None,
+    ) -> str:
+        """So many optimizer steps, or until ``decide`` says False. Returns why it ended."""
+        start, done, ended, why = time.perf_counter(), 0, False, "the iterations ran out"
+
+        def judge(value: float) -> bool | None:
+            nonlocal ended, why
+            verdict = decide(value)
+            if verdict is False:
+                ended, why = True, ""
+            return verdict
+
+        try:
+            while done < iterations and not ended:
+                # All data at once: the solve that trains measures too, before the parameters move. In batches: all data
+                # are measured first, so that a model that is done is given back as measured.
+                if self.batch_size is not None:
+                    metric = self.measure()
+                    if self.rescue.look(metric) or judge(metric) is False:
+                        continue
+                for x, y in self.batches():
+                    self.step(x, y, weights, judge)
+                    done += 1
+                    if done >= iterations:
+                        break
+        except DivergedError as error:
+            why = str(error)
+        self.report.iterations[name], self.report.seconds[name] = done, time.perf_counter() - start
+        return why
 
     def pretrain(self, iterations: int) -> None:
-        start, done = time.perf_counter(), 0
-        while done < iterations:
-            for x, y in self.batches():
-                self.step(x, y, (1.0, 0.0, 0.0))
-                done += 1
-                if done == iterations:
-                    break
-        self._stage("pretraining", done, start)
+        why = self.stage("pretraining", iterations, (1.0, 0.0, 0.0))
+        if self.report.iterations["pretraining"] < iterations:
+            _log.warning("pre-training ended early: %s", why)
 
-    def grow(
-        self, grower: DepthGrowth, max_iterations: int, lyapunov: float, terminal: float, fresh: float | None
-    ) -> Report:
-        start, done = time.perf_counter(), 0
-        weights = (lyapunov, terminal, 0.0)
+    def grow(self, grower: DepthGrowth, iterations: int, lyapunov: float, terminal: float, fresh: bool) -> Report:
         best = value = math.inf
         kept = None
+        rescues = 0
+        # Where growth waits for the loss to settle, a loss that settles far above its best has been spoiled, and a deeper
+        # model would be grown from the spoiled one. Without patience t_f changes at every step, and the loss with it.
+        self.watch(stuck=2 * grower.patience)
 
         def decide(metric: float) -> bool | None:
-            nonlocal best, kept, value
+            nonlocal best, kept, value, rescues
             value = metric
             if value < best:
                 best, kept = value, _copy(self.trained)
+            if self.rescue.count > rescues:
+                rescues = self.rescue.count
+                grower.restart()
             grew = grower.step(value)
             if grower.done or grower.exhausted:
                 return False
-            if grew and fresh is not None:
-                self.optimize(fresh)
+            if grew and fresh:
+                self.optimizer.state.clear()
             return grew or None
 
-        while done < max_iterations and not (grower.done or grower.exhausted):
-            # All data at once: the solve that trains measures too, before the parameters move. In batches: a measurement
-            # of all data first, so that a model that is done is given back as measured.
-            if self.batch_size is not None:
-                if self.rescue.exploded(metric := self.measure()):
-                    self.rescue.look(metric)
-                elif decide(metric) is False:
-                    break
-            for x, y in self.batches():
-                self.step(x, y, weights, decide if self.batch_size is None else None)
-                done += 1
-        self._stage("growth", done, start)
+        why = self.stage("growth", iterations, (lyapunov, terminal, 0.0), decide)
         self.report.growths = grower.history
         self.report.converged = grower.done
         if grower.done:
             return self.finish(f"loss {value:.4g} <= {grower.threshold:g}")
-        why = "t_f reached max_t_f" if grower.exhausted else "the iterations ran out"
+        why = why or "t_f reached max_t_f"
         reason = f"{why} at t_f = {self.span.t_f.item():.4g} with loss {value:.4g} > {grower.threshold:g}"
         _log.warning(
             "%s did not converge: %s; the best model, with loss %.4g, is given back", self.report.method, reason, best
@@ -420,7 +464,6 @@ class _Run:
         return self.finish(reason)
 
     def combine(self, iterations: int, terminal: float, duration: float, threshold: float | None) -> Report:
-        start, done = time.perf_counter(), 0
         shortest, kept = math.inf, None
 
         def decide(value: float) -> None:
@@ -428,25 +471,16 @@ class _Run:
             if threshold is not None and value <= threshold and (t_f := self.span.t_f.item()) < shortest:
                 shortest, kept = t_f, _copy(self.trained)
 
-        while done < iterations:
-            for x, y in self.batches():
-                self.step(x, y, (1.0, terminal, duration), decide)
-                self.span.clip_()
-                done += 1
-                if done == iterations:
-                    break
-        self._stage("training", done, start)
+        why = self.stage("training", iterations, (1.0, terminal, duration), decide)
         if threshold is None:
-            return self.finish("all iterations done")
-        self.report.converged = kept is not None
+            return self.finish(why)
         if kept is not None:
             self.trained.load_state_dict(kept)
             return self.finish(f"the smallest t_f at which the loss was <= {threshold:g}")
-        _log.warning("combined did not converge: the loss never fell to %g in %d iterations", threshold, iterations)
-        return self.finish(f"the loss never fell to {threshold:g} in {iterations} iterations")
-
-    def _stage(self, name: str, iterations: int, start: float) -> None:
-        self.report.iterations[name], self.report.seconds[name] = iterations, time.perf_counter() - start
+        self.report.converged = False
+        reason = f"the loss never fell to {threshold:g} in {self.report.iterations['training']} iterations: {why}"
+        _log.warning("combined did not converge: %s", reason)
+        return self.finish(reason)
 
     @torch.no_grad()
     def measure(self) -> float:
@@ -463,7 +497,7 @@ class _Run:
         loss, right = 0.0, 0.0
         for x, y in zip(self.x.split(size), self.y.split(size), strict=True):
             self.model(x)
-            z = self.span._last.states[-1]
+            z = last_solve(self.span).states[-1]
             loss += self.terminal(z, y).sum().item()
             if isinstance(self.terminal, CrossEntropy):
                 right += _accuracy(self.terminal, z, y) * len(y)
@@ -472,7 +506,8 @@ class _Run:
 
     def finish(self, reason: str) -> Report:
         report = self.report
-        report.reason, report.rescues = reason, self.rescue.count
+        report.reason = reason
+        report.rescues += self.rescue.count
         report.loss, report.accuracy = self._evaluate()
         report.t_f, report.steps, report.nfe = self.span.t_f.item(), self.span.steps, self.span.nfe
         return report

@@ -430,7 +430,7 @@ class LocalError:
         return integrate(last.bound.function, z, grid, stepper, adapt=False).states[-1]
 
     def _term(self, last: LastSolve, grid: Grid, stepper: Stepper, i: int, z: Tensor) -> Tensor:
-        size = torch.as_tensor(grid.size(i)).abs()
+        size = torch.as_tensor(grid.size(i), dtype=torch.float64).abs()
         whole = _part(grid, i, 1)
         if stepper.adaptive:
             error = _estimate(last.bound, z, whole, stepper)
@@ -459,8 +459,8 @@ def _part(grid: Grid, i: int, parts: int) -> Grid:
 def _estimate(bound: BoundField, z: Tensor, grid: Grid, stepper: Stepper) -> Tensor:
     """A step's own error estimate, dt sum_i e_i k_i, with its gradient."""
     stepper.prepare(z)
-    dt = torch.as_tensor(grid.size(0)).to(z)
-    times = [(torch.as_tensor(grid.left(0)) + c * grid.size(0)).to(z) for c in stepper.nodes]
+    size, left = (torch.as_tensor(v, dtype=torch.float64) for v in (grid.size(0), grid.left(0)))
+    dt, times = size.to(z), [(left + c * size).to(z) for c in stepper.nodes]
     _, stages = stepper.step(bound.function, z, times, dt)
     return stepper.error(stages, 1.0) * dt if isinstance(stepper, RungeKutta) else stepper.error(stages, float(dt))
 

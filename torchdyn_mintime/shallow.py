@@ -208,6 +208,7 @@ class Shallowest:
         self._first_weight = self.target / self.solver_tol**2
         self.solvers = None if solvers is None else tuple(solvers)
         self.accept = accept
+        self.reduce: Callable[[float], float] = lambda value: value  # over processes, where several run
         self.trials: list[Trial] = []
         self.done = False
         self._rung: _Rung | None = None
@@ -226,7 +227,9 @@ class Shallowest:
         """Takes hold of the model and its optimizers, and sets every span to one step. Times are frozen meanwhile."""
         found = list(spans(model))
         if not found:
-            raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)")
+            raise ValueError(
+                f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
+            )
         adaptive = [span._stepper.name for span in found if span.adaptive]
         if adaptive:
             raise ValueError(
@@ -252,7 +255,7 @@ class Shallowest:
         self._last_penalty = value.detach()
         return rung.weight * value
 
-    def step(self, loss: float | Tensor, measure: Callable[[], Tensor] | None = None) -> None:
+    def step(self, loss: float | Tensor, measure: Callable[[], float | Tensor] | None = None) -> None:
         """After the optimizer's step: looks at the progress and decides.
 
         Args:
@@ -262,13 +265,15 @@ class Shallowest:
         """
         rung = self._current()
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        penalty = float(self._last_penalty)
+        penalty = self.reduce(float(self._last_penalty))
         self._iterations += 1
         rung.trial.iterations += 1
         if self._first_loss is None and math.isfinite(value):
             self._first_loss = value
         lowest = min(rung.trial.loss, self._first_loss or value)
-        if not (math.isfinite(value) and math.isfinite(penalty)) or value > EXPLODED * max(lowest, self._first_loss or 0):
+        if not (math.isfinite(value) and math.isfinite(penalty)) or value > EXPLODED * max(
+            lowest, self._first_loss or 0
+        ):
             self._back_off(f"the loss exploded to {value:.3g}")
             return
         rung.trial.loss = min(rung.trial.loss, value)
@@ -428,10 +433,12 @@ class Shallowest:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         rung.smooth, rung.best, rung.since, rung.weight = None, math.inf, 0, self._first_weight
-        _log.info("nothing learnt in %d iterations: once more from the start, learning rate times %g", self.patience, BACK_OFF)
+        _log.info(
+            "nothing learnt in %d iterations: once more from the start, learning rate times %g", self.patience, BACK_OFF
+        )
 
     @torch.no_grad()
-    def _check(self, measure: Callable[[], Tensor] | None) -> bool:
+    def _check(self, measure: Callable[[], float | Tensor] | None) -> bool:
         """Whether the model as it is now is within all bounds."""
         trial, model = self._current().trial, self._model
         assert model is not None
@@ -441,7 +448,7 @@ class Shallowest:
             loss = reference_loss = None
             if measure is not None:
                 loss = float(measure())
-            error = max(_span_error(span) for span in self._spans)
+            error = self.reduce(max(_span_error(span) for span in self._spans))
             if measure is not None:
                 with referenced(model):
                     reference_loss = float(measure())

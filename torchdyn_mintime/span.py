@@ -106,8 +106,14 @@ class LearnableSpan(nn.Module):
         self._given_bounds = None if bounds is None else _check_bounds(bounds, template[0])
         lower, upper = self.bounds
         initial = template[-1] if t_f is None else _check_number(t_f, "t_f")
-        if t_f is not None and not lower <= initial <= upper:
-            raise ValueError(f"t_f = {initial:g} lies outside its bounds [{lower:g}, {upper:g}]; change it or give bounds=")
+        if t_f is not None:
+            # One step of 0.1 is a little less than float32's 0.1, which the template has.
+            slack = 1e-6 * max(1.0, abs(initial))
+            if not lower - slack <= initial <= upper + slack:
+                raise ValueError(
+                    f"t_f = {initial:g} lies outside its bounds [{lower:g}, {upper:g}]; change it or give bounds="
+                )
+            initial = min(max(initial, lower), upper)
         if bounds is not None and not lower <= initial <= upper:
             raise ValueError(
                 f"the template's end {initial:g} lies outside bounds=({lower:g}, {upper:g}); give t_f= inside them"
@@ -374,7 +380,7 @@ class LearnableSpan(nn.Module):
         def restored():
             with bound.restored():
                 yield
-            bound.finish()
+            bound.release()
 
         if checkpoint:
             if any(p.requires_grad for p in node.solver.parameters()):

@@ -82,10 +82,9 @@ class RandomSpan(nn.Module):
     def _drawn_ends(self) -> Iterator[None]:
         found = list(spans(self.model))
         for span in found:
-            t0, t_f = span._clipped()
-            shift = self._shift(t0, t_f)
-            self._move(span, shift)
-            self.drawn.append(span._times()[1].item())
+            _, _, t0, t_f = span._times()
+            self._move(span, self._shift(t0, t_f))
+            self.drawn.append(span._times()[3])
         try:
             yield
         finally:
@@ -96,16 +95,17 @@ class RandomSpan(nn.Module):
     def _move(span: LearnableSpan, shift: float) -> None:
         own = span._times
 
-        def times() -> tuple[Tensor, Tensor]:
-            t0, t_f = own()
-            return t0, t_f + shift
+        def times() -> tuple[Tensor, Tensor, float, float]:
+            t0, t_f, first, _ = own()
+            drawn = t_f + shift
+            return t0, drawn, first, drawn.item()
 
         span._times = times  # type: ignore[method-assign]
 
     def _own_span(self, x: Tensor, given: Tensor | None) -> Tensor:
-        node = self.model
+        node: Any = self.model
         own = given if given is not None else node.t_span
-        template = torch.linspace(0, 1, 2).to(x) if own is None else own
+        template: Tensor = torch.linspace(0, 1, 2).to(x) if own is None else own
         points = template.detach().tolist()
         end = points[-1] + self._shift(points[0], points[-1])
         adaptive = getattr(node.solver, "stepping_class", "fixed") == "adaptive"

@@ -118,7 +118,7 @@ def trim(
         >>> x = torch.ones(8, 2)
         >>> result = trim(span, [x], lambda z: z.square().mean(), threshold=0.05)  # exp(-2 t): reached at t = 1.5
         >>> span.steps, round(span.t_f.item(), 2), round(result.saved)
-        (2, 1.52, 50)
+        (2, 1.51, 50)
     """
     prepared = as_batches(batches)
     saved = []

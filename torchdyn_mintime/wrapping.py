@@ -17,6 +17,8 @@ __all__ = ["parameter_groups", "spans", "unwrap", "wrap"]
 
 def named_spans(model: nn.Module) -> Iterator[tuple[str, LearnableSpan]]:
     """(name, span) of every LearnableSpan in ``model``, each once. The name of ``model`` itself is empty."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a wrapped torch.nn.Module is wanted; got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, LearnableSpan):
             yield name, module

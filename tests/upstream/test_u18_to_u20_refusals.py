@@ -49,7 +49,9 @@ def test_u18_plain_torchdyn_builds_a_neural_sde():
     NeuralSDE(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, AttributeError), reason="U18: multiple shooting does not run as released")
+@pytest.mark.xfail(
+    strict=True, raises=(TypeError, AttributeError), reason="U18: multiple shooting does not run as released"
+)
 def test_u18_plain_torchdyn_runs_a_multiple_shooting_layer():
     layer = MultipleShootingLayer(Linear(dtype=torch.float32), solver="mszero", sensitivity="adjoint")
     layer(torch.ones(2, 2), torch.linspace(0, 1, 5))[1][-1].sum().backward()
@@ -119,7 +121,9 @@ def _gradient_with_a_forward_between(run, field, x, other, between):
     return torch.cat([p.grad.flatten() for p in field.parameters()])
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="U19: the control of the last forward serves every backward")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="U19: the control of the last forward serves every backward"
+)
 def test_u19_plain_adjoint_keeps_the_control_of_its_forward():
     node, field, x, other = _controlled("adjoint")
     run = lambda x: node(x, torch.tensor([0.0, 1.0], dtype=torch.float64))  # noqa: E731
@@ -134,7 +138,9 @@ def test_u19_the_control_is_captured_by_each_forward(sensitivity):
     span = tm.LearnableSpan(node, torch.tensor([0.0, 1.0], dtype=torch.float64))
     mixed = _gradient_with_a_forward_between(span, field, x, other, between=True)
     # The control is the detached input, as torchdyn has it.
-    exact = reference(lambda t, z: field[1:](torch.cat([z, x], 1)), x, torch.tensor([0.0, 1.0], dtype=torch.float64))[-1]
+    exact = reference(lambda t, z: field[1:](torch.cat([z, x], 1)), x, torch.tensor([0.0, 1.0], dtype=torch.float64))[
+        -1
+    ]
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(exact.square().sum(), list(field.parameters()))])
     assert float((mixed - expected).norm() / expected.norm()) <= 1e-5
 
@@ -218,7 +224,9 @@ def test_u19_the_adjoints_backward_does_not_count_on_the_node():
 # U20: the implicit solver
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="U20: the solution is a new leaf, cut from x and parameters")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="U20: the solution is a new leaf, cut from x and parameters"
+)
 def test_u20_plain_ieuler_has_gradients():
     node, field, x = closed_form("decay", solver="ieuler")
     x.requires_grad_(True)
@@ -234,7 +242,9 @@ def test_u20_plain_ieuler_evaluates_at_the_end_of_the_step():
     torch.testing.assert_close(sol[-1].detach(), 0.5 * torch.cos(3 * t_span[1]).reshape(1, 1), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", ["ieuler", "implicit_euler", ImplicitEuler()], ids=["ieuler", "implicit_euler", "instance"])
+@pytest.mark.parametrize(
+    "solver", ["ieuler", "implicit_euler", ImplicitEuler()], ids=["ieuler", "implicit_euler", "instance"]
+)
 def test_u20_ieuler_is_refused_when_wrapped(solver):
     node = NeuralODE(Decay(), solver=solver)
     with pytest.raises(ValueError, match="(?i)ieuler|implicit"):
@@ -265,7 +275,9 @@ def _alf_state():
     return torch.cat([x, -0.8 * x], 1)
 
 
-@pytest.mark.parametrize("solver", ["alf", "AsynchronousLeapfrog", AsynchronousLeapfrog()], ids=["alf", "long name", "instance"])
+@pytest.mark.parametrize(
+    "solver", ["alf", "AsynchronousLeapfrog", AsynchronousLeapfrog()], ids=["alf", "long name", "instance"]
+)
 def test_u20_alf_works_with_fixed_steps_under_autograd(solver):
     t_span, xv = torch.linspace(0, 1, 41, dtype=torch.float64), _alf_state()
     plain = NeuralODE(_Velocity(), solver=solver)(xv, t_span)[1]
@@ -275,7 +287,9 @@ def test_u20_alf_works_with_fixed_steps_under_autograd(solver):
     torch.testing.assert_close(sol, plain, rtol=1e-10, atol=1e-12)
     sol[-1, :, :2].sum().backward()
     # alf is of second order; at 40 steps it is within 1e-3 of x' = -.8 x.
-    assert float(span.t_f.grad) == pytest.approx(float((-0.8 * xv[:, :2] * torch.exp(torch.tensor(-0.8))).sum()), rel=5e-3)
+    assert float(span.t_f.grad) == pytest.approx(
+        float((-0.8 * xv[:, :2] * torch.exp(torch.tensor(-0.8))).sum()), rel=5e-3
+    )
 
 
 def test_u20_adaptive_alf_is_refused_when_wrapped():

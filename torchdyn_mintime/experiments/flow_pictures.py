@@ -13,7 +13,7 @@ from torchdyn_mintime.span import LearnableSpan
 
 __all__ = ["FlowFrames", "draw_flows", "flow_frames"]
 
-EXTENT = 2.2
+EXTENT = 2.0
 """Half the side of every panel, in units of the data."""
 
 
@@ -109,7 +109,7 @@ def draw_flows(
         panel(axes, title)
 
     columns = [round(k * (frames - 1) / 4) for k in range(5)]
-    figure = Figure(figsize=(12, 4.9 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(12, 4.3 * len(shown)), layout="constrained")
     table = figure.subplots(2 * len(shown), 6, squeeze=False)
     for i, (title, film) in enumerate(shown.items()):
         for j, k in enumerate(columns):

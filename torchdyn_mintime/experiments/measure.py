@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torchdyn.core.defunc import DEFuncBase
 
 from torchdyn_mintime import LearnableSpan
 from torchdyn_mintime.experiments.models import Classifier, NoODE, quiet_node
@@ -64,8 +65,9 @@ def reference_logits(model: Classifier, x: Tensor, tolerance: float = 1e-7) -> T
     model.eval()
     if isinstance(model.node, NoODE):
         return forward(model, x).logits
-    field = deepcopy(model.node.vf.vf.vf).double()
-    timed = model.node.vf.vf.has_time_arg
+    core = model.node.vf.vf  # torchdyn wraps a field that takes no time
+    timed = not isinstance(core, DEFuncBase) or core.has_time_arg
+    field = deepcopy(core.vf if isinstance(core, DEFuncBase) else core).double()
     node = quiet_node(_Timed(field) if timed else field, solver="dopri5", atol=tolerance, rtol=tolerance)
     t_span = torch.tensor([float(model.t_span[0]), end_of(model)], dtype=torch.float64)
     span, head = LearnableSpan(node, t_span).to(x.device), deepcopy(model.head).double()

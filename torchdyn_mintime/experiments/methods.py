@@ -38,6 +38,7 @@ class Method:
         terminal: weight of the terminal loss.
         terms: each makes a term of the loss from the model and the settings.
         solves: whether training needs the solution; LyaNet's does not.
+        frozen: t_f stays as it is.
         skips: train without the NeuralODE: what the layers around it do alone.
         driver: decides what happens to t_f, and when training ends.
     """
@@ -49,6 +50,7 @@ class Method:
     terminal: float = 1.0
     terms: tuple[Callable[[Classifier, Settings], Term], ...] = ()
     solves: bool = True
+    frozen: bool = False
     skips: bool = False
     driver: Callable[[], Driver] = Driver
 
@@ -59,6 +61,8 @@ class Method:
             model.node = NoODE()
         if self.span is not None:
             wrap(model, model.t_span, **self.span)  # the one line
+        for span in spans(model):
+            span.t_f.requires_grad_(not self.frozen)
         return model
 
     def groups(self, model: Classifier, settings: Settings) -> list[dict[str, Any]]:
@@ -129,7 +133,6 @@ def _local_error(model: Classifier, settings: Settings) -> Term:
 
 _SHORT = span_of(5, 0.05)
 _ADJOINT = {"sensitivity": "adjoint"}
-_FIXED = {"bounds": (1.0 - 1e-6, 1.0)}
 _TAYLOR = {k: _along_trajectory(lambda node, k=k: TaylorRegularizer(node, 1e-3, k)) for k in (2, 3)}
 _KINETIC = _along_trajectory(lambda node: KineticEnergy(node, 0.01))
 _JACOBIAN = _along_trajectory(lambda node: JacobianNorm(node, 0.01))
@@ -141,18 +144,26 @@ METHODS: dict[str, Method] = {
     "convergence-rate": Method(
         "convergence-rate", span={}, t_span=_SHORT, terminal=0.0, terms=(_lyapunov(20.0),), driver=lambda: Grow(0.01)
     ),
-    "combined": Method(
-        "combined", span={"bounds": (0.01, 1.0)}, t_span=_SHORT, terms=(_lyapunov(20.0), _price_of_time)
+    "pretrained": Method(
+        "Lyapunov on [0, .05]",
+        span={},
+        frozen=True,
+        t_span=_SHORT,
+        terminal=0.0,
+        terms=(_lyapunov(20.0),),
     ),
-    "lyapunov-1": Method("Lyapunov, rate 1", span=_FIXED, terminal=0.0, terms=(_lyapunov(1.0),)),
-    "lyapunov-10": Method("Lyapunov, rate 10", span=_FIXED, terminal=0.0, terms=(_lyapunov(10.0),)),
-    "lyapunov-20": Method("Lyapunov, rate 20", span=_FIXED, terminal=0.0, terms=(_lyapunov(20.0),)),
+    "combined": Method(
+        "combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, terms=(_lyapunov(20.0), _price_of_time)
+    ),
+    "lyapunov-1": Method("Lyapunov, rate 1", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(1.0),)),
+    "lyapunov-10": Method("Lyapunov, rate 10", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(10.0),)),
+    "lyapunov-20": Method("Lyapunov, rate 20", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(20.0),)),
     "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet(20.0),), solves=False),
     "taynode-2": Method("TayNODE, K = 2", terms=(_TAYLOR[2],)),
     "taynode-3": Method("TayNODE, K = 3", terms=(_TAYLOR[3],)),
     "rnode": Method("RNODE", terms=(_KINETIC, _JACOBIAN)),
-    "local-error": Method("local error", span=_FIXED, terms=(_local_error,)),
-    "step-doubling": Method("1 step, step doubling", span=_FIXED, t_span=span_of(1), terms=(_step_doubling,)),
+    "local-error": Method("local error", span={}, frozen=True, terms=(_local_error,)),
+    "step-doubling": Method("1 step, step doubling", span={}, frozen=True, t_span=span_of(1), terms=(_step_doubling,)),
     "shallowest": Method("shallowest true ODE", span={}, driver=lambda: Search(0.01)),
     "skipped": Method("the ODE skipped", skips=True),
     "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=span_of(1)),

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from torchdyn_mintime.experiments.images import MissingData, Source
 from torchdyn_mintime.experiments.methods import METHODS
@@ -392,35 +393,42 @@ def _ratio(results: Sequence[Result], base: Sequence[Result], value: Callable[[R
 def _remarks(lines: Sequence[_Line]) -> list[str]:
     """For each learned row: what of its gain the controls have too."""
     controls = [line for line in lines if line.label.startswith("control") and line.results]
-    others = "; ".join(f"{c.label.removeprefix('control: ')}: {_gain(c)}" for c in controls)
-    return [f"{line.label}: {_gain(line)}. {others}." for line in lines[1:] if line.results and line not in controls]
+    return [_remark(line, controls) for line in lines[1:] if line.results and line not in controls]
 
 
-def _gain(line: _Line) -> str:
-    gains = [
-        f"{what} {ratio:.1f}x"
-        for what, value in (
-            ("training", lambda r: r.training),
-            ("time to target", lambda r: r.to_target),
-            ("inference", lambda r: r.inference),
-        )
-        if (ratio := _median_ratio(line.results, line.base, value)) is not None
-    ]
+def _remark(line: _Line, controls: Sequence[_Line]) -> str:
+    parts = []
+    for what, value in GAINS.items():
+        gain = _median_ratio(line.results, line.base, value)
+        if gain is not None:
+            others = [
+                f"{c.label.removeprefix('control: ')} {other:.1f}x"
+                for c in controls
+                if (other := _median_ratio(c.results, c.base, value)) is not None
+            ]
+            parts.append(f"{what} {gain:.1f}x ({', '.join(others)})" if others else f"{what} {gain:.1f}x")
     worst = 100 * min(r.reference_accuracy for r in line.results)
-    return ", ".join(gains) + f", at 1e-7 no less than {worst:.1f} %"
+    return f"{line.label}, and the controls in brackets: {'; '.join([*parts, f'at 1e-7 at least {worst:.1f} %'])}."
+
+
+GAINS: dict[str, Callable[[Result], float | None]] = {
+    "training": lambda r: r.training,
+    "time to target": lambda r: r.to_target,
+    "inference": lambda r: r.inference,
+}
 
 
 def _printed(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
     table = Table(
         title=title,
         box=box.SIMPLE_HEAD,
-        caption="Medians over seeds [range]; ratios to the first row, by seed. Target: training loss .01 or less at "
-        "100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. One thread, models in turn.",
+        caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
+        "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. One thread, in turn.",
     )
     for head in heads:
         table.add_column(head)
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: brackets are no markup here
     return table
 
 

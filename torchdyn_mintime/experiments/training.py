@@ -144,7 +144,8 @@ class Run:
             self.optimizer.step()
             for span in self.spans:
                 span.clip_()  # eq. (14)
-        except (IntegrationError, FloatingPointError) as error:
+        except (IntegrationError, FloatingPointError, ValueError) as error:
+            # One method that breaks must not end a table; its row says why.
             self.failure = str(error)
             torch.set_rng_state(outside)
             return
@@ -180,13 +181,14 @@ class Run:
             loss = loss + term(step)
         loss = loss + self.driver.penalty(self)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} after {len(self.history.loss)} iterations")
+            done = len(self.history.loss)
+            raise FloatingPointError(f"the loss is not finite ({loss.item()}) after {done} iterations")
         loss.backward()
         if not self.method.solves:
             with torch.no_grad():
                 logits = self.model(x)
                 terminal = cross_entropy(logits, y)
-        return terminal, logits
+        return terminal.detach(), logits
 
     def loss_again(self) -> Tensor:
         """The terminal loss of the last batch with the model as it is now."""

@@ -109,25 +109,31 @@ class _Adjoint(torch.autograd.Function):
             path = [(t, y[:cut].view(x.shape), None if k is None else k[:cut].view(x.shape)) for t, y, k in flat.path]
             solution = Solution(flat.states[:, :cut].reshape(-1, *x.shape), flat.steps, path)
         ctx.problem, ctx.grid = problem, plain
-        ctx.steps, ctx.path = solution.steps, solution.path
+        ctx.steps, ctx.times = solution.steps, [t for t, _, _ in solution.path]
         ctx.autocast = _autocast_state(x.device.type)
         ctx.ends = (start is not None, end is not None)
-        ctx.save_for_backward(solution.states, *parameters)
+        # An empty tensor stands for a derivative that was not recorded.
+        points = [y for _, z, k in solution.path for y in (z, z.new_empty(0) if k is None else k)]
+        ctx.save_for_backward(solution.states, *parameters, *points)
         info["steps"], info["cost"] = solution.steps, cost
         return solution.states if asked else solution.states[:-1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_states):
-        states, *parameters = ctx.saved_tensors
+        states, *saved = ctx.saved_tensors
+        parameters, points = saved[: len(ctx.problem.parameters)], saved[len(ctx.problem.parameters) :]
+        path = list(zip(ctx.times, points[::2], (k if k.numel() else None for k in points[1::2]), strict=True))
         problem, names = ctx.problem, list(ctx.problem.parameters)
-        solver = _Backward(problem, names, ctx.grid, ctx.steps, ctx.path, ctx.ends)
-        # The parameters of the forward solve, as leaves: the module may hold others by now (functional_call).
-        leaves = {f"module.{n}": p.detach().requires_grad_() for n, p in zip(names, parameters, strict=True)}
+        solver = _Backward(problem, names, ctx.grid, ctx.steps, path, ctx.ends)
+        # Where the module holds others by now than in the forward solve (functional_call), those of the solve are put
+        # in their place. Else its own are used, which a field that is a closure holds too.
+        own = dict(problem.module.named_parameters())
+        leaves = {
+            f"module.{n}": p.detach().requires_grad_() for n, p in zip(names, parameters, strict=True) if own.get(n) is not p
+        }
         with problem.restored(), _autocast(*ctx.autocast):
-            x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states, list(leaves)))
-        if ctx.path:
-            ctx.path.clear()
+            x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states))
         grads = [g.to(p.dtype) for g, p in zip(mu, parameters, strict=True)]
         return (None, None, None, x, start, end, *grads)
 
@@ -151,7 +157,7 @@ class _Backward(nn.Module):
         self._problem, self._names = problem, names
         self._grid, self._steps, self._path, self._ends = grid, steps, path, ends
 
-    def forward(self, states: Tensor, grad_states: Tensor, leaves: Sequence[str]):
+    def forward(self, states: Tensor, grad_states: Tensor):
         problem, grid = self._problem, self._grid
         own = dict(self.module.named_parameters())
         parameters = [own[n] for n in self._names]

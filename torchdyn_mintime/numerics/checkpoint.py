@@ -143,7 +143,7 @@ class _Replay(nn.Module):
                 outputs: list[Tensor] = []
                 if inside:
                     interpolator = self._problem.interpolator
-                    _interpolate(interpolator, passes[i][0], nodes, keep, outputs, t, t_new, z, z_new, stages)
+                    _interpolate(interpolator, passes[i][0], nodes, keep, outputs, step, z, z_new, stages)
             weights = inside
             if carried is not None:
                 outputs, weights = [*outputs, z_new], [*inside, carried]

@@ -275,7 +275,7 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
             if record:
                 path.append((t, x, k1))
             if interpolator is not None:
-                passed = _interpolate(interpolator, passed, nodes, keep, states, t, t_new, x, x_new, stages)
+                passed = _interpolate(interpolator, passed, nodes, keep, states, step_grid, x, x_new, stages)
             t, x, accepted = t_new, x_new, accepted + 1
             k1 = stages[-1] if stepper.first_same_as_last else None
             steps.append(t)
@@ -344,17 +344,19 @@ def _first_step(f, k1, x, t, direction, order, atol, rtol, error_size, timed, le
     return min(100 * h0, h1)
 
 
-def _interpolate(interpolator, passed, nodes, keep, states, t, t_new, x, x_new, stages) -> int:
+def _interpolate(interpolator, passed, nodes, keep, states, step, x, x_new, stages) -> int:
     """Appends the kept interior points that lie within the step, and returns the next point's index."""
-    low, high = min(t, t_new), max(t, t_new)
+    low, high = sorted(step.nodes)
     coefficients = None
     while passed < len(nodes) - 1 and low <= nodes[passed] <= high:
         if keep[passed]:
             if coefficients is None:
-                dt = t_new - t
+                # The step's ends as tensors where they carry a gradient: a point inside moves relative to them.
+                t, dt = step.left(0), step.size(0)
+                t, dt = (v.to(x.dtype) if isinstance(v, Tensor) else v for v in (t, dt))
                 middle = x + dt * sum(float(b) * k for b, k in zip(interpolator.bmid, stages, strict=True))
                 coefficients = interpolator.fit(dt, stages[0], stages[-1], x, x_new, middle)
-            states.append(interpolator.evaluate(coefficients, t, t_new, nodes[passed]))
+            states.append(interpolator.evaluate(coefficients, t, t + dt, nodes[passed]))
         passed += 1
     return passed
 

@@ -1,0 +1,104 @@
+"""The command line, as a user calls it."""
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from torchdyn_mintime.__main__ import app
+from torchdyn_mintime.experiments import images
+from torchdyn_mintime.experiments.models import span_of
+from torchdyn_mintime.experiments.tasks import TASKS
+from torchdyn_mintime.experiments.training import Run
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    """Ten steps instead of 100 for vanilla, and results in a folder of the test's own."""
+    for name, task in TASKS.items():
+        if len(task.t_span) > 2:
+            monkeypatch.setitem(TASKS, name, replace(task, t_span=span_of(10)))
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_demo_prints_its_table_and_says_where_the_pictures_are(tmp_path):
+    out = call("demo", "--iterations", "2")
+    for text in ("t_f", "steps", "evaluations", "training time", "inference time", "accuracy", "1e-7", "as many steps"):
+        assert text in out
+    for task in ("moons", "digits"):
+        assert f"results/demo/{task}.png" in out
+        assert (tmp_path / f"results/demo/{task}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "results/demo/demo.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["moons"] * 3 + ["digits"] * 3
+    # The control has as many steps as minimum-time ended with.
+    assert rows[1]["steps"] == rows[2]["steps"]
+    assert str(tmp_path) not in out  # no path of the machine
+
+
+def test_run_shows_a_row_for_each_seed_and_does_not_train_twice(monkeypatch):
+    words = ("run", "moons", "--method", "minimum-time", "--method", "vanilla:2", "--seeds", "2", "--iterations", "2")
+    out = call(*words)
+    assert "published t_f 0.0904: 0 of 2 within 25 %" in out
+    assert "vanilla, 2 steps: t_f 1.0000" in out
+
+    def never(self):
+        raise AssertionError("a finished seed was trained again")
+
+    monkeypatch.setattr(Run, "step", never)
+    assert "published t_f 0.0904: 0 of 2 within 25 %" in call(*words)
+
+
+def test_run_shows_that_t_f_is_at_its_bound():
+    out = call("run", "moons", "--weight", "1000", "--lr", ".001", "--span-lr", "1", "--iterations", "3")
+    assert "t_f is at its lower bound" in out
+
+
+def test_missing_data_ends_with_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "DEBIAN", tmp_path / "nowhere")
+    out = call("run", "fashion-mnist", "--epochs", "1", code=1)
+    assert "not run: data missing: FashionMNIST" in out
+    assert "dataset-fashion-mnist" in out
+    assert "not run" in call("figure", "5", code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "moon"), "there is no task 'moon'"),
+        (("run", "moons", "--method", "vanila"), "there is no method 'vanila'"),
+        (("run", "moons", "--weight", "-1"), "'--weight'"),
+        (("run", "moons", "--seeds", "0"), "'--seeds'"),
+        (("table", "7"), "there is no table '7'"),
+        (("table", "1", "--lrs", "a,b"), "numbers with commas"),
+        (("table", "1", "--sweep", "0"), "positive"),
+        (("figure", "2"), "there is no figure '2'"),
+    ],
+)
+def test_bad_input_names_the_value_and_the_way_out(words, said):
+    assert said in call(*words, code=2)
+
+
+def test_a_table_and_a_figure(tmp_path):
+    out = call("table", "5", "--seeds", "1", "--lrs", "own", "--iterations", "2", "--sweep", "2")
+    assert "Table 5" in out
+    assert "as many steps" in out
+    assert "figure-7.png" in call("figure", "7")
+    assert (tmp_path / "results/figure-7.png").exists()
+
+
+def test_the_module_runs_by_its_name():
+    done = subprocess.run(
+        [sys.executable, "-m", "torchdyn_mintime", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "run", "table", "figure"):
+        assert command in done.stdout

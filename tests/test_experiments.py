@@ -1,0 +1,411 @@
+"""Data, models, methods, training, storage and tables, each on a few iterations."""
+
+import gzip
+import pickle
+import struct
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from torchdyn_mintime import plots
+from torchdyn_mintime.experiments import data, figures, images, measure, tables
+from torchdyn_mintime.experiments.drivers import Grow
+from torchdyn_mintime.experiments.images import MissingData, Source
+from torchdyn_mintime.experiments.methods import METHODS, Method, find_method
+from torchdyn_mintime.experiments.models import Classifier, FirstDimensions, span_of
+from torchdyn_mintime.experiments.runner import carry_out, time_inference
+from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.experiments.tasks import TASKS, Settings
+from torchdyn_mintime.experiments.training import History, Run, race
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Vanilla takes 10 steps instead of 100, on a fifth of the points: the code is the same, and a test is short."""
+    for name, task in TASKS.items():
+        if len(task.t_span) > 2:
+            monkeypatch.setitem(TASKS, name, replace(task, t_span=span_of(10)))
+    monkeypatch.setattr(data.moons, "__defaults__", (0, 100, 0.1))
+    monkeypatch.setattr(data.annuli, "__defaults__", (0, 100, 1e-2))
+    # An untrained model would grow to the limit.
+    monkeypatch.setitem(METHODS, "convergence-rate", replace(METHODS["convergence-rate"], driver=lambda: Grow(10.0)))
+
+
+def new_run(task="moons", method="vanilla", **settings) -> Run:
+    own = replace(TASKS[task].settings, **{"iterations": 4, **settings})
+    return Run(TASKS[task], find_method(method), own, TASKS[task].load(own, Source()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("load", "shape"), [(data.moons, (100, 2)), (data.annuli, (100, 3)), (data.digits, (1347, 64))]
+)
+def test_data_follows_its_seed_and_leaves_the_global_random_states(load, shape):
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    expected = torch.rand(1), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    first, again, other = load(0), load(0), load(1)
+    assert (torch.rand(1), np.random.rand()) == expected  # noqa: NPY002
+    assert first.x.shape == shape
+    assert first.y.dtype == torch.int64
+    torch.testing.assert_close(first.x, again.x, rtol=0, atol=0)
+    assert not torch.equal(first.x, other.x)
+    assert not torch.equal(first.x[:50], first.x_test[:50])
+
+
+def test_annuli_have_their_radii_and_a_zero_dimension():
+    found = data.annuli(0)
+    radius = found.x[:, :2].norm(dim=1)
+    torch.testing.assert_close(radius, torch.where(found.y == 1, 0.5, 1.0), rtol=0, atol=0.1)
+    assert not found.x[:, 2].any()
+
+
+def test_digits_of_training_and_test_are_disjoint_and_keep_the_shares():
+    found = data.digits(0)
+    training = {tuple(row) for row in found.x.tolist()}
+    assert sum(tuple(row) in training for row in found.x_test.tolist()) == 0
+    assert found.y_test.bincount().max() - found.y_test.bincount().min() <= 3
+
+
+def test_cropped_images_are_windows_of_the_padded_ones():
+    x = torch.randn(5, 2, 6, 7)
+    assert data.cropped(x, 0, torch.Generator()) is x
+    out = data.cropped(x, 2, torch.Generator().manual_seed(0))
+    padded = nn.functional.pad(x, (2, 2, 2, 2))
+    windows = [padded[:, :, i : i + 6, j : j + 7] for i in range(5) for j in range(5)]
+    assert out.shape == x.shape
+    assert all(any(torch.equal(out[k], w[k]) for w in windows) for k in range(5))
+    assert not torch.equal(out, x)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def write_idx(folder, zipped: bool, n=(40, 10)) -> None:
+    """Tiny files in the real format: pixel values are the label, so that an image knows its class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for count, part in zip(n, ("train", "t10k"), strict=True):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = np.broadcast_to(labels[:, None, None], (count, 28, 28)).astype(np.uint8)
+        for name, array in (("labels-idx1", labels), ("images-idx3", pixels)):
+            raw = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+            path = folder / f"{part}-{name}-ubyte"
+            if zipped:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(raw))
+            else:
+                path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(("inside", "zipped"), [("", True), ("", False), ("FashionMNIST/raw", False)])
+def test_idx_files_are_read_wherever_they_lie(tmp_path, inside, zipped):
+    write_idx(tmp_path / inside, zipped)
+    found = images.fashion_mnist(0, None, Source(tmp_path))
+    assert found.x.shape == (40, 1, 28, 28)
+    assert found.x_test.shape == (10, 1, 28, 28)
+    assert found.x.mean().abs() < 1e-5
+    order = found.x[:, 0, 0, 0].argsort(stable=True)
+    assert found.y[order].diff().min() >= 0  # brightness follows the label: images and labels belong together
+    part = images.fashion_mnist(0, 20, Source(tmp_path))
+    assert (len(part.x), len(part.x_test)) == (20, 4)
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    write_idx(tmp_path, False)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\x89PNG....")
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not an IDX file"):
+        images.mnist(0, None, Source(tmp_path))
+
+
+@pytest.mark.parametrize("load", [images.mnist, images.fashion_mnist, images.cifar10])
+def test_missing_data_says_how_to_get_it(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(images, "DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(MissingData, match="data missing: .* --data .* --download"):
+        load(0, None, Source(tmp_path))
+
+
+def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
+    import hashlib
+
+    import torchvision.datasets
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    sums = {}
+    for name, n in (("data_batch_1", 30), ("test_batch", 10)):
+        pixels = np.arange(n * 3072, dtype=np.uint32).astype(np.uint8).reshape(n, 3072)
+        raw = pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(n)]})
+        (folder / name).write_bytes(raw)
+        sums[name] = hashlib.md5(raw).hexdigest()
+    raw = pickle.dumps({"label_names": [str(i) for i in range(10)]})
+    (folder / "batches.meta").write_bytes(raw)
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": hashlib.md5(raw).hexdigest()})
+    found = images.cifar10(0, None, Source(tmp_path))
+    assert found.x.shape == (30, 3, 32, 32)
+    assert found.y_test.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("task", ["mnist", "cifar10"])
+def test_the_convolutional_network_trains(task, monkeypatch):
+    channels, size = (1, 28) if task == "mnist" else (3, 32)
+    x, y = torch.randn(12, channels, size, size), torch.arange(12) % 10
+    own = replace(TASKS[task].settings, iterations=2, batch=4, width=4)
+    for method in ("vanilla:2", "minimum-time", "skipped"):
+        run = Run(TASKS[task], find_method(method), own, data.Data(x, y, x[:4], y[:4], pad=2))
+        before = deepcopy(run.model.state_dict())
+        race([run])
+        assert not run.failure
+        assert any(not torch.equal(v, before[k]) for k, v in run.model.state_dict().items() if k.startswith("before"))
+        assert measure.reference_logits(run.model, x[:4]).shape == (4, 10)
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def linear_model(steps: int) -> tuple[Classifier, torch.Tensor]:
+    model = Classifier(nn.Linear(2, 2, bias=False), span_of(steps), head=FirstDimensions(2))
+    with torch.no_grad():
+        model.node.vf.vf.vf.weight.copy_(torch.tensor([[-0.5, 2.0], [-2.0, -0.5]]))
+    return model, torch.tensor([[-0.5, 2.0], [-2.0, -0.5]], dtype=torch.float64)
+
+
+def test_reference_logits_are_the_exact_solution_whatever_the_steps():
+    x = torch.randn(7, 2)
+    for steps in (1, 20):
+        model, matrix = linear_model(steps)
+        exact = x.double() @ torch.linalg.matrix_exp(matrix).T
+        torch.testing.assert_close(measure.reference_logits(model, x), exact, rtol=1e-6, atol=1e-6)
+    coarse = measure.forward(linear_model(1)[0], x).logits
+    assert (coarse - exact).abs().max() > 1e-2  # so the two could be told apart
+
+
+def test_forward_counts_steps_and_evaluations_and_splits_large_data(monkeypatch):
+    model, _ = linear_model(5)
+    x = torch.randn(20, 2)
+    whole = measure.forward(model, x)
+    monkeypatch.setattr(measure, "CHUNK", 7)
+    parts = measure.forward(model, x)
+    assert (whole.steps, whole.nfe) == (parts.steps, parts.nfe) == (5, 20)
+    torch.testing.assert_close(whole.logits, parts.logits)
+
+
+def test_time_to_target_is_that_of_the_parameters_that_met_it():
+    history = History(seconds=[1.0, 2.0, 3.0], loss=[0.5, 0.009, 0.001], accuracy=[1.0, 0.9, 1.0])
+    assert history.to_target() == 2.0
+    assert history.to_target(accuracy=0.9) == 1.0
+    assert history.to_target(loss=1e-6) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_all_methods_start_from_the_same_network():
+    fields = [
+        dict(new_run("annuli", m).model.node.vf.named_parameters()) for m in ("vanilla", "minimum-time", "lyanet")
+    ]
+    for other in fields[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(fields[0].values(), other.values(), strict=True))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "skipped"])
+def test_every_method_trains(method):
+    run = new_run("annuli", method, iterations=2)
+    before = [p.clone() for p in run.model.node.vf.parameters()]
+    for _ in range(2):
+        run.step()
+        assert run.history.loss[-1] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.node.vf.parameters(), strict=True))
+    assert not run.failure
+
+
+def test_what_a_method_draws_does_not_depend_on_its_neighbours():
+    alone, beside, neighbour = new_run("annuli", "lyanet"), new_run("annuli", "lyanet"), new_run("annuli", "rnode")
+    race([alone])
+    race([neighbour, beside])
+    assert alone.history.loss == beside.history.loss
+
+
+@pytest.mark.parametrize("method", ["vanilla", "minimum-time", "convergence-rate", "target", "shallowest", "rnode"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(method):
+    whole = new_run("digits" if method == "minimum-time" else "moons", method, decay=0.9)
+    first = new_run("digits" if method == "minimum-time" else "moons", method, decay=0.9)
+    for _ in range(6):
+        whole.step()
+    for _ in range(3):
+        first.step()
+    state = deepcopy(first.state_dict())
+    second = new_run("digits" if method == "minimum-time" else "moons", method, decay=0.9)
+    second.load_state_dict(state)
+    for _ in range(3):
+        second.step()
+    assert second.history.loss == whole.history.loss
+    assert second.history.t_f == whole.history.t_f
+
+
+def test_minimum_time_shortens_and_keeps_the_accuracy():
+    """The shape of the documented result, on a small run: far fewer evaluations at the accuracy of vanilla."""
+    runs = [new_run("moons", m, iterations=120, lr=0.1, span_lr=0.02) for m in ("vanilla", "minimum-time")]
+    race(runs)
+    vanilla, ours = (measure.forward(run.model, run.data.x_test) for run in runs)
+    assert vanilla.nfe == 40
+    assert ours.nfe <= 12
+    for run, passed in zip(runs, (vanilla, ours), strict=True):
+        assert measure.evaluate(passed.logits, run.data.y_test)[1] > 0.98
+    exact = measure.reference_logits(runs[1].model, runs[1].data.x_test)
+    assert measure.evaluate(exact, runs[1].data.y_test)[1] > 0.98
+
+
+def test_a_growth_that_does_not_arrive_is_a_failure_that_says_so():
+    own = Settings(iterations=1, lr=1e-6)
+    method = replace(METHODS["convergence-rate"], driver=lambda: Grow(1e-9), span={"bounds": (0.01, 0.07)})
+    run = Run(TASKS["moons"], method, own, data.moons(0))
+    run.driver.growth.max_t_f = 0.07
+    race([run])
+    assert "the loss is still" in run.failure
+
+
+def test_a_solve_that_explodes_ends_the_run_with_its_reason():
+    class Exploding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(1e30))
+
+        def forward(self, x):
+            return self.a * x**3
+
+    task = replace(TASKS["moons"], parts=lambda settings: {"field": Exploding()})
+    for method in ("vanilla", "minimum-time"):
+        run = Run(task, METHODS[method], Settings(iterations=3, lr=0.1), data.moons(0))
+        race([run])
+        assert "finite" in run.failure
+
+
+# ------------------------------------------------------------------------------------------------- storage and tables
+
+
+def plan(method="minimum-time", **settings) -> Plan:
+    return Plan("moons", method, replace(TASKS["moons"].settings, **{"iterations": 3, **settings}))
+
+
+@pytest.mark.parametrize("method", ["vanilla:3", "minimum-time", "shallowest", "convergence-rate"])
+def test_a_stored_model_is_the_trained_one(tmp_path, method):
+    store, own = Store(tmp_path), plan(method)
+    found = data.moons(0)
+    run = Run(TASKS["moons"], find_method(method), own.settings, found)
+    for _ in range(3):
+        run.step()
+    run.driver.finish(run) if method == "shallowest" else None
+    expected = measure.forward(run.model, found.x)
+    store.save(own, run)
+    got = measure.forward(store.model(own), found.x)
+    torch.testing.assert_close(got.logits, expected.logits)
+    assert got.nfe == expected.nfe == store.result(own).nfe
+
+
+def test_finished_plans_are_not_trained_again_and_stopped_ones_go_on(tmp_path, monkeypatch):
+    store, found = Store(tmp_path), data.moons(0)
+    done, stopped = plan(), plan(seed=1)
+    first = carry_out([done], found, store, QUIET)
+    run = Run(TASKS["moons"], find_method("minimum-time"), stopped.settings, found)
+    run.step()
+    store.checkpoint(stopped, run)
+    steps = []
+    own_step = Run.step
+    monkeypatch.setattr(Run, "step", lambda self: (steps.append(self.settings.seed), own_step(self)))
+    again = carry_out([done, stopped], found, store, QUIET)
+    assert steps == [1, 1]  # one of three was made before
+    assert again[0] == first[0]
+    assert not list(tmp_path.glob("*.checkpoint"))
+    timed = time_inference([done, stopped], found, store)
+    assert all(r.inference > 0 for r in timed)
+    assert store.result(done).inference == timed[0].inference
+
+
+def test_plans_that_differ_have_files_of_their_own():
+    keys = {plan().key, plan(seed=1).key, plan(weight=2.0).key, plan("vanilla").key, plan(lr=0.2).key}
+    assert len(keys) == 5
+
+
+def test_a_table_has_its_rows_the_controls_and_the_files(tmp_path):
+    console = Console(record=True, width=200, force_terminal=False)
+    options = tables.Options(seeds=2, rates=(0.03, 0.1), iterations=3, sweep=(1, 2))
+    results = tables.make("3", options, tmp_path, console)
+    page = (tmp_path / "table-3.md").read_text()
+    for label in ("vanilla", "minimum-time", "convergence-rate", "combined", "as many steps", "sweep", "default tsit5"):
+        assert f"{label}" in page
+    assert ".0819; 27 s" in page
+    assert (tmp_path / "table-3.csv").read_text().count("\n") == len(results) + 1
+    # Each row is at one learning rate, for both seeds.
+    assert {len({r.lr for r in results if r.method == "vanilla"})} == {1}
+    assert sorted(r.seed for r in results if r.method == "combined") == [0, 1]
+
+
+def test_a_table_without_data_says_so_and_runs_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "DEBIAN", tmp_path / "nowhere")
+    small = replace(tables.TABLES["2"][1][0], rows=tables.TABLES["2"][1][0].rows[:2], others=("skipped",))
+    monkeypatch.setitem(tables.TABLES, "2", ("Table 2", (small, *tables.TABLES["2"][1][1:])))
+    options = tables.Options(seeds=1, rates=(), iterations=1, sweep=(1,), source=Source(tmp_path))
+    results = tables.make("2", options, tmp_path, QUIET)
+    page = (tmp_path / "table-2.md").read_text()
+    assert {r.task for r in results} == {"digits"}
+    assert page.count("Not run: data missing") == 3
+    assert "the ODE skipped" in page
+
+
+def test_the_learning_rate_is_chosen_by_accuracy_then_by_the_time_to_target(tmp_path):
+    carry_out([plan("vanilla:2")], data.moons(0), Store(tmp_path), QUIET)
+    base = Store(tmp_path).result(plan("vanilla:2"))
+    good = replace(base, accuracy=1.0, reference_accuracy=1.0, to_target=2.0)
+    fast_but_no_ode = replace(good, to_target=0.1, reference_accuracy=0.6)
+    fast = replace(good, to_target=1.0)
+    failed = replace(fast, failure="it did not arrive")
+    assert min([[good], [fast_but_no_ode], [failed], [fast]], key=tables._quality) == [fast]
+    assert not tables._as_good([fast_but_no_ode], [good])
+    assert tables._as_good([replace(good, accuracy=0.998)], [good])
+
+
+def test_every_method_of_the_tables_has_its_entry_or_is_said_to_be_missing():
+    named = {row.method for _, sections in tables.TABLES.values() for s in sections for row in s.rows}
+    assert named - set(METHODS) <= {"snopt", "snopt-adaptive"}
+    with pytest.raises(ValueError, match="there is no method 'vanila'.*choose among vanilla"):
+        find_method("vanila")
+
+
+@pytest.mark.parametrize("number", ["1", "4", "7", "10"])
+def test_figures_are_drawn(tmp_path, number):
+    options = figures.Options(iterations=1)
+    path = figures.make(number, options, tmp_path, QUIET)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trajectories_of_many_dimensions_are_projected_on_their_main_directions():
+    _, (axis,) = plots.grid_of_axes(1, 1)
+    sol = torch.zeros(3, 50, 6)
+    sol[:, :, 4] = torch.linspace(-5, 5, 50)  # all spread lies in the fifth dimension
+    plots.trajectories(axis, sol, torch.zeros(50, dtype=torch.int64), title="")
+    xs = [x for line in axis.lines for x in line.get_xdata()]
+    assert max(xs) - min(xs) == pytest.approx(10, rel=1e-4)
+
+
+def test_a_new_method_is_one_entry():
+    run = Run(
+        TASKS["moons"],
+        Method("mine", terms=(lambda m, s: lambda step: step.sol.square().mean(),)),
+        plan().settings,
+        data.moons(0),
+    )
+    race([run])
+    assert len(run.history.loss) == 3

@@ -1,0 +1,219 @@
+"""The search for the fewest evaluations."""
+
+import contextlib
+import io
+import logging
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchdyn.core import NeuralODE
+from torchdyn.datasets import generate_concentric_spheres
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.diagnostics import solver_error
+from torchdyn_mintime.lightning import MinimumTime
+from torchdyn_mintime.lightning import Shallowest as FindShallowest
+from torchdyn_mintime.shallow import Shallowest, referenced, set_steps
+
+
+def annuli(n=128):
+    x, y = generate_concentric_spheres(n, noise=1e-2, dim=2, inner_radius=0.5, outer_radius=1)
+    return torch.cat([x, torch.zeros(n, 1)], 1), y.long()
+
+
+def span_of(solver="rk4", steps=100) -> tm.LearnableSpan:
+    net = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 3))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return tm.wrap(NeuralODE(net, solver=solver), torch.linspace(0, 1, steps + 1))
+
+
+def criterion(out, batch):
+    return cross_entropy(out[1][-1][:, :2], batch[1])
+
+
+def test_annuli_needs_two_evaluations_and_is_still_its_own_ode():
+    batch, span = annuli(), span_of()
+    verdict = Shallowest(target=0.02, solver_tol=0.15).fit(span, criterion, [batch], lr=0.03, progress=False)
+    assert verdict.feasible and verdict.best.passed
+    assert verdict.best.evaluations <= 4
+    with torch.no_grad():
+        assert criterion(span(batch[0]), batch).item() == pytest.approx(verdict.best.loss, rel=1e-4)
+        with referenced(span):
+            exact = criterion(span(batch[0]), batch).item()
+    assert max(exact, verdict.best.loss) <= 0.02
+    assert solver_error(span, batch[0]) <= 0.15
+    assert span.nfe == verdict.best.evaluations
+    assert span.t_f.requires_grad
+    assert str(verdict.best.evaluations) in str(verdict)
+
+
+def test_an_unreachable_bound_ends_with_what_was_tried_and_says_so(caplog):
+    batch = annuli(32)
+    search = Shallowest(target=1e-7, solver_tol=1e-3, max_steps=2, patience=5)
+    verdict = search.fit(span_of(), criterion, [batch], progress=False, max_iterations=300)
+    assert not verdict.feasible
+    assert [t.steps for t in verdict.trials][:2] == [1, 2]
+    assert not any(t.passed for t in verdict.trials)
+    assert "NOT found" in str(verdict) and "NOT found" in caplog.text
+
+
+def test_an_absurd_learning_rate_is_backed_off_from(caplog):
+    caplog.set_level(logging.INFO)
+    batch, span = annuli(), span_of()
+    verdict = Shallowest(target=0.05, solver_tol=0.2).fit(span, criterion, [batch], lr=3.0, progress=False, max_iterations=1500)
+    assert "learning rate times" in caplog.text
+    assert all(torch.isfinite(p).all() for p in span.parameters())
+    assert math.isfinite(verdict.best.loss)
+
+
+def test_stop_and_resume_in_the_middle_is_the_same_search(tmp_path):
+    batch = annuli(64)
+
+    def drive(search, span, optimizer, n):
+        for _ in range(n):
+            if search.done:
+                return
+            loss = criterion(span(batch[0]), batch)
+            optimizer.zero_grad()
+            (loss + search.penalty()).backward()
+            optimizer.step()
+            search.step(loss, lambda: criterion(span(batch[0]), batch))
+
+    def begin():
+        torch.manual_seed(3)
+        span = span_of()
+        return span, torch.optim.Adam(span.parameters(), lr=0.03), Shallowest(target=0.05, solver_tol=0.2)
+
+    span, optimizer, search = begin()
+    search.start(span, optimizer)
+    drive(search, span, optimizer, 70)
+    other, other_optimizer, first = begin()
+    first.start(other, other_optimizer)
+    drive(first, other, other_optimizer, 30)
+    saved = {"m": other.state_dict(), "o": other_optimizer.state_dict(), "s": first.state_dict()}
+    torch.save(saved, tmp_path / "c.pt")
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    third, third_optimizer, resumed = begin()
+    third.load_state_dict(saved["m"])
+    third_optimizer.load_state_dict(saved["o"])
+    resumed.load_state_dict(saved["s"])
+    resumed.start(third, third_optimizer)
+    drive(resumed, third, third_optimizer, 40)
+    for a, b in zip(span.parameters(), third.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.trials == search.trials
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        (dict(target=0), ValueError, "target"),
+        (dict(target=math.nan), ValueError, "target"),
+        (dict(target=0.1, solver_tol=-1), ValueError, "solver_tol"),
+        (dict(target="low"), TypeError, "target"),
+        (dict(target=0.1, solvers=["dopri5"]), ValueError, "dopri5"),
+        (dict(target=0.1, solvers=["nonsense"]), ValueError, "nonsense"),
+    ],
+)
+def test_bad_bounds(options, error, match):
+    with pytest.raises(error, match=match):
+        Shallowest(**options)
+
+
+def test_bad_models():
+    search = Shallowest(target=0.1)
+    with pytest.raises(RuntimeError, match="not started"):
+        search.finish()
+    with pytest.raises(ValueError, match="no LearnableSpan"):
+        search.fit(nn.Linear(2, 2), criterion, [annuli(8)])
+
+
+def test_set_steps_keeps_the_interval():
+    span = span_of()
+    set_steps(span, 3, "midpoint")
+    torch.testing.assert_close(span.grid().detach(), torch.linspace(0, 1, 4))
+    span(torch.randn(4, 3))
+    assert span.nfe == 6
+
+
+def test_referenced_gives_the_odes_own_end():
+    span = span_of("euler", 1).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    exact = tm.wrap(NeuralODE(span.vf, solver="dopri5", atol=1e-9, rtol=1e-9), torch.tensor([0.0, 1.0]).double())
+    with torch.no_grad():
+        plain = span(x)[1][-1]
+        with referenced(span):
+            inside = span(x)[1][-1]
+        after = span(x)[1][-1]
+        truth = exact(x)[1][-1]
+    # 1e-6: the reference is solved at tolerance 1e-7.
+    torch.testing.assert_close(inside, truth, atol=1e-6, rtol=1e-6)
+    assert torch.equal(plain, after) and not torch.allclose(plain, truth, atol=1e-3)
+
+
+class Learner(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = NeuralODE(nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 3)), solver="rk4")
+        self.t_span = torch.linspace(0, 1, 21)
+
+    def training_step(self, batch, _):
+        loss = cross_entropy(self.model(batch[0], self.t_span)[1][-1][:, :2], batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.03)
+
+
+def trainer(callback, epochs, **options):
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    return pl.Trainer(max_epochs=epochs, callbacks=[callback], enable_checkpointing=False, **quiet, **options)
+
+
+def loader(n=128):
+    x, y = annuli(n)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=n)
+
+
+class OwnSpan(Learner):
+    """Without a span of its own the search has the say over the steps."""
+
+    def training_step(self, batch, _):
+        return cross_entropy(self.model(batch[0])[1][-1][:, :2], batch[1])
+
+
+def test_in_lightning():
+    torch.manual_seed(0)
+    module, callback = OwnSpan(), FindShallowest(target=0.05, solver_tol=0.2)
+    trainer(callback, 1500).fit(module, loader())
+    assert callback.verdict is not None and callback.verdict.feasible
+    assert callback.verdict.best.evaluations <= 4
+    assert "training_step" not in module.__dict__
+
+
+def test_minimum_time_with_a_target_in_lightning():
+    torch.manual_seed(0)
+    module, callback = Learner(), MinimumTime(target=0.05)
+    trainer(callback, 250).fit(module, loader())
+    span = next(tm.spans(module))
+    assert callback.price.feasible
+    assert span.t_f.item() == pytest.approx(callback.price.best["duration"], rel=1e-6)
+    assert span.t_f.item() < 1.0
+    x, y = loader().dataset.tensors
+    with torch.no_grad():
+        assert cross_entropy(module.model(x)[1][-1][:, :2], y).item() <= 0.06  # the batch order differs
+
+
+def test_minimum_time_takes_a_weight_or_a_target():
+    with pytest.raises(ValueError, match="not both"):
+        MinimumTime(weight=1.0, target=0.1)
+    with pytest.raises(ValueError, match="target"):
+        MinimumTime(target=-1.0)
+    with pytest.raises(ValueError, match="monitor"):
+        MinimumTime(weight=1.0, monitor="val")
