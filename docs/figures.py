@@ -14,7 +14,7 @@ from torchdyn.core import NeuralODE
 import torchdyn_mintime as tm
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 STATIC = Path(__file__).parent / "_static"
 CLASSES = {"light": ("#0b6e99", "#d1495b"), "dark": ("#6cc4ee", "#ff8a9a")}
@@ -26,7 +26,9 @@ def annuli(n, generator):
     """A disc inside a ring."""
     angle = 2 * torch.pi * torch.rand(n, generator=generator)
     y = (torch.arange(n) % 2).long()
-    radius = torch.where(y == 0, torch.rand(n, generator=generator) * 0.5, 1 + 0.35 * torch.rand(n, generator=generator))
+    radius = torch.where(
+        y == 0, torch.rand(n, generator=generator) * 0.5, 1 + 0.35 * torch.rand(n, generator=generator)
+    )
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1), y
 
 
@@ -58,10 +60,12 @@ def depth(theme):
     """The idea of the paper's figure 2: the interval is the depth, and it can be found from either side."""
     ink, accent, colours = INK[theme], ACCENT[theme], CLASSES[theme]
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4), width_ratios=[1, 1, 1.35])
-    for axis, run, title in zip(axes, (VANILLA, SHORT), ("trained over [0, 1]", "trained with a price on time"), strict=False):
+    for axis, run, title in zip(
+        axes, (VANILLA, SHORT), ("trained over [0, 1]", "trained with a price on time"), strict=False
+    ):
         t_f, times, sol, _, y = run
         last = int((times <= t_f + 1e-6).sum())
-        for i in range(0, 40):
+        for i in range(40):
             path = sol[:last, i]
             axis.plot(path[:, 0], path[:, 1], color=colours[y[i]], lw=0.9, alpha=0.75)
             axis.plot(*path[0, :2], ".", ms=3, color=ink, alpha=0.7)
@@ -146,6 +150,8 @@ if __name__ == "__main__":
     STATIC.mkdir(exist_ok=True)
     VANILLA = train(weight=0.0, iterations=150)
     SHORT = train(weight=0.5, iterations=400)
-    print(f"t_f {VANILLA[0]:.2f} and {SHORT[0]:.2f}, losses {VANILLA[3][-1]:.3f} and {SHORT[3][int(SHORT[0] * 200)]:.3f}")
+    print(
+        f"t_f {VANILLA[0]:.2f} and {SHORT[0]:.2f}, losses {VANILLA[3][-1]:.3f} and {SHORT[3][int(SHORT[0] * 200)]:.3f}"
+    )
     save("depth", depth)
     save("rescaling", rescaling)

@@ -100,5 +100,9 @@ def test_the_module_runs_by_its_name():
     done = subprocess.run(
         [sys.executable, "-m", "torchdyn_mintime", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("demo", "run", "table", "figure"):
+    for command in ("demo", "run", "table", "figure", "bench"):
         assert command in done.stdout
+
+
+def test_bench_has_options_of_its_own():
+    assert "--rounds must be at least 1" in call("bench", "--rounds", "0", code=2)

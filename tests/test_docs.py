@@ -17,11 +17,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    ROOT / "README.md",
-    *sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts),
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if page.exists() and "_build" not in page.parts and "```python" in page.read_text(encoding="utf-8")
 ]
 FENCE = re.compile(
-    r"(?:^<!--\s*(?P<note>not run: [^>]*|numbers vary)\s*-->\n+)?^```(?P<kind>python|text)\n(?P<body>.*?)^```$", re.M | re.S
+    r"(?:^<!--\s*(?P<note>not run: [^>]*|numbers vary)\s*-->\n+)?^```(?P<kind>python|text)\n(?P<body>.*?)^```$",
+    re.M | re.S,
 )
 NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?!\w)")
 
@@ -31,7 +33,8 @@ def blocks(text):
     end = -1
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start("body")) + 1
-        yield line, match["kind"], match["note"] or "", match["body"], not text[end : match.start()].strip() if end > 0 else False
+        follows = end > 0 and not text[end : match.start()].strip()
+        yield line, match["kind"], match["note"] or "", match["body"], follows
         end = match.end()
 
 
@@ -49,8 +52,7 @@ def agree(expected, got):
 def run(page, report):
     """Run a page's blocks; `report(line, note, expected, got)` is called for each text block that follows one."""
     namespace, output = {"__name__": "__main__"}, ""
-    pages_text = page.read_text(encoding="utf-8")
-    for line, kind, note, body, follows in blocks(pages_text):
+    for line, kind, note, body, follows in blocks(page.read_text(encoding="utf-8")):
         if kind == "text":
             if follows:
                 report(line, note, body, output)
@@ -65,11 +67,9 @@ def run(page, report):
         output = "".join(s for s in stream.getvalue().splitlines(True) if not s.startswith("Your vector field"))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.exists()], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 @pytest.mark.filterwarnings("default")  # torchdyn's and Lightning's warnings are their own affair
 def test_page(page, tmp_path, monkeypatch):
-    if "```python" not in page.read_text(encoding="utf-8"):
-        pytest.skip("no programs on this page")
     monkeypatch.chdir(tmp_path)
     wrong = []
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from problems import FIELDS, Decay, closed_form, random_model, reference
 from torch import nn
 from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import CNF, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import Fourier, GalLinear
 
@@ -137,6 +138,24 @@ def test_v_dot_over_torchdyns_layers(float64, kind, wrapped):
         for i, t in enumerate(t_eval):
             z = sol[i]
             assert torch.allclose(rate[i], (2 * z * node.vf(t, z)).sum(1), rtol=1e-10)
+
+
+def test_v_dot_sees_the_noise_of_the_solve():
+    """Hutchinson's estimate of the trace is another field with other noise."""
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    noise = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    cnf = CNF(net, trace_estimator=hutch_trace, noise_dist=noise)
+    span = LearnableSpan(NeuralODE(cnf, solver="rk4"), torch.linspace(0, 1, 6))
+    regularizer = LyapunovRegularizer(span, square, 1.0)
+    t_eval, sol = regularizer(torch.randn(4, 3))
+    drawn, random = cnf.noise.clone(), torch.get_rng_state()
+    _, rate = regularizer.derivatives(t_eval, sol)
+    assert torch.equal(cnf.noise, drawn) and cnf.noise_dist is noise
+    assert torch.equal(torch.get_rng_state(), random)
+    for i, z in enumerate(sol):
+        assert torch.allclose(rate[i], (2 * z * cnf(z)).sum(1), rtol=1e-4, atol=1e-5)
+    regularizer.penalty(t_eval, sol).backward()
+    assert net[0].weight.grad is not None
 
 
 def test_points_together_equal_points_one_by_one():

@@ -39,7 +39,7 @@ def test_annuli_needs_two_evaluations_and_is_still_its_own_ode():
     batch, span = annuli(), span_of()
     verdict = Shallowest(target=0.02, solver_tol=0.15).fit(span, criterion, [batch], lr=0.03, progress=False)
     assert verdict.feasible and verdict.best.passed
-    assert verdict.best.evaluations <= 4
+    assert verdict.best.evaluations <= 4  # 2 on most seeds
     with torch.no_grad():
         assert criterion(span(batch[0]), batch).item() == pytest.approx(verdict.best.loss, rel=1e-4)
         with referenced(span):
@@ -64,7 +64,7 @@ def test_an_unreachable_bound_ends_with_what_was_tried_and_says_so(caplog):
 def test_an_absurd_learning_rate_is_backed_off_from(caplog):
     caplog.set_level(logging.INFO)
     batch, span = annuli(), span_of()
-    verdict = Shallowest(target=0.05, solver_tol=0.2).fit(span, criterion, [batch], lr=3.0, progress=False, max_iterations=1500)
+    verdict = Shallowest(target=0.05, solver_tol=0.2).fit(span, criterion, [batch], lr=3.0, progress=False, max_iterations=500)
     assert "learning rate times" in caplog.text
     assert all(torch.isfinite(p).all() for p in span.parameters())
     assert math.isfinite(verdict.best.loss)

@@ -1,6 +1,5 @@
 """The command line: ``python -m torchdyn_mintime --help``."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ def main() -> None:
 @app.command()
 def demo(
     output: Output = Path("results"),
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every model; default: 120.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every model; default: 100.")] = None,
     seed: Annotated[int, typer.Option(help="Of data, initialisation and batches.")] = 0,
 ) -> None:
     """Vanilla and minimum-time on two moons and handwritten digits: one table, with pictures. About two minutes."""
@@ -67,20 +66,14 @@ def run(
             find_method(name)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-    given = {
-        "weight": weight,
-        "lr": lr,
-        "span_lr": span_lr,
-        "iterations": iterations,
-        "subset": subset,
-        "width": width,
-    }
-    settings = replace(TASKS[task].settings, **{key: value for key, value in given.items() if value is not None})
+    settings = TASKS[task].settings.but(
+        weight=weight, lr=lr, span_lr=span_lr, iterations=iterations, subset=subset, width=width
+    )
     console, source = Console(), Source(data, download)
     try:
         if epochs is not None:
             per_epoch = len(TASKS[task].load(settings, source).x) // (settings.batch or 10**9) or 1
-            settings = replace(settings, iterations=epochs * per_epoch)
+            settings = settings.but(iterations=epochs * per_epoch)
         single.run(task, methods, settings, range(first_seed, first_seed + seeds), output, console, device, source)
     except MissingData as error:
         console.print(f"{TASKS[task].title}: not run: {error}")
@@ -149,6 +142,16 @@ def figure(
     except MissingData as error:
         console.print(f"figure {number}: not run: {error}")
         raise typer.Exit(1) from error
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Speed and memory beside torchdyn and torchdiffeq; `bench --help` lists its options.",
+)
+def bench(context: typer.Context) -> None:
+    from torchdyn_mintime import bench as module
+
+    module.main(context.args)
 
 
 def _numbers(text: str, kind: type) -> tuple:

@@ -431,12 +431,15 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     if options.threads == "1":
         torch.set_num_threads(1)
     threads = torch.get_num_threads()
+    results: list[Result] = []
     try:
-        results = [r for part in track(options.only, "measuring", console=console) for r in _PARTS[part](options.rounds)]
+        for part in track(options.only, "measuring", console=console):
+            results += _PARTS[part](options.rounds)
+            written = _write(results, options.out, threads)  # after each part: an interrupted run leaves what it has
     finally:
         torch.set_num_threads(before)
     console.print(_table(results, threads))
-    for path in _write(results, options.out, threads):
+    for path in written:
         console.print(f"wrote {path}")
     return results
 

@@ -3,6 +3,7 @@
 Import ``pytorch_lightning`` beside this, not ``lightning.pytorch``: torchdyn's NeuralODE is of the former family.
 """
 
+import contextlib
 import logging
 import math
 import warnings
@@ -16,6 +17,7 @@ from torch import nn
 
 from torchdyn_mintime import shallow
 from torchdyn_mintime.growth import DepthGrowth, DivergedError, Rescue
+from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.weighting import TargetLoss
 from torchdyn_mintime.wrapping import has_bare, named_spans, wrap
@@ -26,7 +28,12 @@ _log = logging.getLogger(__name__)
 
 
 class _SpanCallback(pl.Callback):
-    """What callbacks over spans share: wrapping before optimizers are made, and the logged figures."""
+    """What callbacks over spans share: wrapping before optimizers are made, failures told to all ranks, logged figures."""
+
+    _survives_nan = False
+    """Whether a loss that is not finite is dealt with later, by all ranks alike."""
+    _awaited = False
+    """Whether the other ranks wait to hear from this one how its batch went."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps every bare NeuralODE, before the optimizers are made and a checkpoint is loaded."""
@@ -38,6 +45,50 @@ class _SpanCallback(pl.Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__} found no NeuralODE in {type(pl_module).__name__}; keep it as an attribute, in an "
                 "nn.Sequential or an nn.ModuleList, where it is registered as a submodule"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ranks with different numbers of batches would wait for each other."""
+        if self._tells(trainer):
+            counts = _of_all_ranks(trainer, pl_module, float(trainer.num_training_batches))
+            if len(set(counts)) > 1:
+                raise MisconfigurationException(
+                    f"the ranks have {[int(n) if math.isfinite(n) else n for n in counts]} training batches; give each the "
+                    "same number, as Lightning's own distributed sampler does, or set limit_train_batches"
+                )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on the other ranks wait for this one."""
+        self._awaited = self._tells(trainer)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Ends the training on all ranks where the loss of one is not finite, before gradients are shared."""
+        if self._tells(trainer):
+            # A gradient scaler skips such a step by itself.
+            calm = self._survives_nan or getattr(trainer.precision_plugin, "scaler", None) is not None
+            self._tell(trainer, pl_module, calm or bool(torch.isfinite(loss.detach()).all()))
+            self._awaited = not pl_module.automatic_optimization  # by hand, another backward may follow
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Tells the other ranks, which wait before their backward."""
+        if self._awaited and isinstance(exception, Exception):
+            with contextlib.suppress(IntegrationError, RuntimeError):  # the first error is the one to show
+                self._tell(trainer, pl_module, False)
+
+    def _tells(self, trainer: pl.Trainer) -> bool:
+        """Whether there are other ranks, and this callback is the one of its kind that speaks to them."""
+        if trainer.world_size == 1:
+            return False
+        return next(c for c in trainer.callbacks if isinstance(c, _SpanCallback)) is self  # type: ignore[attr-defined]
+
+    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, fine: bool) -> None:
+        self._awaited = False
+        told = _of_all_ranks(trainer, pl_module, float(fine))
+        if failed := [rank for rank, value in enumerate(told) if not value]:
+            raise IntegrationError(
+                f"on rank {', '.join(map(str, failed))} the loss is not finite, or its training_step failed (see its own "
+                "error); no rank took the step. Look at that rank's batch, or go on from the last checkpoint with a lower "
+                "learning rate"
             )
 
     @staticmethod
@@ -102,6 +153,7 @@ class MinimumTime(_SpanCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the times will be trained, and not decayed."""
+        super().on_train_start(trainer, pl_module)
         if self.target is not None:
             self.price = TargetLoss(pl_module, self.target)
             if self._loaded is not None:
@@ -126,6 +178,7 @@ class MinimumTime(_SpanCallback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Remembers the loss of every batch of an accumulation."""
+        super().on_before_backward(trainer, pl_module, loss)
         if self.price is not None:
             self._losses.append(loss.item() / _loss_scale(trainer, pl_module))
 
@@ -214,6 +267,7 @@ class Shallowest(_SpanCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the search, or goes on with that of a checkpoint."""
+        super().on_train_start(trainer, pl_module)
         self.search.start(pl_module, trainer.optimizers)
         self.search.reduce = lambda value: _mean_over_ranks(trainer, pl_module, value)
         self._original = pl_module.training_step
@@ -282,6 +336,11 @@ def _mean_over_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, value: 
     return float(trainer.strategy.reduce(torch.tensor(value, device=pl_module.device), reduce_op="mean"))
 
 
+def _of_all_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, value: float) -> list[float]:
+    """Every rank's figure, in their order."""
+    return trainer.strategy.all_gather(torch.tensor(value, device=pl_module.device)).reshape(-1).tolist()
+
+
 def _add_gradient(time: torch.Tensor, value: float) -> None:
     if not time.requires_grad:
         return
@@ -340,6 +399,7 @@ class GrowDepth(_SpanCallback):
                 raise ValueError(f"{name} must be a whole number of epochs, 0 or more; got {count!r}")
         self.threshold, self.monitor, self.increment, self.patience = threshold, monitor, increment, patience
         self.max_t_f, self.span, self.pretraining, self.rescue = max_t_f, span, pretraining, rescue
+        self._survives_nan = rescue
         self.growth: DepthGrowth | None = None
         self._rescue: Rescue | None = None
         self._loaded: dict[str, Any] | None = None
@@ -365,6 +425,7 @@ class GrowDepth(_SpanCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loads what a checkpoint held, now that the model's own state is loaded."""
+        super().on_train_start(trainer, pl_module)
         assert self.growth is not None
         if self._loaded is not None:
             self.growth.load_state_dict(self._loaded)

@@ -66,7 +66,13 @@ def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> No
 def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:
     """Points of the plane ``[n, 2]``, coloured by class."""
     for c in labels.unique().tolist():
-        axis.scatter(*x[labels == c, :2].T.tolist(), s=6, color=COLOURS[c % len(COLOURS)], label=f"class {c}")
+        axis.scatter(
+            x[labels == c, 0].tolist(),
+            x[labels == c, 1].tolist(),
+            s=6,
+            color=COLOURS[c % len(COLOURS)],
+            label=f"class {c}",
+        )
     axis.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
     axis.legend(fontsize=8)
 
@@ -92,8 +98,10 @@ def trajectories(axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most:
         colour = COLOURS[c % len(COLOURS)]
         axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
     colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]
-    axis.scatter(*sol[0].T.tolist(), s=9, facecolors="none", edgecolors=colours, linewidths=0.7)
-    axis.scatter(*sol[-1].T.tolist(), s=9, c=colours)
+    axis.scatter(
+        sol[0, :, 0].tolist(), sol[0, :, 1].tolist(), s=9, facecolors="none", edgecolors=colours, linewidths=0.7
+    )
+    axis.scatter(sol[-1, :, 0].tolist(), sol[-1, :, 1].tolist(), s=9, c=colours)
     axis.set(title=title, xlabel=names[0], ylabel=names[1])
 
 

@@ -149,7 +149,7 @@ def convergence_rate(
         increment, max_t_f, patience: see :class:`~torchdyn_mintime.growth.DepthGrowth`; steps are optimizer steps, or
             passes over the data where it comes in batches.
         terminal_weight: in stage two the terminal loss is added with this weight; 0 is the paper.
-        fresh_optimizer: Adam starts anew at every growth, which makes every step one of full size.
+        fresh_optimizer: Adam starts anew not only with stage two but at every growth, which makes every step one of full size.
         max_iterations: optimizer steps of stage two, at most.
 
     Returns:
@@ -161,6 +161,8 @@ def convergence_rate(
         grower = DepthGrowth(run.span, threshold, increment, max_t_f=max_t_f, patience=patience)
         run.optimize(lr)
         run.pretrain(pretraining)
+        # Adam starts anew: where stage one has brought its loss to 0, the memory of that would make steps tiny or wild.
+        run.optimizer.state.clear()
         return run.grow(grower, max_iterations, 1.0, terminal_weight, fresh_optimizer)
 
 

@@ -45,6 +45,8 @@ WEIGHT_RANGE = (0.25, 100.0)
 """Of the weight, relative to its first value."""
 LEARNT = 0.3
 """The part of the first loss above which a stalled training has not begun to learn: it starts again, more slowly."""
+MOST_HIDDEN, MOST_REFINED = 4.0, 8
+"""The squared solver error over the penalty above which finer steps are compared with, and the finest."""
 EXPLODED = 10.0
 """A loss so many times the first and the best one is a training that went astray."""
 BACK_OFF = 0.3
@@ -137,6 +139,8 @@ class _Rung:
     since: int = 0
     drops: int = 0
     next_check: int = 0
+    refinement: int = 0
+    fooled: bool = False
     scale: float = 1.0
     """The squared solver error over the penalty, where a look at the exact solution has shown that it is more."""
 
@@ -296,11 +300,11 @@ class Shallowest:
             if self._check(measure):
                 self._passed()
                 return
-            if penalty > 0:
-                rung.scale = max(rung.scale, rung.trial.solver_error**2 / penalty)
+            self._compare_with_exact(penalty)
+            return
         if rung.since > self.patience:
             if self._found is None and rung.trial.loss > LEARNT * (self._first_loss or 0) and self._restarts < 3:
-                self._restart()
+                self._begin_again(BACK_OFF, f"nothing learnt in {self.patience} iterations")
             elif rung.drops < (2 if rung.best < math.log(NEAR) else 1):
                 self._back_off(f"no progress in {self.patience} iterations")
             else:
@@ -396,8 +400,9 @@ class Shallowest:
         assert self._model is not None
         for span in self._spans:
             set_steps(span, steps, solver)
+        rung = self._current()
         # A step of low order hides too much of its error from one half as long.
-        self._doubling = StepDoubling(self._model, 1.0, 2 if make_stepper(solver).order > 2 else 4)
+        self._refine(rung.refinement or (2 if make_stepper(solver).order > 2 else 4))
 
     def _snapshot(self) -> dict[str, Any]:
         assert self._model is not None
@@ -421,21 +426,41 @@ class Shallowest:
                 group["lr"] *= BACK_OFF
         _log.info("%s: learning rate times %g", why, BACK_OFF)
 
-    def _restart(self) -> None:
-        """The model as it was at first, with a learning rate that stays lower."""
+    def _compare_with_exact(self, penalty: float) -> None:
+        """What a look at the exact solution says about the penalty: it may stand for more of an error than it shows."""
         rung = self._current()
+        ratio = rung.trial.solver_error**2 / max(penalty, 1e-30)
+        rung.scale = min(max(ratio, 1.0), MOST_HIDDEN)
+        if ratio > MOST_HIDDEN:
+            # The steps and their parts agree on something that is not the ODE: a field too steep for either. Training
+            # does not find back from there, so it starts again, and is held against finer steps from the start.
+            rung.fooled = True
+            if self._doubling.refinement < MOST_REFINED:
+                self._refine(2 * self._doubling.refinement)
+                self._begin_again(1.0, "the penalty missed most of the solver error")
+            else:
+                self._failed()
+
+    def _refine(self, parts: int) -> None:
+        assert self._model is not None
+        self._current().refinement = parts
+        self._doubling = StepDoubling(self._model, 1.0, parts)
+
+    def _begin_again(self, slower: float, why: str) -> None:
+        """The model as it was when this search, or its way down, began; ``slower`` stays on the learning rate."""
+        rung, start = self._current(), self._initial if self._found is None else self._found
+        assert self._model is not None and start is not None
         self._restarts += 1
-        assert self._model is not None and self._initial is not None
-        self._model.load_state_dict(self._initial)
-        self._base_lr = [[rate * BACK_OFF for rate in rates] for rates in self._base_lr]
+        self._model.load_state_dict(start)
+        set_all_steps(self._spans, rung.trial.steps)  # the state holds the steps it was saved with
+        self._base_lr = [[rate * slower for rate in rates] for rates in self._base_lr]
         for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
             optimizer.state.clear()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         rung.smooth, rung.best, rung.since, rung.weight = None, math.inf, 0, self._first_weight
-        _log.info(
-            "nothing learnt in %d iterations: once more from the start, learning rate times %g", self.patience, BACK_OFF
-        )
+        rung.scale = 1.0
+        _log.info("%s: once more from the start, learning rate times %g", why, slower)
 
     @torch.no_grad()
     def _check(self, measure: Callable[[], float | Tensor] | None) -> bool:
@@ -480,6 +505,9 @@ class Shallowest:
         if steps > self.max_steps:
             self.done = True
         else:
+            if rung.fooled:
+                assert self._model is not None and self._initial is not None
+                self._model.load_state_dict(self._initial)
             self._enter(rung.trial.solver, steps)
 
     def _next(self) -> None:
@@ -540,6 +568,11 @@ def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> Non
     if solver is not None and span._stepper.name != solver:
         span.solver = solver
     span.t_span = torch.linspace(t0, t_f, steps + 1, dtype=span.t_f.dtype)
+
+
+def set_all_steps(found: Sequence[LearnableSpan], steps: int) -> None:
+    for span in found:
+        set_steps(span, steps)
 
 
 def _span_error(span: LearnableSpan) -> float:

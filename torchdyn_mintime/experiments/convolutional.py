@@ -1,5 +1,7 @@
 """The paper's network for images: two strided convolutions, a NeuralODE of two convolutions with time, and pooling."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,8 @@ __all__ = ["ConvField", "conv_parts"]
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, width), width)
+    # Two channels a group, as the paper's 32 groups of 64: with one, pooling behind it would see nothing.
+    return nn.GroupNorm(math.gcd(32, max(1, width // 2)), width)
 
 
 class _ConvWithTime(nn.Module):

@@ -58,7 +58,7 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(before)  # noqa: NPY002
 
 
-def _drawn_twice(kind: str, n: int, seed: int, **options) -> Data:
+def _drawn_twice(kind: str, n: int, seed: int, **options: float) -> Data:
     from torchdyn.datasets import ToyDataset
 
     with _seeded(seed):

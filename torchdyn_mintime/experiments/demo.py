@@ -22,8 +22,8 @@ __all__ = ["demo"]
 
 # Fewer iterations than the paper's, for all models alike, and a time that moves faster: a demo is short.
 SETTINGS = {
-    "moons": dict(iterations=120, lr=0.1, span_lr=0.02, weight=1.0),
-    "digits": dict(iterations=120, lr=0.03, span_lr=0.02, weight=0.5, decay=0.99),
+    "moons": dict(iterations=100, lr=0.1, span_lr=0.02, weight=1.0),
+    "digits": dict(iterations=100, lr=0.03, span_lr=0.02, weight=0.5, decay=0.99, batch=64),
 }
 
 
@@ -74,9 +74,7 @@ def demo(folder: Path, console: Console, iterations: int | None = None, seed: in
 
 def _train(name: str, console: Console, iterations: int | None, seed: int) -> list[Run]:
     task = TASKS[name]
-    settings = replace(task.settings, seed=seed, **SETTINGS[name])
-    if iterations is not None:
-        settings = replace(settings, iterations=iterations)
+    settings = task.settings.but(seed=seed, **SETTINGS[name]).but(iterations=iterations)
     data = task.load(settings, Source())
     runs = [Run(task, METHODS[method], settings, data) for method in ("vanilla", "minimum-time")]
     _race(runs, name, console)

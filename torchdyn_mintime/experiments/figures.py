@@ -1,8 +1,9 @@
 """The paper's figures, from models trained here."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,6 +18,9 @@ from torchdyn_mintime.experiments.results import Result
 from torchdyn_mintime.experiments.runner import carry_out, time_inference
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["FIGURES", "Options", "make"]
 
@@ -52,10 +56,11 @@ class _Studio:
     def models(self, task: str, methods: Sequence[str]) -> tuple[Data, dict[str, tuple[Classifier, Result]]]:
         """The data and, by method, the trained model with its figures."""
         options = self.options
-        given = {"iterations": options.iterations, "subset": options.subset, "width": options.width}
-        own = replace(TASKS[task].settings, seed=options.seed, **{k: v for k, v in given.items() if v is not None})
+        own = TASKS[task].settings.but(
+            seed=options.seed, iterations=options.iterations, subset=options.subset, width=options.width
+        )
         # Lyapunov training is at .03 in the paper's code, on both tasks.
-        plans = [Plan(task, m, replace(own, lr=0.03) if m in LYAPUNOV else own) for m in methods]
+        plans = [Plan(task, m, own.but(lr=0.03) if m in LYAPUNOV else own) for m in methods]
         data = TASKS[task].load(own, options.source)
         carry_out(plans, data, self.store, self.console, options.device)
         results = time_inference(plans, data, self.store)
@@ -88,7 +93,7 @@ def _along(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
     return t_eval, sol, losses
 
 
-def _figure_1(studio: _Studio):
+def _figure_1(studio: _Studio) -> "Figure":
     data, models = studio.models("annuli", ["vanilla", "minimum-time"])
     figure, (left, right) = plots.grid_of_axes(1, 2, 5)
     lines = {}
@@ -105,7 +110,7 @@ def _figure_1(studio: _Studio):
     return figure
 
 
-def _figure_3(studio: _Studio):
+def _figure_3(studio: _Studio) -> "Figure":
     data, models = studio.models("moons", ["vanilla", "minimum-time"])
     figure, axes = plots.grid_of_axes(1, 2, 5)
     for axis, (name, (model, result)) in zip(axes, models.items(), strict=True):
@@ -114,7 +119,7 @@ def _figure_3(studio: _Studio):
     return figure
 
 
-def _figure_4(studio: _Studio):
+def _figure_4(studio: _Studio) -> "Figure":
     names = ["lyapunov-1", "lyapunov-10", "lyapunov-20", "convergence-rate", "minimum-time"]
     data, models = studio.models("annuli", names)
     figure, axes = plots.grid_of_axes(2, len(names), 3.4)
@@ -128,7 +133,7 @@ def _figure_4(studio: _Studio):
     return figure
 
 
-def _figure_5(studio: _Studio):
+def _figure_5(studio: _Studio) -> "Figure":
     methods = ["vanilla", "minimum-time", "taynode-2", "taynode-3", "rnode", "default-adaptive", "skipped"]
     _, models = studio.models("mnist", methods)
     figure, axes = plots.grid_of_axes(1, 2, 5)
@@ -138,9 +143,9 @@ def _figure_5(studio: _Studio):
     return figure
 
 
-def _data_figure(task: str) -> Callable[[_Studio], object]:
-    def draw(studio: _Studio):
-        own = replace(TASKS[task].settings, seed=studio.options.seed)
+def _data_figure(task: str) -> Callable[[_Studio], "Figure"]:
+    def draw(studio: _Studio) -> "Figure":
+        own = TASKS[task].settings.but(seed=studio.options.seed)
         data = TASKS[task].load(own, studio.options.source)
         figure, (axis,) = plots.grid_of_axes(1, 1, 4.5, 4)
         plots.points(axis, data.x, data.y, title=TASKS[task].title)
@@ -149,7 +154,7 @@ def _data_figure(task: str) -> Callable[[_Studio], object]:
     return draw
 
 
-def _figure_8(studio: _Studio):
+def _figure_8(studio: _Studio) -> "Figure":
     data, models = studio.models("moons", ["pretrained", "convergence-rate"])
     figure, axes = plots.grid_of_axes(1, 2, 5)
     for axis, (model, result) in zip(axes, models.values(), strict=True):
@@ -158,8 +163,8 @@ def _figure_8(studio: _Studio):
     return figure
 
 
-def _boundary_figure(method: str) -> Callable[[_Studio], object]:
-    def draw(studio: _Studio):
+def _boundary_figure(method: str) -> Callable[[_Studio], "Figure"]:
+    def draw(studio: _Studio) -> "Figure":
         data, models = studio.models("annuli", [method])
         model, result = models[method]
         figure, (left, right) = plots.grid_of_axes(1, 2, 5)

@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +87,8 @@ def _read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
 
 
-def _torchvision(name: str, source: Source, train: bool):
-    import torchvision.datasets  # slow, and not needed for anything else
+def _torchvision(name: str, source: Source, train: bool) -> Any:
+    import torchvision.datasets  # type: ignore[import-untyped]  # slow, and not needed for anything else
 
     try:
         return getattr(torchvision.datasets, name)(source.folder, train=train, download=source.download)

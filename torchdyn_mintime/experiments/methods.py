@@ -6,16 +6,22 @@ A method is data: how the NeuralODE is set up, which terms go on the loss, and w
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torchdyn_mintime import parameter_groups, spans, wrap
 from torchdyn_mintime.experiments.drivers import Driver, Grow, KeepTarget, Search
 from torchdyn_mintime.experiments.models import Classifier, NoODE, span_of
+from torchdyn_mintime.experiments.optimizers import Together
 from torchdyn_mintime.experiments.tasks import Settings, Task
 from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer, ball
+from torchdyn_mintime.optim import CoordinateDescent, GaussNewtonTime
 from torchdyn_mintime.regularizers import JacobianNorm, KineticEnergy, LocalError, StepDoubling, TaylorRegularizer
+from torchdyn_mintime.steer import RandomSpan
 
 if TYPE_CHECKING:
     from torchdyn_mintime.experiments.training import Step
@@ -41,6 +47,9 @@ class Method:
         frozen: t_f stays as it is.
         skips: train without the NeuralODE: what the layers around it do alone.
         driver: decides what happens to t_f, and when training ends.
+        solver: makes what is solved in training, from the model; default: its node.
+        times: makes another optimizer for the times, from them.
+        pair: makes one of the network's optimizer and that of the times.
     """
 
     label: str
@@ -53,6 +62,9 @@ class Method:
     frozen: bool = False
     skips: bool = False
     driver: Callable[[], Driver] = Driver
+    solver: Callable[[Classifier], Callable[..., Any]] = attrgetter("node")
+    times: Callable[[list[Tensor]], Optimizer] | None = None
+    pair: Callable[[Optimizer, Optimizer], Any] = Together
 
     def model(self, task: Task, settings: Settings) -> Classifier:
         """The task's network, set up for this method."""
@@ -65,11 +77,23 @@ class Method:
             span.t_f.requires_grad_(not self.frozen)
         return model
 
-    def groups(self, model: Classifier, settings: Settings) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups."""
+    def optimizer(self, model: Classifier, settings: Settings) -> tuple[Any, Optimizer]:
+        """A new optimizer, and the part of it whose learning rates follow the settings."""
         if next(spans(model), None) is None:
-            return [{"params": list(model.parameters()), "lr": settings.lr}]
-        return parameter_groups(model, lr=settings.lr, span_lr=settings.span_lr)
+            groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": settings.lr}]
+        else:
+            groups = parameter_groups(model, lr=settings.lr, span_lr=settings.span_lr)
+        if self.times is None:
+            own = _network_optimizer(groups, settings)
+            return own, own
+        network = _network_optimizer(groups[:1], settings)
+        return self.pair(network, self.times(groups[1]["params"])), network
+
+
+def _network_optimizer(groups: list[dict[str, Any]], settings: Settings) -> Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups)
+    return torch.optim.SGD(groups, momentum=0.9)
 
 
 # ------------------------------------------------------------------------------------------------ terms of the loss
@@ -124,6 +148,10 @@ def _along_trajectory(make_regularizer: Callable[[Any], Any]) -> Callable[[Class
     return make
 
 
+def _taylor(derivative: int) -> Callable[[Classifier, Settings], Term]:
+    return _along_trajectory(lambda node: TaylorRegularizer(node, 1e-3, derivative))
+
+
 def _local_error(model: Classifier, settings: Settings) -> Term:
     regularizer = LocalError(model.node, 10.0, sampled=True)
     return lambda step: regularizer.penalty()
@@ -132,8 +160,8 @@ def _local_error(model: Classifier, settings: Settings) -> Term:
 # ---------------------------------------------------------------------------------------------------- the registry
 
 _SHORT = span_of(5, 0.05)
+_SNOPT: dict[str, Any] = {"span": {"bounds": (0.1, 1.0)}, "times": GaussNewtonTime}
 _ADJOINT = {"sensitivity": "adjoint"}
-_TAYLOR = {k: _along_trajectory(lambda node, k=k: TaylorRegularizer(node, 1e-3, k)) for k in (2, 3)}
 _KINETIC = _along_trajectory(lambda node: KineticEnergy(node, 0.01))
 _JACOBIAN = _along_trajectory(lambda node: JacobianNorm(node, 0.01))
 
@@ -159,8 +187,9 @@ METHODS: dict[str, Method] = {
     "lyapunov-10": Method("Lyapunov, rate 10", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(10.0),)),
     "lyapunov-20": Method("Lyapunov, rate 20", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(20.0),)),
     "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet(20.0),), solves=False),
-    "taynode-2": Method("TayNODE, K = 2", terms=(_TAYLOR[2],)),
-    "taynode-3": Method("TayNODE, K = 3", terms=(_TAYLOR[3],)),
+    "steer": Method("STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
+    "taynode-2": Method("TayNODE, K = 2", terms=(_taylor(2),)),
+    "taynode-3": Method("TayNODE, K = 3", terms=(_taylor(3),)),
     "rnode": Method("RNODE", terms=(_KINETIC, _JACOBIAN)),
     "local-error": Method("local error", span={}, frozen=True, terms=(_local_error,)),
     "step-doubling": Method("1 step, step doubling", span={}, frozen=True, t_span=span_of(1), terms=(_step_doubling,)),
@@ -170,6 +199,17 @@ METHODS: dict[str, Method] = {
     "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),
     "vanilla-adjoint-adaptive": Method(
         "vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=span_of(1)
+    ),
+    "snopt": Method("SNOpt's time update, adjoint", **_SNOPT, node=_ADJOINT),
+    "snopt-adaptive": Method(
+        "SNOpt's time update, adjoint and dopri5", **_SNOPT, node={**_ADJOINT, "solver": "dopri5"}, t_span=span_of(1)
+    ),
+    "coordinate-descent": Method(
+        "TO-FLOW's coordinate descent",
+        span={},
+        terms=(_price_of_time,),
+        times=lambda times: torch.optim.Adam(times, lr=0.02),
+        pair=lambda network, times: CoordinateDescent(network, times, turns=(5, 1)),
     ),
     "minimum-time-adjoint": Method("minimum-time, adjoint", span={}, node=_ADJOINT, terms=(_price_of_time,)),
 }

@@ -38,13 +38,16 @@ def quiet_node(field: Callable, **options: Any) -> NeuralODE:
         return NeuralODE(field, **options)
 
 
+class _NoField(nn.Module):
+    nfe = 0.0  # counted as torchdyn's fields do
+
+
 class NoODE(nn.Module):
     """In the place of a NeuralODE: z(t_f) = z(t0). What is left of the network must do without."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.vf = nn.Identity()
-        self.vf.nfe = 0.0  # as torchdyn's fields have it
+        self.vf = _NoField()
 
     def forward(self, z: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
         return t_span[:1], z[None]

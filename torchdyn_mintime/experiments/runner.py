@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -65,8 +64,3 @@ def time_inference(plans: Sequence[Plan], data: Data, store: Store, *, calls: in
     with torch.no_grad():
         seconds = measure.inference_times(models, data.x_test, calls)
     return [store.set_inference(plan, t) for plan, t in zip(plans, seconds, strict=True)]
-
-
-def with_seed(plan: Plan, seed: int) -> Plan:
-    """The same plan for another seed."""
-    return replace(plan, settings=replace(plan.settings, seed=seed))

@@ -1,7 +1,7 @@
 """What is trained: the data, the network and the published settings of each task."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class Settings:
     subset: int | None = None
     width: int = 64
     seed: int = 0
+
+    def but(self, **changes: Any) -> "Settings":
+        """The same with those changes that are not None."""
+        return replace(self, **{key: value for key, value in changes.items() if value is not None})
 
 
 @dataclass(frozen=True)

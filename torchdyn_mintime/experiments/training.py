@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torchdyn_mintime import IntegrationError, spans
 from torchdyn_mintime.experiments.data import Data, cropped
 from torchdyn_mintime.experiments.methods import Method
-from torchdyn_mintime.experiments.models import Classifier
+from torchdyn_mintime.experiments.models import Classifier, NoODE
 from torchdyn_mintime.experiments.tasks import Settings, Task
 
 __all__ = ["History", "Run", "Step", "end_of", "race", "single_thread"]
@@ -67,13 +67,14 @@ class Step:
     Attributes:
         z0: initial states ``[batch, ...]``.
         y: labels ``[batch]``.
-        t_eval, sol: the solve, ``[points]`` and ``[points, batch, ...]``; None where the method trains without one.
+        t_eval, sol: the solve, ``[points]`` and ``[points, batch, ...]``; its first point alone where the method trains
+            without one.
     """
 
     z0: Tensor
     y: Tensor
-    t_eval: Tensor | None = None
-    sol: Tensor | None = None
+    t_eval: Tensor
+    sol: Tensor
 
 
 class Run:
@@ -97,6 +98,7 @@ class Run:
             # What a method draws in training must not depend on which others train beside it.
             self._random = torch.get_rng_state()
         self.spans = list(spans(self.model))
+        self._solve = method.solver(self.model)
         self.terms = [make(self.model, settings) for make in method.terms]
         self.history = History()
         self.failure = ""
@@ -108,13 +110,8 @@ class Run:
 
     def renew_optimizer(self) -> None:
         """A fresh optimizer, at the first learning rate."""
-        groups = self.method.groups(self.model, self.settings)
-        self.optimizer: torch.optim.Optimizer
-        if self.settings.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(groups)
-        else:
-            self.optimizer = torch.optim.SGD(groups, momentum=0.9)
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer, self._paced = self.method.optimizer(self.model, self.settings)
+        self._rates = [group["lr"] for group in self._paced.param_groups]
         self._since_renewal = 0
 
     def _set_rates(self) -> None:
@@ -122,7 +119,7 @@ class Run:
         # For SGD the paper divides the rate by ten after 60, 100 and 140 of 160 epochs.
         adam = self.settings.optimizer == "adam"
         factor = self.settings.decay**i if adam else 0.1 ** sum(i >= part * n for part in (0.375, 0.625, 0.875))
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self._paced.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
     @property
@@ -170,13 +167,14 @@ class Run:
 
     def _forward_backward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the method's loss; returns the terminal loss and the logits."""
-        step = Step(self.model.before(x), y)
-        loss: Tensor | float = 0.0
+        z0, t_span = self.model.before(x), self.model.t_span
+        step = Step(z0, y, *(self._solve(z0, t_span) if self.method.solves else (t_span[:1], z0[None])))
+        loss = z0.new_zeros(())
         if self.method.solves:
-            step.t_eval, step.sol = self.model.node(step.z0, self.model.t_span)
             logits = self.model.head(step.sol[-1])
             terminal = cross_entropy(logits, y)
-            loss = self.method.terminal * terminal if self.method.terminal else 0.0
+            if self.method.terminal:
+                loss = self.method.terminal * terminal
         for term in self.terms:
             loss = loss + term(step)
         loss = loss + self.driver.penalty(self)
@@ -234,7 +232,9 @@ class Run:
 
 
 def end_of(model: Classifier) -> float:
-    """t_f, in units of time."""
+    """t_f, in units of time; where the ODE is skipped, t0."""
+    if isinstance(model.node, NoODE):
+        return model.t_span[0].item()
     return model.node.t_f.item() if hasattr(model.node, "t_f") else model.t_span[-1].item()
 
 

@@ -21,7 +21,8 @@ __all__ = ["AsynchronousLeapfrog", "ForeignStepper", "Hypersolver", "RungeKutta"
 
 VectorField = Callable[[Any, Tensor], Tensor]
 Times = Sequence[Tensor | None]
-Weights = tuple[tuple[int, float], ...]
+Weights = tuple[tuple[float, tuple[int, ...]], ...]
+"""Weights and the stages that have them. Stages of one weight are added first: a weight is a product in backward."""
 
 
 class Stepper:
@@ -64,29 +65,41 @@ class Stepper:
 
 def _combine(x: Tensor, dt: float | Tensor, stages: Sequence[Tensor], weights: Weights) -> Tensor:
     """x + dt * sum_j w_j k_j."""
-    (first, w), *rest = weights
+    (w, of_first), *rest = weights
     if isinstance(dt, float):
-        out = torch.add(x, stages[first], alpha=dt * w)
-        for j, w in rest:
+        out = torch.add(x, _sum(stages, of_first), alpha=dt * w)
+        for w, of_next in rest:
             # In place is safe: `out` is fresh, and an addition keeps neither of its terms for backward.
-            out.add_(stages[j], alpha=dt * w)
+            out.add_(_sum(stages, of_next), alpha=dt * w)
         return out
     if not rest:
-        return torch.addcmul(x, dt, stages[first], value=w)
+        return torch.addcmul(x, dt, _sum(stages, of_first), value=w)
     # One product with dt for all stages: each would cost a sum over the state in backward.
     return torch.addcmul(x, dt, _weighted_sum(stages, weights))
 
 
 def _weighted_sum(stages: Sequence[Tensor], weights: Weights) -> Tensor:
-    (first, w), *rest = weights
-    out = stages[first] * w
-    for j, w in rest:
-        out.add_(stages[j], alpha=w)
+    (w, of_first), *rest = weights
+    out = _sum(stages, of_first) * w
+    for w, of_next in rest:
+        out.add_(_sum(stages, of_next), alpha=w)
+    return out
+
+
+def _sum(stages: Sequence[Tensor], which: tuple[int, ...]) -> Tensor:
+    first, *rest = which
+    out = stages[first]
+    for n, j in enumerate(rest):
+        out = out.add_(stages[j]) if n else out + stages[j]
     return out
 
 
 def _nonzero(row: Sequence[float]) -> Weights:
-    return tuple((j, float(w)) for j, w in enumerate(row) if w != 0.0)
+    groups: dict[float, list[int]] = {}
+    for j, w in enumerate(row):
+        if w != 0.0:
+            groups.setdefault(float(w), []).append(j)
+    return tuple((w, tuple(which)) for w, which in groups.items())
 
 
 class RungeKutta(Stepper):

@@ -1,0 +1,144 @@
+"""Trainings on two processes, started by `test_ddp.py` as a user starts them: `python ranks.py FOLDER`.
+
+Lightning's strategy "ddp" runs this file a second time for the second rank. Each rank leaves what it saw in FOLDER.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torchdyn.core import NeuralODE
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.lightning import GrowDepth, MinimumTime
+
+SPAN = torch.linspace(0, 1, 5, dtype=torch.float64)
+SIZE, BATCH, EPOCHS = 32, 16, 4
+
+
+class Learner(pl.LightningModule):
+    """In float64: a sum over two halves of a batch differs from the whole by rounding alone."""
+
+    def __init__(self, fault=None):
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        self.node = NeuralODE(net, solver="rk4")
+        self.node.t_span = SPAN
+        self.fault = fault
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        factor = 1.0
+        if self.fault is not None and self.trainer.global_rank == 1 and batch_idx == 1:
+            if self.fault == "the loss is NaN":
+                factor = float("nan")
+            elif self.fault == "the solve fails":
+                x = x * 1e308
+            else:
+                raise KeyError("a fault of the user's own")
+        return factor * nn.functional.cross_entropy(self.node(x)[1][-1], y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+class Watch(pl.Callback):
+    """What must be equal on all ranks, after every step."""
+
+    def __init__(self, other):
+        self.other, self.seen = other, []
+
+    def record(self, model, when):
+        (span,) = tm.spans(model)
+        price, growth = getattr(self.other, "price", None), getattr(self.other, "growth", None)
+        self.seen.append(
+            {
+                "when": when,
+                "t_f": span.t_f.item(),
+                "bounds": span.bounds,
+                "weights": torch.cat([p.detach().flatten() for p in span.node.parameters()]).tolist(),
+                "price": price.weight if price else None,
+                "grown": len(growth.history) if growth else None,
+                "done": growth.done if growth else None,
+            }
+        )
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self.record(model, "batch")
+
+    def on_train_epoch_end(self, trainer, model):
+        self.record(model, "epoch")
+
+
+METHODS = {
+    "weight": lambda: MinimumTime(weight=0.3),
+    "target": lambda: MinimumTime(target=0.66),
+    "growth": lambda: GrowDepth(threshold=0.6, increment=0.2, patience=2, max_t_f=1.9),
+}
+FAULTS = ("the loss is NaN", "the solve fails", "an error of the user's own", "another number of batches")
+
+
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SIZE, 2, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
+
+
+class Uneven(Sampler):
+    """One batch more for the first rank."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        return iter(range(len(self)))
+
+    def __len__(self):
+        return SIZE - BATCH * self.rank
+
+
+def fit(method, fault=None, devices=2, epochs=EPOCHS):
+    """The rank's record. Of two processes each gets half of every batch: every second sample."""
+    model, callback = Learner(fault), METHODS[method]()
+    watch = Watch(callback)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback, watch],
+        use_distributed_sampler=fault != FAULTS[3],
+    )
+    sampler = Uneven(trainer.global_rank) if fault == FAULTS[3] else None
+    trainer.fit(model, DataLoader(dataset(), batch_size=BATCH // devices, sampler=sampler))
+    return watch.seen
+
+
+def main(folder):
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    found = {method: fit(method) for method in METHODS}
+    rank = torch.distributed.get_rank()
+    for fault in FAULTS:
+        try:
+            fit("growth" if fault == "the solve fails" else "weight", fault)
+        except (tm.IntegrationError, MisconfigurationException, KeyError) as error:
+            found[fault] = [type(error).__name__, str(error)]
+        else:
+            found[fault] = None
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,79 @@
+"""Two processes (gloo, CPU): the same on both ranks at every step, the same as one process on the joined batch, no hang.
+
+Fixed-step solvers only: an adaptive one chooses its steps by its own rank's half of the batch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trust import ranks
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What each rank recorded. One launch for all tests: two processes import torch, which is most of the time."""
+    if not torch.distributed.is_available():
+        pytest.skip("this build of torch has no torch.distributed")
+    folder = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [sys.executable, ranks.__file__, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,  # a hang ends here
+        env={
+            **{k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")},
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method", ranks.METHODS)
+def test_both_ranks_are_equal_at_every_step(seen, method):
+    first, second = (rank[method] for rank in seen)
+    # Two batches and the end of an epoch each; growth may end the training when its threshold is met.
+    assert len(first) >= 3 * 2
+    assert first == second
+
+
+@pytest.mark.parametrize("method", ranks.METHODS)
+def test_both_ranks_are_as_one_process_on_the_joined_batch(seen, method):
+    alone = ranks.fit(method, devices=1)
+    assert len(alone) == len(seen[0][method])
+    for step, (one, two) in enumerate(zip(alone, seen[0][method], strict=True)):
+        for key, value in one.items():
+            if key == "bounds":
+                value, two[key] = list(value), list(two[key])
+            # 1e-6 is asked; in float64 the sums of two halves leave about 1e-12 after Adam's division by small gradients.
+            same = value == two[key] if isinstance(value, str | bool | None) else two[key] == pytest.approx(value, abs=1e-8)
+            assert same, (step, key, value, two[key])
+
+
+def test_the_comparison_says_something(seen):
+    record = seen[0]
+    for method in ("weight", "target", "growth"):
+        assert record[method][-1]["t_f"] != 1.0
+    assert record["growth"][-1]["grown"] >= 1
+    prices = [step["price"] for step in record["target"]]
+    assert None not in prices and len(set(prices)) > 2
+
+
+@pytest.mark.parametrize("fault", ranks.FAULTS)
+def test_a_fault_on_one_rank_ends_in_an_error_on_all(seen, fault):
+    first, second = (rank[fault] for rank in seen)
+    assert first is not None and second is not None
+    if fault == "another number of batches":
+        assert first == second
+        assert first[0] == "MisconfigurationException" and "[4, 2]" in first[1]
+        return
+    # The rank without the fault learns which one failed, before any gradient is shared.
+    assert first[0] == "IntegrationError" and "rank 1" in first[1]
+    own = {"the loss is NaN": "rank 1", "the solve fails": "not finite", "an error of the user's own": "own"}[fault]
+    assert own in second[1]
