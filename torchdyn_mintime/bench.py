@@ -20,7 +20,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,14 @@ def contestants(
     return found
 
 
+def _training(span: LearnableSpan, x: Tensor) -> Run:
+    return lambda: span(x)[1][-1].square().mean().backward()
+
+
+def _nfe(span: LearnableSpan) -> int:
+    return span.nfe
+
+
 class _Counted(nn.Module):
     """A field as torchdiffeq calls it, with a count."""
 
@@ -240,7 +249,9 @@ def fixed(rounds: int) -> Iterator[Result]:
     net, x = mlp(2, 64), state(64, 2)
     yield from compare("fixed", "forward, 2-64-2, batch 64", contestants(net, x, 100, backward=False), rounds)
     net, x = mlp(3, 32), state(512, 3)
-    yield from compare("fixed", "forward + backward, 3-32-3, batch 512", contestants(net, x, 100, backward=True), rounds)
+    yield from compare(
+        "fixed", "forward + backward, 3-32-3, batch 512", contestants(net, x, 100, backward=True), rounds
+    )
     net, x = mlp(64, 128), state(512, 64)
     case = "forward + backward, 64-128-64, batch 512"
     yield from compare("fixed", case, contestants(net, x, 100, backward=True), max(3, rounds // 5))
@@ -281,8 +292,8 @@ def memory(rounds: int) -> Iterator[Result]:
     runs, sizes = [], []
     for make in options.values():
         span = make()
-        sizes.append(saved_bytes(lambda span=span: span(x)[1], held) / MIB)
-        runs.append(lambda span=span: span(x)[1][-1].square().mean().backward())
+        sizes.append(saved_bytes(partial(span.trajectory, x), held) / MIB)
+        runs.append(_training(span, x))
     seconds = alternate(runs, max(3, rounds // 5))
     for name, own, size in zip(options, seconds, sizes, strict=True):
         ratio = statistics.median(a / b for a, b in zip(own, seconds[0], strict=True))
@@ -297,8 +308,9 @@ def time_gradient(rounds: int) -> Iterator[Result]:
         for learned in (False, True):
             span = LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, 101 if solver == "rk4" else 2))
             span.t_f.requires_grad_(learned)
-            run = lambda span=span: span(x)[1][-1].square().mean().backward()  # noqa: E731
-            found.append(Contestant("learned t_f" if learned else "frozen t_f", run, lambda span=span: span.nfe))
+            found.append(
+                Contestant("learned t_f" if learned else "frozen t_f", _training(span, x), partial(_nfe, span))
+            )
         yield from compare("time-gradient", solver, found, rounds)
 
 
@@ -311,7 +323,9 @@ def scaling(rounds: int) -> Iterator[Result]:
     for what, size, width, batch in cases:
         value = {"batch": batch, "state size": size, "width": width}[what]
         net, x = mlp(size, width), state(batch, size)
-        found = [c for c in contestants(net, x, 20, backward=True) if c.name in ("plain loop", "LearnableSpan", "NeuralODE")]
+        found = [
+            c for c in contestants(net, x, 20, backward=True) if c.name in ("plain loop", "LearnableSpan", "NeuralODE")
+        ]
         yield from compare("scaling", f"{what} {value} ({size}-{width}-{size}, batch {batch})", found, rounds)
 
 
@@ -331,7 +345,10 @@ def final_state(rounds: int) -> Iterator[Result]:
     span = LearnableSpan(node_of(net, solver="rk4"), torch.linspace(0, 1, 101)).eval()
     with torch.no_grad():
         end = [span.t_f.item()]
-        runs: dict[str, Callable[[], Tensor]] = {"all points": lambda: span(x)[1], "save_at=[t_f]": lambda: span(x, save_at=end)[1]}
+        runs: dict[str, Callable[[], Tensor]] = {
+            "all points": lambda: span(x)[1],
+            "save_at t_f only": lambda: span(x, save_at=end)[1],
+        }
         seconds = alternate(list(runs.values()), max(3, rounds // 5))
         for (name, run), own in zip(runs.items(), seconds, strict=True):
             size = run().untyped_storage().nbytes() / MIB
@@ -372,7 +389,9 @@ def _plot(results: Sequence[Result], path: Path) -> None:
 def _table(results: Sequence[Result], threads: int):
     from rich.table import Table
 
-    table = Table(title=f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}: ratios, medians over rounds")
+    table = Table(
+        title=f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}: ratios, medians over rounds"
+    )
     for column in ("part", "case", "by", "ratio", "ms", "evaluations", "MiB kept"):
         table.add_column(column, justify="left" if column in ("part", "case", "by") else "right", no_wrap=True)
     previous = None
@@ -402,7 +421,12 @@ def _write(results: Sequence[Result], folder: Path, threads: int) -> list[Path]:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads, "machine": platform.machine()}
+    about = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": threads,
+        "machine": platform.machine(),
+    }
     written[1].write_text(json.dumps({"about": about, "results": rows}, indent=1))
     if any(r.part == "linearity" for r in results):
         written.append(folder / f"linearity-{threads}-thread{'s' * (threads > 1)}.png")
@@ -415,7 +439,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(prog="python -m torchdyn_mintime bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", choices=("1", "all"), default="1", help="threads of torch (default 1)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of a case (default 15)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of the CSV, JSON and PNG")
     options = parser.parse_args(argv)
     if options.rounds < 1:

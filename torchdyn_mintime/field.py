@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdyn.core import NeuralODE
 from torchdyn.core.defunc import DEFuncBase
 from torchdyn.nn.galerkin import GalLayer
 
@@ -43,8 +44,8 @@ class _Roles:
     def __init__(self, modules: dict[nn.Module, int]):
         self.seen = modules
         self.modules = list(modules)
-        self.traces = [m for m in modules if hasattr(m, "trace_estimator")]
-        self.controlled = [m for m in modules if hasattr(m, "_control")]
+        self.traces: list[Any] = [m for m in modules if hasattr(m, "trace_estimator")]
+        self.controlled: list[Any] = [m for m in modules if hasattr(m, "_control")]
         self.timed = [m for m in modules if hasattr(m, "t")]
         self.galerkin = [m for m in modules if isinstance(m, GalLayer)]
         self.captured = [(m, name) for m in modules for name in ("_control", "noise") if hasattr(m, name)]
@@ -54,8 +55,8 @@ class _Roles:
 class Field:
     """The field of ``node``, to be bound to one solve after another."""
 
-    def __init__(self, node: nn.Module):
-        self.node = node
+    def __init__(self, node: NeuralODE):
+        self.node: Any = node  # torchdyn's attributes have no types
         self._known: tuple[Any, bool] | None = None
         self._kept_roles: _Roles | None = None
 
@@ -74,6 +75,7 @@ class Field:
         node, roles = self.node, self._roles()
         if roles.traces or roles.controlled:
             excess = 1 if node.integral_loss is not None and node.sensitivity == "autograd" else 0
+            module: Any
             for module in roles.modules:
                 if module in roles.traces:
                     if module.noise_dist is not None:
@@ -84,7 +86,9 @@ class Field:
                     module._control = x[:, excess:].detach()
         takes_args = self._calls_with_args()
         if args and not takes_args:
-            raise ValueError(f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward")
+            raise ValueError(
+                f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward"
+            )
         return BoundField(node, roles, takes_args, args or {})
 
     @contextmanager
@@ -99,7 +103,13 @@ class Field:
         held = [
             (m, name, getattr(m, name))
             for m in modules
-            for name in ("_control", "noise", "noise_dist", "t", *(("weight", "bias") if isinstance(m, GalLayer) else ()))
+            for name in (
+                "_control",
+                "noise",
+                "noise_dist",
+                "t",
+                *(("weight", "bias") if isinstance(m, GalLayer) else ()),
+            )
             if hasattr(m, name)
         ]
         counters = [(m, m.nfe) for m in (vf, vf.vf) if isinstance(getattr(m, "nfe", None), int | float)]
@@ -139,7 +149,7 @@ class BoundField:
         nfe: how often it was evaluated.
     """
 
-    def __init__(self, node: nn.Module, roles: _Roles, takes_args: bool, args: Mapping):
+    def __init__(self, node: Any, roles: _Roles, takes_args: bool, args: Mapping):
         self.node = node
         self._modules = roles.modules
         self._timed_modules = roles.timed
@@ -256,4 +266,3 @@ def _without_time(function: Callable) -> Callable[[Any, Tensor], Tensor]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-

@@ -295,11 +295,11 @@ class Shallowest(_SpanCallback):
 
         def measure() -> float:
             assert self._original is not None
-            log, pl_module.log = pl_module.log, lambda *args, **kwargs: None  # type: ignore[method-assign]
+            log, pl_module.log = pl_module.log, lambda *args, **kwargs: None
             try:
                 out = self._original(batch, batch_idx)
             finally:
-                pl_module.log = log  # type: ignore[method-assign]
+                pl_module.log = log
             loss = out["loss"] if isinstance(out, dict) else out
             return _mean_over_ranks(trainer, pl_module, loss.item())
 

@@ -17,15 +17,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.diagnostics import reference_end
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.numerics.steppers import make_stepper
+from torchdyn_mintime.reference import end_by_steps, reference_end
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
@@ -366,7 +367,7 @@ class Shallowest:
                     except IntegrationError as error:
                         self._back_off(str(error))
                         continue
-                    self.step(value, lambda x=x, batch=batch: loss(model(x), batch))
+                    self.step(value, partial(_loss_of, model, loss, x, batch))
                     if self.done or self._iterations >= max_iterations:
                         break
                     bar.update(task, advance=1, description=self.status())
@@ -570,6 +571,10 @@ def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> Non
     span.t_span = torch.linspace(t0, t_f, steps + 1, dtype=span.t_f.dtype)
 
 
+def _loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], x: Tensor, batch: Any) -> Tensor:
+    return loss(model(x), batch)
+
+
 def set_all_steps(found: Sequence[LearnableSpan], steps: int) -> None:
     for span in found:
         set_steps(span, steps)
@@ -578,8 +583,7 @@ def set_all_steps(found: Sequence[LearnableSpan], steps: int) -> None:
 def _span_error(span: LearnableSpan) -> float:
     """The relative solver error of the span's last forward."""
     exact = reference_end(span)
-    reached = span._last.states[-1].double()
-    return ((reached - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)).item()
+    return ((end_by_steps(span).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)).item()
 
 
 def _unit(value: float) -> float:

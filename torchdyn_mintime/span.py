@@ -147,9 +147,17 @@ class LearnableSpan(nn.Module):
     @t_span.setter
     def t_span(self, value: Tensor) -> None:
         template, _ = _check_span(value, "t_span")
-        if self._given_bounds is not None and not template[0] < self._given_bounds[1]:
-            raise ValueError(f"the template starts at {template[0]:g}, beyond the upper bound {self._given_bounds[1]:g}")
-        self._template, self._filled = template, True
+        given, before = self._given_bounds, self._template
+        self._template = template
+        if given is not None and not template[0] < given[0]:
+            # A lower bound at or before t0 would let t_f fall below t0.
+            given = (self._default_bounds()[0], given[1])
+            if not given[0] < given[1]:
+                self._template = before
+                raise ValueError(
+                    f"the template starts at {template[0]:g}, too late for the upper bound {given[1]:g}; set `bounds` first"
+                )
+        self._given_bounds, self._filled = given, True
         with torch.no_grad():
             self.t0.fill_(template[0])
         self.clip_()
@@ -239,7 +247,8 @@ class LearnableSpan(nn.Module):
 
         And both as numbers: on a GPU each reading of a tensor waits for all work before it.
         """
-        t0, t_f = self.t0, self.t_f
+        t0: Tensor = self.t0
+        t_f: Tensor = self.t_f
         now = t0.item(), t_f.item()
         value = self._clipped(*now)
         if value == now:
@@ -466,11 +475,12 @@ class LearnableSpan(nn.Module):
         """
         if self.node.integral_loss is None:
             raise RuntimeError("the node has no integral_loss, so there is no running cost")
-        if self._last.states is None:
+        last = self._last
+        if self.node.sensitivity == "autograd" and last.states is not None and last.x is not None:
+            return last.states[-1][:, 0] - last.x[:, 0]
+        if last.running_cost is None:
             raise RuntimeError("the running cost is known after a forward call; make one first")
-        if self.node.sensitivity == "autograd":
-            return self._last.states[-1][:, 0] - self._last.x[:, 0]
-        return self._last.running_cost
+        return last.running_cost
 
     # -------------------------------------------------------------------------------------------- the node's own names
 

@@ -124,6 +124,7 @@ class TargetLoss:
     def _move(self, i: int, span: LearnableSpan, price: float, beta: float) -> None:
         t0, t_f = span.t0.item(), span.t_f.item()
         duration = t_f - t0
+        assert span.t_f.grad is not None
         gradient = span.t_f.grad.item() * duration
         self._size[i] = beta * self._size[i] + (1 - beta) * abs(gradient)
         cost = price * duration

@@ -40,7 +40,8 @@ class Learner(pl.LightningModule):
             if self.fault == "the loss is NaN":
                 factor = float("nan")
             elif self.fault == "the solve fails":
-                x = x * 1e308
+                with torch.no_grad():
+                    next(self.node.parameters()).mul_(float("nan"))
             else:
                 raise KeyError("a fault of the user's own")
         return factor * nn.functional.cross_entropy(self.node(x)[1][-1], y)

@@ -79,14 +79,15 @@ def solve_adjoint(problem: AdjointProblem, x: Tensor, grid: Grid) -> tuple[Solut
 
 def _with_cost(problem: AdjointProblem, x: Tensor) -> tuple[VectorField, Tensor]:
     """The field of the flat state [z, c] with c' = L(t, z), and its initial state."""
-    size, shape = x.numel(), x.shape
+    size, shape, running_cost = x.numel(), x.shape, problem.running_cost
+    assert running_cost is not None
 
     def f(t, y):
         z = y[:size].view(shape)
-        return torch.cat([problem.f(t, z).reshape(-1), problem.running_cost(t, z).reshape(-1)])
+        return torch.cat([problem.f(t, z).reshape(-1), running_cost(t, z).reshape(-1)])
 
     with problem.restored():
-        batch = problem.running_cost(x.new_zeros(()), x).numel()
+        batch = running_cost(x.new_zeros(()), x).numel()
     return f, torch.cat([x.reshape(-1), x.new_zeros(batch)])
 
 
@@ -96,7 +97,7 @@ class _Adjoint(torch.autograd.Function):
         asked = grid.keep is None or grid.keep[-1]
         plain = Grid(grid.nodes, keep=None if grid.keep is None else [*grid.keep[:-1], True])
         x = x.detach()
-        settings = dict(atol=problem.atol, rtol=problem.rtol, interpolator=problem.interpolator)
+        settings: dict[str, Any] = dict(atol=problem.atol, rtol=problem.rtol, interpolator=problem.interpolator)
         record = problem.interpolated
         cost = None
         if problem.running_cost is None:
@@ -209,7 +210,8 @@ class _Backward(nn.Module):
             with torch.enable_grad():
                 state = state.detach().requires_grad_()
                 dz = problem.f(t, state)
-                outputs, weights = [dz], [-p]
+                outputs: Sequence[Tensor] = [dz]
+                weights: Sequence[Tensor] = [-p]
                 if problem.running_cost is not None:
                     cost = problem.running_cost(t, state)
                     outputs, weights = [dz, cost], [-p, torch.full_like(cost, -1 / scale)]

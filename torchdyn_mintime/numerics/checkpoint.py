@@ -141,7 +141,7 @@ class _Replay(nn.Module):
                 times = _stage_times(f, step, stepper, z)[0]
                 z_new, stages = stepper.step(f, z, times, _cast(step.size(0), z))
                 outputs: list[Tensor] = []
-                if inside:
+                if passes is not None and inside:
                     interpolator = self._problem.interpolator
                     _interpolate(interpolator, passes[i][0], nodes, keep, outputs, step, z, z_new, stages)
             weights = inside

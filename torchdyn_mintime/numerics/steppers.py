@@ -222,7 +222,7 @@ class Hypersolver(Stepper):
 
     timed = True
 
-    def __init__(self, base: Stepper, solver: torch.nn.Module):
+    def __init__(self, base: Stepper, solver: Any):
         self._base, self._hypernet, self._power = base, solver.hypernet, solver.op1
         self.name, self.order = f"hyper-{base.name}", base.order
         self.nodes, self.evaluations = base.nodes, base.evaluations
@@ -237,12 +237,14 @@ class AsynchronousLeapfrog(Stepper):
 
     name, order, nodes = "alf", 2, (0.5,)
 
-    def __init__(self, solver: torch.nn.Module):
+    def __init__(self, solver: Any):
         self._const = solver.const
 
     def step(self, f, x, times, dt, k1=None):
         if x.shape[-1] % 2:
-            raise ValueError(f"alf steps a state [x, v] of even size in its last dimension; got the shape {tuple(x.shape)}")
+            raise ValueError(
+                f"alf steps a state [x, v] of even size in its last dimension; got the shape {tuple(x.shape)}"
+            )
         position, v = x.chunk(2, -1)
         middle = position + 0.5 * dt * v
         v_new = 2 * self._const * (f(times[0], middle) - v) + v
@@ -257,7 +259,7 @@ class ForeignStepper(Stepper):
 
     timed = True
 
-    def __init__(self, solver: torch.nn.Module):
+    def __init__(self, solver: Any):
         self._solver = solver
         self._given = self._cast = getattr(solver, "tableau", None)
         self.name, self.order = type(solver).__name__, int(solver.order)
@@ -305,7 +307,7 @@ _TABLEAUS = {
 }
 
 
-def _is_stock(solver: torch.nn.Module) -> bool:
+def _is_stock(solver: Any) -> bool:
     """Whether the solver still has the tableau that torchdyn gave it (users may tweak or train it)."""
     if type(solver) not in _TABLEAUS:
         return True
@@ -316,7 +318,7 @@ def _is_stock(solver: torch.nn.Module) -> bool:
     return torch.allclose(flat[0], flat[1], rtol=rounding, atol=rounding)
 
 
-def make_stepper(solver: "str | torch.nn.Module") -> Stepper:
+def make_stepper(solver: Any) -> Stepper:
     """The stepper of a torchdyn solver, given by name or as an instance.
 
     Raises:
@@ -338,7 +340,9 @@ def make_stepper(solver: "str | torch.nn.Module") -> Stepper:
             "the parameters or the time, and takes f at t instead of t + dt; use 'rk4', or 'dopri5' with tolerances"
         )
     if isinstance(solver, MultipleShootingDiffeqSolver):
-        raise ValueError(f"{kind.__name__} is a multiple-shooting solver; use a sequential one such as 'rk4' or 'tsit5'")
+        raise ValueError(
+            f"{kind.__name__} is a multiple-shooting solver; use a sequential one such as 'rk4' or 'tsit5'"
+        )
     if isinstance(solver, ode.AsynchronousLeapfrog):
         if solver.stepping_class != "fixed":
             raise ValueError(
@@ -356,4 +360,3 @@ def make_stepper(solver: "str | torch.nn.Module") -> Stepper:
     if solver.stepping_class not in ("fixed", "adaptive"):
         raise ValueError(f"a solver's stepping_class is 'fixed' or 'adaptive'; got {solver.stepping_class!r}")
     return ForeignStepper(solver)
-
