@@ -241,6 +241,20 @@ def test_a_loss_that_stays_far_above_its_best_was_spoiled():
     assert [rescue.look(m) for m in (0.45, 0.45, 0.3, 0.45, 0.45)] == [False] * 5  # twice the best ends the row
 
 
+def test_going_back_twice_leads_to_the_same_state():
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    rescue = Rescue(net, optimizer, every=1)
+    moments = []
+    for loss in (0.5, math.nan, math.inf):
+        rescue.look(loss)
+        net(torch.ones(4, 2)).sum().backward()
+        optimizer.step()
+        moments.append(optimizer.state_dict()["state"][0]["exp_avg"].clone())
+        optimizer.zero_grad()
+    assert torch.equal(moments[1], moments[2]) and optimizer.state_dict()["state"][0]["step"] == 1
+
+
 def test_only_a_good_state_is_kept():
     """A state at the brink would explode again, whatever the learning rate."""
     net = nn.Linear(1, 1)
@@ -335,7 +349,7 @@ def test_a_loss_that_explodes_is_gone_back_from(monkeypatch):
         if len(calls) == 10:  # what a step far too large leaves behind
             with torch.no_grad():
                 for parameter in list(span.vf.parameters())[-2:]:  # the last layer, against what was learned
-                    parameter.mul_(-300.0)
+                    parameter.mul_(-3000.0)
         return losses(self, x, y, lyapunov)
 
     monkeypatch.setattr(recipes._Run, "losses", spoiled)

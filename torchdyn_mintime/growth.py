@@ -325,7 +325,8 @@ class Rescue:
         rates = [group["lr"] * self.factor for group in self.optimizer.param_groups]
         assert self._good is not None
         self.model.load_state_dict(self._good[0])
-        self.optimizer.load_state_dict(self._good[1])
+        # A copy: the optimizer takes the tensors it is given as its own, and would write into what is kept here.
+        self.optimizer.load_state_dict(copy.deepcopy(self._good[1]))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

@@ -327,12 +327,12 @@ class _Run:
         self.watch()
         self.trained.train()
 
-    def watch(self, stuck: int = 0) -> None:
+    def watch(self) -> None:
         """Looks out for exploding losses, with what is good judged anew: each stage has another aim."""
         if self.watched:
             self.report.rescues += self.rescue.count
         self.watched = True
-        self.rescue = Rescue(self.trained, self.optimizer, stuck=stuck)
+        self.rescue = Rescue(self.trained, self.optimizer)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All data, in random batches where a size was given."""
@@ -432,9 +432,7 @@ class _Run:
         best = value = math.inf
         kept = None
         rescues = 0
-        # Where growth waits for the loss to settle, a loss that settles far above its best has been spoiled, and a deeper
-        # model would be grown from the spoiled one. Without patience t_f changes at every step, and the loss with it.
-        self.watch(stuck=2 * grower.patience)
+        self.watch()
 
         def decide(metric: float) -> bool | None:
             nonlocal best, kept, value, rescues

@@ -15,7 +15,7 @@ from torchdyn.numerics.interpolators import str_to_interp
 from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 
 from torchdyn_mintime.field import BoundField, Field
-from torchdyn_mintime.grid import cut, merge
+from torchdyn_mintime.grid import MAX_POINTS, cut, merge
 from torchdyn_mintime.numerics.adjoint import AdjointProblem, solve_adjoint
 from torchdyn_mintime.numerics.checkpoint import CheckpointProblem, solve_checkpointed
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, Solution, integrate
@@ -342,6 +342,8 @@ class LearnableSpan(nn.Module):
             ValueError, TypeError: an argument that cannot be used; nothing is changed then.
         """
         _check_state(x, self.node)
+        if args is not None and not isinstance(args, Mapping):
+            raise TypeError(f"args must be a mapping, which the field gets as its `args`; got {type(args).__name__}")
         # The first span passed may become the template, but not that of a call that fails.
         before = None if self._filled else (self._template, False, self.t0.item(), self.t_f.item())
         bound = None
@@ -562,11 +564,13 @@ class LearnableSpan(nn.Module):
         template, bounds, filled = (own.pop(prefix + k, None) for k in ("template", "bounds", "filled"))
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
-        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
-        if template is not None:
-            self._template = _check_span(template, f"{prefix}template")[0]
+        # Looked at before anything is taken over.
+        loaded = self._template if template is None else _check_span(template, f"{prefix}template")[0]
+        given = self._given_bounds
         if bounds is not None:
-            self._given_bounds = (bounds[0].item(), bounds[1].item()) if len(bounds) else None
+            given = _check_bounds(bounds.tolist(), loaded[0], frozen=True) if bounds.numel() else None
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        self._template, self._given_bounds = loaded, given
         if filled is not None:
             self._filled = bool(filled)
 
@@ -674,6 +678,8 @@ def _check_step_size(step_size: Any, template: Sequence[float], stepper: Stepper
     length = template[-1] - template[0]
     if not 0 < step <= length * (1 + 1e-6):
         raise ValueError(f"step_size must be positive and at most the span's length {length:g}; got {step:g}")
+    if length / step > MAX_POINTS:
+        raise ValueError(f"step_size = {step:g} makes {length / step:.3g} steps of the span's length {length:g}; give a larger one")
     return step
 
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
@@ -81,7 +81,7 @@ class Watch(pl.Callback):
 METHODS = {
     "weight": lambda: MinimumTime(weight=0.3),
     "target": lambda: MinimumTime(target=0.66),
-    "growth": lambda: GrowDepth(threshold=0.6, increment=0.2, patience=2, max_t_f=1.9),
+    "growth": lambda: GrowDepth(threshold=0.6, increment=0.2, max_t_f=1.7),
 }
 FAULTS = ("the loss is NaN", "the solve fails", "an error of the user's own", "another number of batches")
 
@@ -119,10 +119,11 @@ def fit(method, fault=None, devices=2, epochs=EPOCHS):
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[callback, watch],
-        use_distributed_sampler=fault != FAULTS[3],
+        use_distributed_sampler=False,  # Lightning's own shuffles
     )
-    sampler = Uneven(trainer.global_rank) if fault == FAULTS[3] else None
-    trainer.fit(model, DataLoader(dataset(), batch_size=BATCH // devices, sampler=sampler))
+    data, rank = dataset(), trainer.global_rank
+    sampler = DistributedSampler(data, devices, rank, shuffle=False) if fault != FAULTS[3] else Uneven(rank)
+    trainer.fit(model, DataLoader(data, batch_size=BATCH // devices, sampler=sampler))
     return watch.seen
 
 

@@ -15,6 +15,7 @@ from trust.training import EPOCHS, METHODS, SPAN, Learner, ends_with, equal, las
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import GrowDepth, MinimumTime
+from torchdyn_mintime.numerics.integrate import integrate
 
 
 def snapshot(model):
@@ -77,7 +78,9 @@ def test_a_field_that_turns_nan_in_the_middle_of_an_epoch(tmp_path, method, solv
 @pytest.mark.parametrize("solver", ["rk4", "tsit5"])
 @pytest.mark.parametrize("method", ["weight", "target"])
 @pytest.mark.parametrize("momentum", [True, False], ids=["Adam", "SGD"])
-def test_a_learning_rate_of_1000(tmp_path, method, solver, momentum):
+def test_a_learning_rate_of_1000(tmp_path, method, solver, momentum, monkeypatch):
+    # A field of such weights is stiff. It ends at the limit of steps, which is lowered here for time's sake.
+    monkeypatch.setitem(integrate.__kwdefaults__, "max_steps", 300)
     model = Learner(lr=1e3, solver=solver, momentum=momentum)
     run = trainer(3, [METHODS[method]()], tmp_path)
     try:
@@ -88,8 +91,8 @@ def test_a_learning_rate_of_1000(tmp_path, method, solver, momentum):
     lower, upper = span.bounds
     # Whatever happened, t_f is a time inside its bounds, and what was saved can be loaded.
     assert lower - 1e-6 <= span.t_f.item() <= upper + 1e-6
-    if last_checkpoint(tmp_path):
-        safe_load(tmp_path)
+    if path := last_checkpoint(tmp_path):
+        torch.load(path, weights_only=True)
 
 
 def test_a_learning_rate_of_1000_is_recovered_from_by_grow_depth():

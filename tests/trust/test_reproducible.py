@@ -11,7 +11,7 @@ from torchdyn_mintime.__main__ import app
 from torchdyn_mintime.experiments.models import span_of
 from torchdyn_mintime.experiments.tasks import TASKS
 
-CLOCKS = ("seconds", "time", "ms", "date", "memory", "gpu")
+CLOCKS = ("seconds", "time", "training", "inference", "to_target")
 
 
 @pytest.fixture(autouse=True)

@@ -31,17 +31,12 @@ EPOCHS = 4
 class RandomState(pl.Callback):
     """Puts torch's random state into every checkpoint, so that a resumed fit shuffles as one that never stopped."""
 
-    _state = None
-
     def state_dict(self):
         return {"torch": torch.get_rng_state()}
 
     def load_state_dict(self, state_dict):
-        self._state = state_dict["torch"]
-
-    def on_train_start(self, trainer, pl_module):
-        if self._state is not None:
-            torch.set_rng_state(self._state)
+        # At once: Lightning draws the first epoch's order before `on_train_start`.
+        torch.set_rng_state(state_dict["torch"])
 
 
 class Learner(pl.LightningModule):

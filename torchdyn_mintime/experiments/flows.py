@@ -105,9 +105,9 @@ class FlowMethod:
 
 FLOW_METHODS: dict[str, FlowMethod] = {
     "vanilla": FlowMethod("vanilla"),
-    "minimum-time": FlowMethod("minimum-time", steps=12, learn=True, weight=0.1, span_lr=0.01),
+    "minimum-time": FlowMethod("minimum-time", steps=12, learn=True, weight=0.35, span_lr=0.01),
     "minimum-time-doubling": FlowMethod(
-        "minimum-time, step doubling", steps=12, learn=True, weight=0.1, span_lr=0.01, doubling=1.0
+        "minimum-time, step doubling", steps=12, learn=True, weight=0.35, span_lr=0.01, doubling=1.0
     ),
     "minimum-time-paper": FlowMethod("minimum-time, as in the paper", learn=True, weight=0.35),
     "adaptive": FlowMethod("vanilla, tsit5 at 1e-3", steps=0),
