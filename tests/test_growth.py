@@ -218,7 +218,7 @@ def test_an_exploded_loss_goes_back_with_half_the_learning_rate():
 
 def test_a_rescue_gives_up_at_last_and_never_starts_from_nothing():
     net = nn.Linear(1, 1)
-    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), limit=1)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), limit=1, jump=10.0)
     with pytest.raises(ValueError, match="the loss is nan before anything was learned"):
         rescue.look(math.nan)
     rescue.look(1.0)
@@ -231,7 +231,7 @@ def test_a_rescue_gives_up_at_last_and_never_starts_from_nothing():
 
 def test_a_loss_that_stays_far_above_its_best_was_spoiled():
     net = nn.Linear(1, 1)
-    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), stuck=3, every=1)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), stuck=3, every=1, floor=1.0)
     good = net.weight.item()
     rescue.look(0.2)
     with torch.no_grad():
@@ -239,6 +239,13 @@ def test_a_loss_that_stays_far_above_its_best_was_spoiled():
     assert [rescue.look(0.45) for _ in range(3)] == [False, False, True]
     assert net.weight.item() == good
     assert [rescue.look(m) for m in (0.45, 0.45, 0.3, 0.45, 0.45)] == [False] * 5  # twice the best ends the row
+
+
+def test_worse_than_at_the_start_is_exploded_and_noise_is_not():
+    net = nn.Linear(1, 1)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0))
+    assert [rescue.look(m) for m in (0.69, 0.9, 0.3, 0.65, 0.68)] == [False] * 5
+    assert rescue.look(0.71) is True
 
 
 def test_going_back_twice_leads_to_the_same_state():
@@ -258,7 +265,7 @@ def test_going_back_twice_leads_to_the_same_state():
 def test_only_a_good_state_is_kept():
     """A state at the brink would explode again, whatever the learning rate."""
     net = nn.Linear(1, 1)
-    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), every=1)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0), every=1, jump=10.0)
     good = net.weight.item()
     rescue.look(0.5)
     with torch.no_grad():
@@ -349,7 +356,7 @@ def test_a_loss_that_explodes_is_gone_back_from(monkeypatch):
         if len(calls) == 10:  # what a step far too large leaves behind
             with torch.no_grad():
                 for parameter in list(span.vf.parameters())[-2:]:  # the last layer, against what was learned
-                    parameter.mul_(-3000.0)
+                    parameter.mul_(-300.0)
         return losses(self, x, y, lyapunov)
 
     monkeypatch.setattr(recipes._Run, "losses", spoiled)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,10 @@ from torchdyn_mintime.span import LearnableSpan
 __all__ = ["Result", "alternate", "main", "plain_rk4", "saved_bytes"]
 
 MIB = 2**20
-PARTS = ("fixed", "adaptive", "shallow", "memory", "time-gradient", "scaling", "linearity", "final-state")
+PARTS = ("fixed", "adaptive", "shallow", "memory", "time-gradient", "scaling", "linearity", "final-state", "compile")
+USUAL = PARTS[:-1]
+
+_PART_HELP = f"of {', '.join(PARTS)}; all but compile, which takes minutes, by default"
 
 Run = Callable[[], Any]
 
@@ -294,8 +297,16 @@ def memory(rounds: int) -> Iterator[Result]:
         span = make()
         sizes.append(saved_bytes(partial(span.trajectory, x), held) / MIB)
         runs.append(_training(span, x))
-    seconds = alternate(runs, max(3, rounds // 5))
-    for name, own, size in zip(options, seconds, sizes, strict=True):
+
+    def twice() -> None:
+        with torch.no_grad():
+            autograd(x)
+        runs[0]()
+
+    # What recomputation costs at the least: autograd's own work and one more forward solve.
+    names = [*options, "autograd, forward twice"]
+    seconds = alternate([*runs, twice], max(3, rounds // 5))
+    for name, own, size in zip(names, seconds, [*sizes, None], strict=True):
         ratio = statistics.median(a / b for a, b in zip(own, seconds[0], strict=True))
         yield Result("memory", "512 x 64, 100 steps", name, ratio, 1e3 * statistics.median(own), None, size)
 
@@ -356,8 +367,59 @@ def final_state(rounds: int) -> Iterator[Result]:
             yield Result("final-state", "512 x 64, 100 steps", name, ratio, 1e3 * statistics.median(own), None, size)
 
 
+def compiled(rounds: int) -> Iterator[Result]:
+    """torch.compile on a step by hand, with the step size as a tensor, and on the field inside a LearnableSpan.
+
+    The graphs are those of a first solve, and what fewer steps (60, 30, 7, 2) add to them.
+    """
+    from torch._dynamo.utils import counters
+
+    for size, width, batch, backward in ((2, 64, 64, False), (3, 32, 512, True)):
+        net, x = mlp(size, width), state(batch, size)
+        counters.clear()
+        torch._dynamo.reset()
+        step = torch.compile(lambda x, dt, net=net: _rk4_step(net, x, dt), dynamic=False)
+        solve = partial(_compiled_solve, net, step, x, backward)
+        start = time.perf_counter()
+        solve(2)  # the second step's state carries a gradient: a graph of its own
+        first = time.perf_counter() - start
+        graphs = counters["stats"]["unique_graphs"]
+        for steps in (100, 60, 30, 7, 2):
+            solve(steps)
+        again = counters["stats"]["unique_graphs"] - graphs
+        case = f"{'forward + backward' if backward else 'forward'}, {size}-{width}-{size}, batch {batch}, 100 steps"
+        plain, ours, *_ = contestants(net, x, 100, backward=backward)
+        compiled_net = cast(nn.Module, torch.compile(net, dynamic=False))
+        field = contestants(compiled_net, x, 100, backward=backward, plain=False)[0]
+        field.name = "LearnableSpan, compiled field"
+        case += f"; first call {first:.0f} s, graphs {graphs} + {again}"
+        yield from compare(
+            "compile", case, [plain, ours, Contestant("compiled step", partial(solve, 100)), field], rounds
+        )
+
+
+def _rk4_step(net: nn.Module, x: Tensor, dt: Tensor) -> Tensor:
+    k1 = net(x)
+    k2 = net(x + dt / 2 * k1)
+    k3 = net(x + dt / 2 * k2)
+    k4 = net(x + dt * k3)
+    return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def _compiled_solve(net: nn.Module, step: Callable, x: Tensor, backward: bool, steps: int) -> None:
+    with torch.set_grad_enabled(backward):
+        dt = torch.tensor(1 / steps)
+        for _ in range(steps):
+            x = step(x, dt)
+        if backward:
+            net.zero_grad(set_to_none=True)
+            x.square().mean().backward()
+
+
 _PARTS: dict[str, Callable[[int], Iterator[Result]]] = dict(
-    zip(PARTS, (fixed, adaptive, shallow, memory, time_gradient, scaling, linearity, final_state), strict=True)
+    zip(
+        PARTS, (fixed, adaptive, shallow, memory, time_gradient, scaling, linearity, final_state, compiled), strict=True
+    )
 )
 
 
@@ -439,9 +501,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(prog="python -m torchdyn_mintime bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", choices=("1", "all"), default="1", help="threads of torch (default 1)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of a case (default 15)")
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=USUAL, metavar="PART", help=_PART_HELP)
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of the CSV, JSON and PNG")
     options = parser.parse_args(argv)
     if options.rounds < 1:
@@ -452,7 +512,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=130)
+        console = Console(width=150)
     before = torch.get_num_threads()
     if options.threads == "1":
         torch.set_num_threads(1)

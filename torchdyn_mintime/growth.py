@@ -239,7 +239,7 @@ class Rescue:
         optimizer: whose state is kept too, and whose learning rates are lowered on the way back.
         jump: a loss this many times the best one so far (and above ``floor``) has exploded, as has one that is not
             finite.
-        floor: losses below it never count as exploded.
+        floor: losses below it never count as exploded; None is the first loss looked at, where training began.
         stuck: after so many looks in a row above twice the best loss the training counts as spoiled, and goes back as
             well; 0 is never.
         factor: what learning rates are multiplied by on the way back.
@@ -266,15 +266,16 @@ class Rescue:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        jump: float = 10.0,
-        floor: float = 1.0,
+        jump: float = 2.0,
+        floor: float | None = None,
         stuck: int = 0,
         factor: float = 0.5,
         limit: int = 8,
         every: int = 5,
     ):
         self.model, self.optimizer = model, optimizer
-        self.jump, self.floor = _positive(jump, "jump", least=1.0), _positive(floor, "floor")
+        self.jump = _positive(jump, "jump", least=1.0)
+        self.floor = None if floor is None else _positive(floor, "floor")
         self.factor = _positive(factor, "factor")
         if self.factor >= 1:
             raise ValueError(f"factor must lower the learning rate, so lie below 1; got {factor}")
@@ -285,7 +286,7 @@ class Rescue:
 
     def exploded(self, loss: float) -> bool:
         """Whether the loss is not finite, or many times the best one so far."""
-        return not math.isfinite(loss) or loss > max(self.jump * self.best, self.floor)
+        return not math.isfinite(loss) or loss > max(self.jump * self.best, self.floor or 0.0)
 
     def look(self, loss: float) -> bool:
         """Keeps the present state if the loss is good, and goes back to the last good one if it exploded.
@@ -303,6 +304,8 @@ class Rescue:
         spoiled = self.stuck > 0 and self._above >= self.stuck
         if not (spoiled or self.exploded(loss)):
             self.best = min(self.best, loss)
+            if self.floor is None:
+                self.floor = loss
             if self._good is None or (self._looks % self.every == 0 and loss <= 1.5 * self.best):
                 self._good = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
             self._looks += 1

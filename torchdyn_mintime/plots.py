@@ -113,5 +113,9 @@ def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tenso
         share: of class 1 at each point ``[n, n]``, rows being ``y``; between 0 and 1.
         x, labels: the data, ``[k, 2]`` and ``[k]``.
     """
-    axis.contourf(ticks.tolist(), ticks.tolist(), share.tolist(), levels=20, cmap="RdBu", alpha=0.6, vmin=0, vmax=1)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    classes = LinearSegmentedColormap.from_list("classes", [COLOURS[0], "white", COLOURS[1]])
+    axis.contourf(ticks.tolist(), ticks.tolist(), share.tolist(), levels=20, cmap=classes, alpha=0.5, vmin=0, vmax=1)
     points(axis, x, labels, title=title)
+    axis.set_aspect("equal")

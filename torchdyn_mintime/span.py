@@ -171,8 +171,11 @@ class LearnableSpan(nn.Module):
 
     @step_size.setter
     def step_size(self, value: float) -> None:
-        template = self._template
-        self._template = _regrid(template, _check_step_size(value, template, self._stepper), self.t_f.dtype)
+        template, length = self._template, self.t_f.item() - self.t0.item()
+        step = _check_step_size(value, template, self._stepper)
+        if step > length * (1 + 1e-6):
+            raise ValueError(f"step_size {step:g} is longer than the interval learned, {length:g}; t_f would have to move")
+        self._template = _regrid(template, step, self.t_f.dtype)
         self.clip_()
 
     @property
@@ -198,7 +201,7 @@ class LearnableSpan(nn.Module):
 
     @property
     def duration(self) -> Tensor:
-        """t_f - t0, differentiable: the integral of eq. (13)."""
+        """The length t_f - t0 of the interval, differentiable; the integral of eq. (13)."""
         t0, t_f, _, _ = self._times()
         return t_f - t0
 

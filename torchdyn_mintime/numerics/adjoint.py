@@ -135,7 +135,7 @@ class _Adjoint(torch.autograd.Function):
         }
         with problem.restored(), _autocast(*ctx.autocast):
             x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states))
-        grads = [g.to(p.dtype) for g, p in zip(mu, parameters, strict=True)]
+        grads = [None if g is None else g.to(p.dtype) for g, p in zip(mu, parameters, strict=True)]
         return (None, None, None, x, start, end, *grads)
 
 
@@ -157,6 +157,7 @@ class _Backward(nn.Module):
         self.module = problem.module
         self._problem, self._names = problem, names
         self._grid, self._steps, self._path, self._ends = grid, steps, path, ends
+        self._used: set[int] = set()
 
     def forward(self, states: Tensor, grad_states: Tensor):
         problem, grid = self._problem, self._grid
@@ -184,7 +185,11 @@ class _Backward(nn.Module):
         if kept[0] != 0 and self._ends[0]:
             start = -self._rate(grid.nodes[0], z, p, scale)
         sizes = [q.numel() for q in parameters]
-        grads = [m.view(q.shape) * scale for m, q in zip(mu.split(sizes), parameters, strict=True)]
+        # As under autograd, a parameter that the field does not use has no gradient at all.
+        grads = [
+            m.view(q.shape) * scale if i in self._used else None
+            for i, (m, q) in enumerate(zip(mu.split(sizes), parameters, strict=True))
+        ]
         start, end = (None if rate is None else rate * scale for rate in (start, end))
         return p * scale, start, end, grads
 
@@ -221,6 +226,7 @@ class _Backward(nn.Module):
                 if pairs:
                     outputs, weights = zip(*pairs, strict=True)
                     grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+                    self._used.update(i for i, g in enumerate(grads[1:]) if g is not None)
             flat = [
                 (torch.zeros_like(q) if g is None else g).reshape(-1).to(y.dtype)
                 for g, q in zip(grads, wanted, strict=True)
