@@ -16,6 +16,7 @@ import csv
 import gc
 import io
 import json
+import os
 import platform
 import statistics
 import time
@@ -455,7 +456,8 @@ def _table(results: Sequence[Result], threads: int):
         title=f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}: ratios, medians over rounds"
     )
     for column in ("part", "case", "by", "ratio", "ms", "evaluations", "MiB kept"):
-        table.add_column(column, justify="left" if column in ("part", "case", "by") else "right", no_wrap=True)
+        text = column in ("part", "case", "by")
+        table.add_column(column, justify="left" if text else "right", no_wrap=column != "case")
     previous = None
     for r in results:
         if previous is not None and (r.part, r.case) != previous:
@@ -514,8 +516,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     if not console.is_terminal:
         console = Console(width=150)
     before = torch.get_num_threads()
-    if options.threads == "1":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if options.threads == "1" else len(os.sched_getaffinity(0)))
     threads = torch.get_num_threads()
     results: list[Result] = []
     try:

@@ -57,7 +57,9 @@ class _SpanCallback(pl.Callback):
                     "same number, as Lightning's own distributed sampler does, or set limit_train_batches"
                 )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """From here on the other ranks wait for this one."""
         self._awaited = self._tells(trainer)
 

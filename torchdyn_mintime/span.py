@@ -166,7 +166,9 @@ class LearnableSpan(nn.Module):
     def step_size(self) -> float:
         """The template's first spacing (fixed-step solvers), in units of time."""
         if self._stepper.adaptive:
-            raise AttributeError(f"{self._stepper.name} chooses its own steps; only fixed-step solvers have a step_size")
+            raise AttributeError(
+                f"{self._stepper.name} chooses its own steps; only fixed-step solvers have a step_size"
+            )
         return self._template[1] - self._template[0]
 
     @step_size.setter
@@ -174,7 +176,9 @@ class LearnableSpan(nn.Module):
         template, length = self._template, self.t_f.item() - self.t0.item()
         step = _check_step_size(value, template, self._stepper)
         if step > length * (1 + 1e-6):
-            raise ValueError(f"step_size {step:g} is longer than the interval learned, {length:g}; t_f would have to move")
+            raise ValueError(
+                f"step_size {step:g} is longer than the interval learned, {length:g}; t_f would have to move"
+            )
         self._template = _regrid(template, step, self.t_f.dtype)
         self.clip_()
 
@@ -625,6 +629,8 @@ def _check_state(x: Any, node: NeuralODE) -> None:
         raise TypeError(f"the initial state must be a tensor; got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"the initial state must be of a floating-point type; got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"the initial state must be a dense tensor; got {x.layout}; use x.to_dense()")
     if node.order > 1:
         columns = x.shape[1] if x.dim() > 1 else 0
         columns -= 1 if node.integral_loss is not None and node.sensitivity == "autograd" else 0
@@ -637,8 +643,10 @@ def _check_state(x: Any, node: NeuralODE) -> None:
 def _check_number(value: Any, name: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number; got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite; got an integer too large for a float") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite; got {number}")
     return number
@@ -659,7 +667,9 @@ def _check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple
     if not (all(s > 0 for s in steps) or (either_direction and all(s < 0 for s in steps))):
         i = next(i for i, s in enumerate(steps) if s <= 0)
         order = "ascend or descend" if either_direction else "ascend"
-        raise ValueError(f"{name} must strictly {order}; its points {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}")
+        raise ValueError(
+            f"{name} must strictly {order}; its points {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}"
+        )
     return times, torch.float64 if t_span.dtype == torch.float64 else torch.float32
 
 
@@ -670,7 +680,9 @@ def _check_bounds(bounds: Any, t0: float, frozen: bool = False) -> tuple[float, 
     if not t0 < lower <= upper:
         raise ValueError(f"bounds must satisfy t0 < lower <= upper; got t0 = {t0:g}, bounds = ({lower:g}, {upper:g})")
     if lower == upper and not frozen:
-        raise ValueError(f"equal bounds {lower:g} leave t_f nothing to learn; freeze it (t_f.requires_grad_(False)) first")
+        raise ValueError(
+            f"equal bounds {lower:g} leave t_f nothing to learn; freeze it (t_f.requires_grad_(False)) first"
+        )
     return lower, upper
 
 
@@ -682,7 +694,9 @@ def _check_step_size(step_size: Any, template: Sequence[float], stepper: Stepper
     if not 0 < step <= length * (1 + 1e-6):
         raise ValueError(f"step_size must be positive and at most the span's length {length:g}; got {step:g}")
     if length / step > MAX_POINTS:
-        raise ValueError(f"step_size = {step:g} makes {length / step:.3g} steps of the span's length {length:g}; give a larger one")
+        raise ValueError(
+            f"step_size = {step:g} makes {length / step:.3g} steps of the span's length {length:g}; give a larger one"
+        )
     return step
 
 
@@ -698,5 +712,7 @@ def _regrid(template: Sequence[float], step: float, dtype: torch.dtype) -> list[
 
 def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:
     if isinstance(save_at, Tensor):
+        if save_at.layout != torch.strided:
+            raise TypeError(f"save_at must be a dense tensor; got {save_at.layout}")
         save_at = save_at.detach().reshape(-1)
     return [_check_number(t, "a time in save_at") for t in save_at]

@@ -156,8 +156,11 @@ def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
                 states, own = (out[1] if node.return_t_eval else out for out in (theirs, ours))
                 if states.shape == own.shape and (times is None or times[-1] == grid[-1]):
                     break
+                # To a multiple of the largest time's unit in the last place: one that torchdyn's own sum of times can hit,
+                # also where t_f is near 0 and has far finer units.
+                unit = math.ldexp(torch.finfo(grid.dtype).eps, math.frexp(grid.abs().max().item())[1] - 1)
                 grid = grid.clone()
-                grid[-1] = torch.nextafter(grid[-1], grid[0])
+                grid[-1] = (math.ceil(grid[-1].item() / unit) - 1) * unit
             else:
                 raise ValueError(f"{name or 'the span'}: torchdyn's {span._stepper.name} gave no state at t_f = {grid[-1]:g}")
     except TypeError as error:

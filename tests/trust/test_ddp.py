@@ -52,7 +52,11 @@ def test_both_ranks_are_as_one_process_on_the_joined_batch(seen, method):
             if key == "bounds":
                 value, two[key] = list(value), list(two[key])
             # 1e-6 is asked; in float64 the sums of two halves leave about 1e-12 after Adam's division by small gradients.
-            same = value == two[key] if isinstance(value, str | bool | None) else two[key] == pytest.approx(value, abs=1e-8)
+            same = (
+                value == two[key]
+                if isinstance(value, str | bool | None)
+                else two[key] == pytest.approx(value, abs=1e-8)
+            )
             assert same, (step, key, value, two[key])
 
 

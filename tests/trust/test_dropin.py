@@ -320,7 +320,9 @@ def test_inner_points_of_an_adaptive_solve(solver):
     compare(bare, wrapped, state(POINTS), *tolerances(solver))
 
 
-@pytest.mark.parametrize("name, solver", [("quickstart", "rk4"), ("depth-varying", "midpoint"), ("data control", "tsit5")])
+@pytest.mark.parametrize(
+    "name, solver", [("quickstart", "rk4"), ("depth-varying", "midpoint"), ("data control", "tsit5")]
+)
 def test_a_training_is_the_same_step_for_step(name, solver):
     make, shape, _ = MODELS[name]
     losses = []

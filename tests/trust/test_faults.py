@@ -86,7 +86,7 @@ def test_a_learning_rate_of_1000(tmp_path, method, solver, momentum, monkeypatch
     try:
         run.fit(model, loader())
     except (tm.IntegrationError, ValueError) as error:
-        assert "learning rate" in str(error) or "not finite" in str(error) or "loss is" in str(error)
+        assert "learning rate" in str(error) or "not finite" in str(error) or "loss is" in str(error)  # noqa: PT017
     (span,) = tm.spans(model)
     lower, upper = span.bounds
     # Whatever happened, t_f is a time inside its bounds, and what was saved can be loaded.

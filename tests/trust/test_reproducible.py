@@ -29,7 +29,8 @@ def results_of(folder):
         if path.suffix == ".csv":
             with path.open() as file:
                 found[name] = [
-                    {k: v for k, v in row.items() if not any(c in k.lower() for c in CLOCKS)} for row in csv.DictReader(file)
+                    {k: v for k, v in row.items() if not any(c in k.lower() for c in CLOCKS)}
+                    for row in csv.DictReader(file)
                 ]
         elif path.suffix in (".pt", ".ckpt"):
             found[name] = _plain(torch.load(path, weights_only=True))
@@ -69,4 +70,6 @@ def test_two_runs_are_equal_bit_for_bit(name, tmp_path, monkeypatch):
 
 def test_another_seed_gives_another_result(tmp_path, monkeypatch):
     words = ("run", "moons", "--iterations", "2")
-    assert run(tmp_path / "first", monkeypatch, *words) != run(tmp_path / "second", monkeypatch, *words, "--first-seed", "1")
+    assert run(tmp_path / "first", monkeypatch, *words) != run(
+        tmp_path / "second", monkeypatch, *words, "--first-seed", "1"
+    )

@@ -117,6 +117,8 @@ class Life(RuleBasedStateMachine):
     @rule(train=st.booleans(), batch=st.sampled_from([0, 1, 3]))
     def forward(self, train, batch):
         before = weights_of(self.model)
+        if self.span is None:
+            batch = max(batch, 1)  # torchdyn's adaptive solvers never end on an empty batch: its error is NaN (U3)
         self.model.train(train)
         t_f = None if self.span is None else self.span.t_f.item()
         try:
@@ -242,9 +244,16 @@ class Life(RuleBasedStateMachine):
         if self.span.adaptive:
             return
         length = (self.span.t_span[-1] - self.span.t_span[0]).item()
-        self.span.step_size = part * length
-        # The points are of the times' dtype; the last step may be shorter, so the only one has the template's length.
-        assert self.span.step_size == pytest.approx(part * length, rel=1e-3)
+        before = self.facts()
+        try:
+            self.span.step_size = part * length
+        except ValueError:
+            # One step longer than what t_f has become.
+            assert part * length > (self.span.t_f - self.span.t0).item() * (1 - 1e-3)
+            assert self.facts() == before
+        else:
+            # The points are of the times' dtype, so their distance is rounded.
+            assert self.span.step_size == pytest.approx(part * length, rel=1e-3)
         self.forget_graph()
 
     # ------------------------------------------------------------------------------------------------- moves and copies
@@ -312,7 +321,14 @@ class Life(RuleBasedStateMachine):
         with warnings.catch_warnings():
             # torchdyn's rk4 is first order for a field of time, and its adaptive steps are of float32 precision.
             warnings.filterwarnings("ignore", message=".*torchdyn's own solve differs")
-            tm.unwrap(self.model, self.state())
+            facts = self.facts()
+            try:
+                tm.unwrap(self.model, self.state())
+            except ValueError as error:
+                # torchdyn's adaptive solvers lose inner points too, and only the last one can be moved until they do not.
+                assert self.span.adaptive and len(grid) > 2, error  # noqa: PT017
+                assert self.facts() == facts
+                return
         assert isinstance(self.model.node, NeuralODE)
         # The end may be moved by a few units in the last place of float32, until torchdyn does not lose it.
         assert self.model.node.t_span.tolist() == pytest.approx(grid, rel=1e-5, abs=1e-5)

@@ -47,7 +47,7 @@ ROWS = (
 
 CAPTION = (
     "ratio: vanilla / minimum-time. As many steps: vanilla on [0, 1] with as many steps as minimum-time ended with. "
-    "Accuracy: on the test set; at 1e-7: of the same model, its ODE solved at that tolerance. Times: one thread."
+    "Accuracy: on the test set; at 1e-7: of the same model, its ODE solved at that tolerance. Times: of one thread on the CPU."
 )
 
 

@@ -1,7 +1,6 @@
 """What a trained model is worth: accuracy, evaluations, seconds, and the same model solved exactly."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torchdyn.core.defunc import DEFuncBase
 
 from torchdyn_mintime import LearnableSpan
 from torchdyn_mintime.experiments.models import Classifier, NoODE, quiet_node
-from torchdyn_mintime.experiments.training import end_of, single_thread
+from torchdyn_mintime.experiments.training import clock, end_of, single_thread
 
 __all__ = ["Pass", "evaluate", "forward", "inference_times", "reference_logits"]
 
@@ -87,14 +86,14 @@ class _Timed(torch.nn.Module):
 
 @torch.no_grad()
 def inference_times(models: Sequence[Classifier], x: Tensor, calls: int = 11) -> list[float]:
-    """Median seconds of one forward pass of each model, taken in turn on one thread after one call to warm up."""
+    """Median seconds (see ``clock``) of one forward pass of each model, in turn on one thread, after one to warm up."""
     seconds: list[list[float]] = [[] for _ in models]
     with single_thread():
         for call in range(calls + 1):
             for model, own in zip(models, seconds, strict=True):
                 model.eval()
-                start = time.perf_counter()
+                start = clock(x.device)
                 model(x)
                 if call:
-                    own.append(time.perf_counter() - start)
+                    own.append(clock(x.device) - start)
     return [statistics.median(own) for own in seconds]

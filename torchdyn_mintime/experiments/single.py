@@ -57,7 +57,7 @@ def _table(task: str, results: Sequence[tuple[Result, Plan]], store: Store) -> T
     table = Table(
         title=f"{TASKS[task].title}: {results[0][0].method}",
         caption="Accuracies in %; at 1e-7: on the test set too, of the same model, its ODE solved at that tolerance. "
-        "target: seconds until the training loss first was .01 or less, at 100 %. Times on one thread.",
+        "target: seconds until the training loss first was .01 or less, at 100 %. Times of one thread on the CPU.",
         box=box.SIMPLE_HEAD,
     )
     for name in COLUMNS:

@@ -431,7 +431,7 @@ def _printed(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -
         title=title,
         box=box.SIMPLE_HEAD,
         caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
-        "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. One thread, in turn.",
+        "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. Times of one thread, in turn.",
     )
     for head in heads:
         table.add_column(head)
