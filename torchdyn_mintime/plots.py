@@ -11,7 +11,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "bars", "curves", "grid_of_axes", "points", "regions", "save", "trajectories"]
+    from torchdyn_mintime.diagnostics import Hamiltonian, Profile
+    from torchdyn_mintime.lyapunov import Certificate
+
+__all__ = [
+    "COLOURS",
+    "bars",
+    "convergence",
+    "curves",
+    "grid_of_axes",
+    "growth",
+    "hamiltonian",
+    "points",
+    "profile",
+    "regions",
+    "save",
+    "trajectories",
+    "violation",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255", "#117733")
 """Okabe and Ito's, told apart by colour-blind readers too; two more for ten classes."""
@@ -119,3 +136,50 @@ def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tenso
     axis.contourf(ticks.tolist(), ticks.tolist(), share.tolist(), levels=20, cmap=classes, alpha=0.5, vmin=0, vmax=1)
     points(axis, x, labels, title=title)
     axis.set_aspect("equal")
+
+
+def convergence(axis: "Axes", certificate: "Certificate", *, title: str = "V along the flow", most: int = 60) -> None:
+    """V of single samples along the flow, over V at its start, with the bound exp(-rate (t - t0)) of eq. (18)."""
+    t, values = certificate.t.cpu(), certificate.values.detach().cpu()
+    ratio = (values / values[0].clamp_min(torch.finfo(values.dtype).tiny)).numpy()
+    bound = (-certificate.rate * (t - t[0])).exp().numpy()
+    for i in range(min(most, ratio.shape[1])):
+        axis.plot(t.numpy(), ratio[:, i], color=COLOURS[0] if certificate.held[i] else COLOURS[1], linewidth=0.7, alpha=0.6)
+    axis.plot(t.numpy(), bound, color="black", linestyle="--", label=f"exp(-{certificate.rate:g} (t - t0))")
+    axis.set(xlabel="time t", ylabel="V(z(t)) / V(z(t0))", title=title, yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def violation(axis: "Axes", t_eval: Tensor, values: Tensor, *, title: str = "violation of the rate") -> None:
+    """The map of relu(V-dot + rate V), ``[points, batch]``: time across, samples sorted by their sum."""
+    values = values.detach().cpu()
+    order = values.sum(0).argsort(descending=True)
+    times, shown = t_eval.detach().cpu().numpy(), values[:, order].T.numpy()
+    image = axis.pcolormesh(times, range(len(order)), shown, shading="nearest", cmap="magma")
+    axis.set(xlabel="time t", ylabel="sample", title=title)
+    axis.figure.colorbar(image, ax=axis)
+
+
+def growth(axis: "Axes", t_f: Sequence[float], metric: Sequence[float], threshold: float, *, title: str = "growth") -> None:
+    """t_f (left) and the metric with its threshold (right, logarithmic) over the iterations."""
+    axis.plot(t_f, color=COLOURS[0])
+    axis.set(xlabel="iteration", title=title)
+    axis.set_ylabel("t_f", color=COLOURS[0])
+    axis.grid(alpha=0.3)
+    right = axis.twinx()
+    right.plot(metric, color=COLOURS[1])
+    right.axhline(threshold, color=COLOURS[1], linestyle="--", linewidth=0.8)
+    right.set_yscale("log")
+    right.set_ylabel("metric", color=COLOURS[1])
+
+
+def profile(axis: "Axes", found: "Profile", *, title: str = "loss along the trajectory") -> None:
+    """Loss against time (figure 1a)."""
+    curves(axis, {"loss": (found.times.tolist(), found.loss.tolist())}, x="time t", y="loss", title=title, log=True)
+
+
+def hamiltonian(axis: "Axes", found: "Hamiltonian", *, title: str = "Hamiltonian along the path") -> None:
+    """Eq. (21) along the path, with 0, where an optimal free t_f puts it."""
+    curves(axis, {"H": (found.times.tolist(), found.values.tolist())}, x="time t", y="H", title=title)
+    axis.axhline(0.0, color="black", linestyle="--", linewidth=0.8)

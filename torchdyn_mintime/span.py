@@ -1,6 +1,7 @@
 r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) to (14) of the paper)."""
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -663,7 +664,7 @@ def _check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple
     times = t_span.detach().tolist()
     if not all(map(math.isfinite, times)):
         raise ValueError(f"{name} must be finite; got {times if len(times) < 9 else [*times[:4], '..', *times[-4:]]}")
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(times)]
     if not (all(s > 0 for s in steps) or (either_direction and all(s < 0 for s in steps))):
         i = next(i for i, s in enumerate(steps) if s <= 0)
         order = "ascend or descend" if either_direction else "ascend"

@@ -162,7 +162,9 @@ def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
                 grid = grid.clone()
                 grid[-1] = (math.ceil(grid[-1].item() / unit) - 1) * unit
             else:
-                raise ValueError(f"{name or 'the span'}: torchdyn's {span._stepper.name} gave no state at t_f = {grid[-1]:g}")
+                raise ValueError(
+                    f"{name or 'the span'}: torchdyn's {span._stepper.name} gave no state at t_f = {grid[-1]:g}"
+                )
     except TypeError as error:
         raise ValueError(
             f"{name or 'the span'}: plain torchdyn cannot call this vector field ({error}); "
@@ -203,7 +205,9 @@ def _random_state(span: LearnableSpan, name: str) -> Tensor:
     if not shape:
         first = next((m for m in span.node.vf.modules() if isinstance(m, nn.Linear)), None)
         if first is None:
-            raise ValueError(f"pass x, an initial state to check {name or 'the span'} with: no forward has shown its shape")
+            raise ValueError(
+                f"pass x, an initial state to check {name or 'the span'} with: no forward has shown its shape"
+            )
         shape = (8, first.in_features)
     return torch.randn(shape, dtype=parameter.dtype, device=parameter.device)
 
