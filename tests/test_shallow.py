@@ -64,7 +64,9 @@ def test_an_unreachable_bound_ends_with_what_was_tried_and_says_so(caplog):
 def test_an_absurd_learning_rate_is_backed_off_from(caplog):
     caplog.set_level(logging.INFO)
     batch, span = annuli(), span_of()
-    verdict = Shallowest(target=0.05, solver_tol=0.2).fit(span, criterion, [batch], lr=3.0, progress=False, max_iterations=500)
+    verdict = Shallowest(target=0.05, solver_tol=0.2).fit(
+        span, criterion, [batch], lr=3.0, progress=False, max_iterations=500
+    )
     assert "learning rate times" in caplog.text
     assert all(torch.isfinite(p).all() for p in span.parameters())
     assert math.isfinite(verdict.best.loss)
@@ -181,20 +183,19 @@ def loader(n=128):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=n)
 
 
-class OwnSpan(Learner):
-    """Without a span of its own the search has the say over the steps."""
-
-    def training_step(self, batch, _):
-        return cross_entropy(self.model(batch[0])[1][-1][:, :2], batch[1])
-
-
 def test_in_lightning():
     torch.manual_seed(0)
-    module, callback = OwnSpan(), FindShallowest(target=0.05, solver_tol=0.2)
+    module, callback = Learner(), FindShallowest(target=0.05, solver_tol=0.2)
     trainer(callback, 1500).fit(module, loader())
     assert callback.verdict is not None and callback.verdict.feasible
     assert callback.verdict.best.evaluations <= 4
     assert "training_step" not in module.__dict__
+    module.model(torch.randn(4, 3), module.t_span)  # a span of 20 steps
+    span = next(tm.spans(module))
+    assert span.nfe == callback.verdict.best.evaluations
+    other = Learner()
+    tm.wrap(other).load_state_dict(module.state_dict())
+    assert next(tm.spans(other)).pinned
 
 
 def test_minimum_time_with_a_target_in_lightning():

@@ -1,7 +1,7 @@
 """Speed and memory: what must be equal, and what must not grow. Times are only compared, never asserted.
 
-    pytest tests/test_speed.py                       equalities, counts and bytes
-    pytest tests/test_speed.py --benchmark-only      the timed comparisons, one group a case; read the ratios
+pytest tests/test_speed.py                       equalities, counts and bytes
+pytest tests/test_speed.py --benchmark-only      the timed comparisons, one group a case; read the ratios
 """
 
 import copy

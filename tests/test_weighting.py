@@ -98,7 +98,9 @@ def test_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path):
     assert c.weight == a.weight and c.best == a.best
 
 
-@pytest.mark.parametrize(("target", "error"), [(0.0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    ("target", "error"), [(0.0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("1", TypeError)]
+)
 def test_bad_targets(target, error):
     with pytest.raises(error, match="target"):
         TargetLoss(decay_span(1.0), target)

@@ -39,7 +39,9 @@ def cut(
     if moving_start and extend and t0 < template[0]:
         n = int((template[0] - t0) / step * (1 + 1e-12))
         if n > MAX_POINTS:
-            raise ValueError(f"t0 = {t0:.6g} lies {n} steps of {step:.6g} before the template's start {template[0]:.6g}")
+            raise ValueError(
+                f"t0 = {t0:.6g} lies {n} steps of {step:.6g} before the template's start {template[0]:.6g}"
+            )
         inner += [t for k in range(n - 1, 0, -1) if first < (t := template[0] - k * step) < last]
         begin = 0 if n > 0 else 1
     elif moving_start:
@@ -50,7 +52,9 @@ def cut(
         spacing = template[-1] - template[-2]
         n = int((last - template[-1]) / spacing) + 1
         if n > MAX_POINTS:
-            raise ValueError(f"t_f = {t_f:.6g} lies {n} steps of {spacing:.6g} beyond the template's end {template[-1]:.6g}")
+            raise ValueError(
+                f"t_f = {t_f:.6g} lies {n} steps of {spacing:.6g} beyond the template's end {template[-1]:.6g}"
+            )
         inner += [t for k in range(1, n + 1) if first < (t := template[-1] + k * spacing) < last]
     return [t0, *inner, t_f]
 

