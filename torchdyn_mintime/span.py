@@ -277,7 +277,8 @@ class LearnableSpan(nn.Module):
             self.clip_()
         else:
             # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
-            t0, t_f = t0 + (value[0] - now[0]), t_f + (value[1] - now[1])
+            # The difference is zero: a sum with the distance would be rounded to the units of a t_f that ran far away.
+            t0, t_f = (v + (t - t.detach()) for v, t in zip(value, (t0, t_f), strict=True))
         return t0, t_f, t0.item(), t_f.item()
 
     # ---------------------------------------------------------------------------------------------------- the grid
