@@ -1,7 +1,7 @@
 """The command line: ``python -m torchdyn_mintime --help``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -93,7 +93,7 @@ def _flow(
     """Flows have a protocol of their own: likelihood on fresh samples."""
     from torchdyn_mintime.experiments.flows import FlowSettings, run_flow
 
-    given = {key: value for key, value in {"iterations": iterations, "lr": lr}.items() if value is not None}
+    given: dict[str, Any] = {k: v for k, v in {"iterations": iterations, "lr": lr}.items() if v is not None}
     for name in methods or ["compare"]:
         try:
             run_flow(task, name, seeds=tuple(seeds), settings=FlowSettings(**given), out=output, say=Console().print)

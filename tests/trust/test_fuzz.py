@@ -164,6 +164,7 @@ UNCHECKED = {
     *(("Shallowest", key) for key in ("solvers", "solver_tol")),
     ("TargetLoss", "max_t_f"),
     ("TargetLoss.step", "loss"),
+    ("DepthGrowth.step", "metric"),
 }
 ALLOWED = (TypeError, ValueError, tm.IntegrationError)
 

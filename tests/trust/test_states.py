@@ -23,7 +23,7 @@ from torchdyn.nn import DepthCat
 import torchdyn_mintime as tm
 
 # 200 sequences of 50 actions are 10,000 steps.
-SEQUENCES, ACTIONS = (200, 50) if PROFILE == "thorough" else (10, 25)
+SEQUENCES, ACTIONS = (200, 50) if PROFILE == "thorough" else (40, 25)
 
 
 class Holder(nn.Module):
