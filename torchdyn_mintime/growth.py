@@ -92,7 +92,11 @@ class DepthGrowth:
             increment = span.step_size
         self.threshold = _positive(threshold, "threshold")
         self.increment = _positive(increment, "increment")
-        self.max_t_f = span.default_max_t_f() if max_t_f is None else _positive(max_t_f, "max_t_f", least=-math.inf)
+        self.max_t_f = (
+            max(span.bounds[1], span.default_max_t_f())
+            if max_t_f is None
+            else _positive(max_t_f, "max_t_f", least=-math.inf)
+        )
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
             raise ValueError(f"patience must be a whole number of steps, 0 or more; got {patience!r}")
         if not (isinstance(improvement, int | float) and 0 <= improvement < 1):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.numerics.steppers import make_stepper
-from torchdyn_mintime.reference import end_by_steps, reference_end
+from torchdyn_mintime.reference import TOLERANCE, end_by_steps, reference_end
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
@@ -206,6 +206,11 @@ class Shallowest:
     ):
         self.target = _positive(target, "target")
         self.solver_tol = _positive(solver_tol, "solver_tol")
+        if not TOLERANCE <= solver_tol <= 10.0:
+            raise ValueError(
+                f"solver_tol is relative to the state: at least {TOLERANCE:g}, which the exact solution is known to, and at "
+                f"most 10; got {solver_tol:g}"
+            )
         self.max_steps, self.patience = int(_positive(max_steps, "max_steps")), int(_positive(patience, "patience"))
         for name in solvers or ():
             if make_stepper(name).adaptive:

@@ -111,11 +111,11 @@ class TargetLoss:
         smooth = math.exp(self._log_loss)
         self._remember(value, smooth)
         if self.weight is None:
-            self.weight = value / self.duration
+            self.weight = max(value, 1e-3 * self.target) / self.duration
         gap = math.log(self.target / smooth)
         self.weight *= math.exp(PRICE_RATE * min(max(gap, -1.0), 1.0))
         # The part of the price that answers at once damps the swing between the two updates.
-        price = self.weight * min(max(self.target / value, 0.1), 10.0)
+        price = self.weight * min(max(self.target / max(value, 1e-12), 0.1), 10.0)
         for i, span in enumerate(self._spans):
             if span.t_f.grad is not None:
                 self._move(i, span, price, beta)

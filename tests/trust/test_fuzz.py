@@ -155,13 +155,11 @@ KNOWN = {
     "trim of no module": ("trim", "model", 3.0),
     "trim to a tensor": ("trim", "threshold", torch.zeros(3)),
     "an integer beyond a float": ("LyapunovRegularizer", "rate", 10**400),
-    "a tolerance whose square is zero": ("Shallowest", "solver_tol", 1e-300),
-    "a loss of nought": ("TargetLoss.step", "loss", 0.0),
 }
 # Arguments that are not looked at before they are used: whatever Python, NumPy or torch says of them passes here.
 UNCHECKED = {
     *(("trim", key) for key in ("model", "batches", "loss", "threshold", "slack")),
-    *(("Shallowest", key) for key in ("solvers", "solver_tol")),
+    *(("Shallowest", key) for key in ("solvers",)),
     ("TargetLoss", "max_t_f"),
     ("TargetLoss.step", "loss"),
     ("DepthGrowth.step", "metric"),

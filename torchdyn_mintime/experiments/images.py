@@ -1,6 +1,8 @@
 """The paper's image data sets: MNIST, Fashion-MNIST, CIFAR-10, from a folder of the user's, a package or a download."""
 
 import gzip
+import zlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +82,26 @@ def _existing(path: Path) -> Path | None:
 
 def _read_idx(path: Path) -> Tensor:
     """The IDX format: two zero bytes, the type (8: bytes), how many dimensions, each as 4 bytes, then the entries."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path.name} cannot be unpacked: {error}; fetch it again") from error
     if raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
-    shape = np.frombuffer(raw, ">u4", raw[3], 4).tolist()
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
+    dimensions, begin = raw[3] if len(raw) > 3 else 0, 4
+    begin += 4 * dimensions
+    # Labels have one dimension, images three; a file that says otherwise has been swapped with another.
+    expected = 1 if "labels" in path.name else 3
+    if dimensions != expected or len(raw) < begin:
+        raise ValueError(f"{path.name} has {dimensions} dimensions in {len(raw)} bytes, not {expected}; fetch it again")
+    shape = np.frombuffer(raw, ">u4", dimensions, 4).tolist()
+    if len(raw) - begin != math.prod(shape):
+        raise ValueError(
+            f"{path.name} has {len(raw) - begin} entries, not the {math.prod(shape)} of {shape}; fetch it again"
+        )
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy())
 
 
 def _torchvision(name: str, source: Source, train: bool) -> Any:
