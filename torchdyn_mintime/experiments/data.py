@@ -81,7 +81,11 @@ def annuli(seed: int = 0, n: int = 512, noise: float = 1e-2) -> Data:
 
     In the plane no flow can part them (paths of an ODE do not cross); the zero is the augmentation that allows it.
     """
-    data = _drawn_twice("spheres", n, seed, dim=2, noise=noise, inner_radius=0.5, outer_radius=1.0)
+    return augmented(_drawn_twice("spheres", n, seed, dim=2, noise=noise, inner_radius=0.5, outer_radius=1.0))
+
+
+def augmented(data: Data) -> Data:
+    """One zero added to each state: a dimension through which paths can pass each other."""
 
     def augment(x: Tensor) -> Tensor:
         return torch.cat([x, torch.zeros(len(x), 1)], 1)

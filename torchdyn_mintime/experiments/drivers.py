@@ -83,24 +83,26 @@ class KeepTarget(Driver):
 class Grow(Driver):
     """Algorithm 2: after the iterations of pre-training, t_f grows at each one until the loss is met.
 
-    As in the paper's code, the optimizer starts afresh with each growth, and training stays on the same loss.
+    With ``patience=0`` it is the paper's code: t_f grows at every iteration, and the optimizer starts afresh with each
+    growth. With patience t_f grows when the loss has not improved for so many iterations, and the optimizer goes on.
     """
 
-    def __init__(self, threshold: float):
-        self.threshold = threshold
+    def __init__(self, threshold: float, patience: int = 0):
+        self.threshold, self.patience = threshold, patience
 
     def start(self, run: "Run") -> None:
         from torchdyn_mintime.growth import DepthGrowth
 
-        self.growth = DepthGrowth(run.model.node, self.threshold)
+        self.growth = DepthGrowth(run.model.node, self.threshold, patience=self.patience)
         self.first_stage = run.settings.iterations
 
     def after_step(self, run: "Run", loss: Tensor) -> None:
         if len(run.history.loss) < run.settings.iterations:
             return
-        if self.growth.step(loss):
+        grew = self.growth.step(loss)
+        if grew and self.patience == 0:
             run.renew_optimizer()
-        elif self.growth.exhausted and not self.growth.done:
+        elif not grew and self.growth.exhausted and not self.growth.done:
             run.failure = f"t_f grew to {self.growth.max_t_f:g} and the loss is still {float(loss):.3g}"
 
     def done(self, run: "Run") -> bool:

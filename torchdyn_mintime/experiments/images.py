@@ -1,8 +1,8 @@
 """The paper's image data sets: MNIST, Fashion-MNIST, CIFAR-10, from a folder of the user's, a package or a download."""
 
 import gzip
-import zlib
 import math
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -172,6 +172,14 @@ METHODS: dict[str, Method] = {
     "convergence-rate": Method(
         "convergence-rate", span={}, t_span=_SHORT, terminal=0.0, terms=(_lyapunov(20.0),), driver=lambda: Grow(0.01)
     ),
+    "convergence-rate-patient": Method(
+        "convergence-rate, patience 3",
+        span={},
+        t_span=_SHORT,
+        terminal=0.0,
+        terms=(_lyapunov(20.0),),
+        driver=lambda: Grow(0.01, patience=3),
+    ),
     "pretrained": Method(
         "Lyapunov on [0, .05]",
         span={},

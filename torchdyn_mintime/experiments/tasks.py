@@ -98,6 +98,13 @@ TASKS: dict[str, Task] = {
         Settings(iterations=500, lr=0.1, span_lr=0.01),
         published={"minimum-time": 0.0904, "convergence-rate": 0.10},
     ),
+    "moons-augmented": Task(
+        "two moons, one zero added",
+        lambda settings, source: data.augmented(data.moons(settings.seed)),
+        lambda settings: {"field": mlp(3, 16, 3)},
+        Settings(iterations=300, lr=0.03, span_lr=0.01),
+        published={"minimum-time": 0.0904, "convergence-rate": 0.10},
+    ),
     "annuli": _ANNULI,
     "annuli-adaptive": Task(
         "concentric annuli, adaptive solver",
