@@ -1,5 +1,7 @@
 """Growth of t_f: the scheduler, the way back from an exploded loss, the recipes, and the Lightning callback."""
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -16,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdyn.core import NeuralODE
 
+import torchdyn_mintime as tm
 from torchdyn_mintime import DepthGrowth, LearnableSpan, recipes
 from torchdyn_mintime.growth import DivergedError, Rescue
 from torchdyn_mintime.lightning import GrowDepth
@@ -535,3 +538,23 @@ def test_the_callback_refuses_what_it_cannot_use():
         fit(Classifier(), GrowDepth(threshold=0.1, span="other"), 2)
     with pytest.raises(ValueError, match="max_t_f = 0.01 lies below t_f = 0.02"):
         fit(Classifier(), GrowDepth(threshold=0.1, max_t_f=0.01), 2)
+
+
+def test_the_defaults_come_from_the_first_span_that_is_passed():
+    """A Lightning callback makes its scheduler before the module has passed its own span."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(nn.Linear(2, 2), solver="rk4"))
+    growth = tm.DepthGrowth(span, 1e-6)
+    span(torch.randn(4, 2), torch.linspace(0, 5, 11))
+    assert span.t_f.item() == 5.0
+    assert growth.step(1.0)
+    assert span.t_f.item() == pytest.approx(5.5)
+    assert growth.max_t_f == pytest.approx(9.5)
+
+
+def test_a_price_for_a_target_waits_for_the_first_span_too():
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(nn.Linear(2, 2), solver="rk4"))
+    tm.TargetLoss(span, 0.1)
+    span(torch.randn(4, 2), torch.linspace(0, 5, 11))
+    assert span.t_f.item() == 5.0 and span.bounds == pytest.approx((0.5, 9.5))

@@ -134,6 +134,50 @@ def test_bad_models():
         search.fit(nn.Linear(2, 2), criterion, [annuli(8)])
 
 
+def test_one_lucky_batch_is_no_proof():
+    x = torch.randn(128, 3)
+    y = 0.5 * x + 0.3 * torch.randn(128, 3)  # the mean squared error cannot fall below .09 on all of them
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 128, 4)]
+    search = Shallowest(target=0.05, solver_tol=0.2, max_steps=1, patience=60)
+    loss = nn.functional.mse_loss
+    verdict = search.fit(span_of(), lambda out, b: loss(out[1][-1], b[1]), batches, progress=False, max_iterations=300)
+    assert not verdict.feasible
+
+
+def test_a_passed_span_says_what_the_interval_is_and_a_look_in_eval_mode_does_not():
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(nn.Sequential(nn.Linear(3, 3)), solver="rk4"))
+    span.eval()
+    span(torch.randn(4, 3), torch.linspace(0, 2, 2))
+    span.train()
+    set_steps(span, 3)
+    span(torch.randn(4, 3), torch.linspace(0, 5, 11))
+    torch.testing.assert_close(span.grid().detach(), torch.linspace(0, 5, 4))
+
+
+def test_the_solver_found_is_saved_and_times_come_back_as_they_were():
+    span = span_of()
+    span.t_f.requires_grad_(False)
+    verdict = Shallowest(target=10.0, solver_tol=5.0).fit(span, criterion, [annuli(16)], progress=False)
+    assert verdict.best.solver == "midpoint" and not span.t_f.requires_grad
+    other = span_of()
+    other.load_state_dict(span.state_dict())
+    x = torch.randn(4, 3)
+    assert torch.equal(other(x)[1], span(x)[1])
+
+
+def test_a_learnable_start_is_frozen_too():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 11), learn_t0=True)
+    verdict = Shallowest(target=0.6, solver_tol=0.2).fit(
+        span, criterion, [annuli(32)], progress=False, max_iterations=200
+    )
+    span(torch.randn(4, 3))
+    assert span.t0.item() == 0.0 and span.nfe == verdict.best.evaluations
+    assert span.t0.requires_grad and span.t_f.requires_grad
+
+
 def test_set_steps_keeps_the_interval():
     span = span_of()
     set_steps(span, 3, "midpoint")

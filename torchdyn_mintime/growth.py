@@ -84,6 +84,12 @@ class DepthGrowth:
             raise TypeError(
                 f"DepthGrowth grows a LearnableSpan; got {type(span).__name__}: wrap the model and pass its span"
             )
+        # Of a span that waits for its first call to tell the interval, the defaults are taken once it has been told.
+        self._awaits = (
+            ()
+            if span._filled
+            else tuple(name for name, value in (("increment", increment), ("max_t_f", max_t_f)) if value is None)
+        )
         if increment is None:
             if span.adaptive:
                 raise ValueError(
@@ -129,7 +135,19 @@ class DepthGrowth:
                 upper,
                 self.max_t_f,
             )
-            span.bounds = (lower, self.max_t_f)
+            if "max_t_f" in self._awaits:
+                span.raise_to_default()
+            else:
+                span.bounds = (lower, self.max_t_f)
+
+    def _hear(self) -> None:
+        """Takes the defaults from the interval that the span has been told by now."""
+        span = self.span
+        if "increment" in self._awaits:
+            self.increment = span.step_size
+        if "max_t_f" in self._awaits:
+            self.max_t_f = span.raise_to_default()
+        self._awaits = ()
 
     def release(self) -> None:
         """Gives t_f back: it requires a gradient again if it did before."""
@@ -152,6 +170,8 @@ class DepthGrowth:
             )
         if self.done:
             return False
+        if self._awaits and self.span._filled:
+            self._hear()
         self.steps += 1
         if value <= self.threshold:
             self.done, self.exhausted = True, False

@@ -258,19 +258,23 @@ class Shallowest(_SpanCallback):
         self.search = shallow.Shallowest(target=target, solver_tol=solver_tol, **options)
         self.verdict: shallow.Verdict | None = None
         self._original: Callable | None = None
+        self._thawed: list[torch.Tensor] = []
+        self._many = False
         self._loss: torch.Tensor | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps, and freezes the times before a strategy takes hold of the parameters."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            for _, span in self._spans(pl_module):
-                span.t_f.requires_grad_(False)
+            self._thawed = shallow.freeze_times([span for _, span in self._spans(pl_module)])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the search, or goes on with that of a checkpoint."""
         super().on_train_start(trainer, pl_module)
+        self._many = trainer.world_size > 1
         self.search.start(pl_module, trainer.optimizers)
+        self.search._thawed += self._thawed  # frozen in setup already
+        self.search.batches_seen_together = max(1, min(int(min(trainer.num_training_batches, 1000)), 1000))
         self.search.reduce = lambda value: _mean_over_ranks(trainer, pl_module, value)
         self._original = pl_module.training_step
         # On the instance: a strategy calls it through its own wrapper, and the term must be in the same backward.
@@ -280,12 +284,18 @@ class Shallowest(_SpanCallback):
 
     def _with_penalty(self, *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None
-        out = self._original(*args, **kwargs)
-        loss = out["loss"] if isinstance(out, dict) else out
-        if loss is None:
+        try:
+            out = self._original(*args, **kwargs)
+            loss = out["loss"] if isinstance(out, dict) else out
+            if loss is None:
+                return None
+            total = loss + self.search.penalty()
+        except IntegrationError as error:
+            if self._many:  # the other ranks are told, and all end
+                raise
+            self.search._back_off(str(error))
             return None
         self._loss = loss.detach()
-        total = loss + self.search.penalty()
         return {**out, "loss": total} if isinstance(out, dict) else total
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -356,7 +366,8 @@ class GrowDepth(_SpanCallback):
     """The second stage of Algorithm 2 in a Trainer: t_f grows until a metric is at its threshold, then training stops.
 
     Once an epoch the metric is looked at, averaged over all ranks so that they decide the same. A metric that explodes
-    sends the training back to its last good epoch with half the learning rate. Where ``max_t_f`` was reached and the
+    sends the training back to its last good epoch with half the learning rate; a solve that fails inside training_step
+    ends the training with its IntegrationError. Where ``max_t_f`` was reached and the
     metric is still above the threshold, the training stops, says so, and the best model seen is given back.
 
     Args:
@@ -434,7 +445,6 @@ class GrowDepth(_SpanCallback):
             self._loaded = None
         if self.rescue and trainer.optimizers:
             self._rescue = Rescue(pl_module, trainer.optimizers[0], every=1)
-            self._rescue.best = self._best
         if self.growth.done:
             trainer.should_stop = True
 

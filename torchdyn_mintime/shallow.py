@@ -14,7 +14,7 @@ in the other case. Before that it stays: a weight that falls early lets the mode
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -140,6 +140,7 @@ class _Rung:
     since: int = 0
     drops: int = 0
     next_check: int = 0
+    mean_loss: float | None = None
     refinement: int = 0
     fooled: bool = False
     scale: float = 1.0
@@ -224,6 +225,10 @@ class Shallowest:
         self._rung: _Rung | None = None
         self._model: nn.Module | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._base_lr: list[list[float]] = []
+        self._own_solver = ""
+        self._thawed: list[Tensor] = []
+        self.batches_seen_together = 1  # over how many batches a loss must stay met before it is believed
         self._iterations = 0
         self._first_loss: float | None = None
         self._restarts = 0
@@ -248,10 +253,10 @@ class Shallowest:
             )
         self._model, self._spans = model, found
         self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-        self._base_lr = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
-        for span in found:
-            span.t_f.requires_grad_(False)
-        self._own_solver = found[0]._stepper.name
+        if self._rung is None:
+            self._base_lr = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
+            self._own_solver = found[0]._stepper.name
+        self._thawed = freeze_times(found)
         if self._rung is None:
             self._enter(self._own_solver, 1)
             self._initial = self._good
@@ -301,8 +306,12 @@ class Shallowest:
         else:
             rung.since += 1
         # The penalty is about the square of the solver error: below its bound a look at the exact solution is worth it.
-        if gap <= 1.0 and error_gap <= 1.0 and rung.trial.iterations >= rung.next_check:
-            rung.next_check = rung.trial.iterations + 10
+        # One lucky batch is no proof: the mean over as many batches as there are must be below the target.
+        beta = 1.0 - 1.0 / self.batches_seen_together
+        rung.mean_loss = value if rung.mean_loss is None else beta * rung.mean_loss + (1 - beta) * value
+        met = max(value, rung.mean_loss) <= self.target
+        if met and error_gap <= 1.0 and rung.trial.iterations >= rung.next_check:
+            rung.next_check = rung.trial.iterations + max(10, self.batches_seen_together)
             if self._check(measure):
                 self._passed()
                 return
@@ -326,8 +335,8 @@ class Shallowest:
         if self._found is not None:
             self._use(best.solver, best.steps)
             self._model.load_state_dict(self._found)
-        for span in self._spans:
-            span.t_f.requires_grad_(True)
+        for time in self._thawed:
+            time.requires_grad_(True)
         verdict = Verdict(bool(passed), best, self.trials, self.target, self.solver_tol, self._iterations)
         (_log.info if passed else _log.warning)("%s", verdict)
         return verdict
@@ -348,6 +357,7 @@ class Shallowest:
             model: a wrapped model.
             loss: ``loss(model(x), batch)``, a scalar; ``batch`` is an element of ``batches``.
             batches: gone through again and again; each is ``(x, ...)`` or the tensor ``x`` itself.
+                The loss is met when its mean over all of them is.
             lr: the learning rate to begin with.
             max_iterations: after which the search ends with what it has.
             progress: whether to show a progress bar.
@@ -359,6 +369,10 @@ class Shallowest:
         optimizer = torch.optim.Adam(parameters, lr=_positive(lr, "lr"))
         self.start(model, optimizer)
         model.train()
+        if not isinstance(batches, Sized):
+            batches = list(batches)  # gone through many times
+        self.batches_seen_together = len(batches)
+        measure = partial(_mean_loss, model, loss, batches)
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("", total=None)
             while not self.done and self._iterations < max_iterations:
@@ -372,7 +386,7 @@ class Shallowest:
                     except IntegrationError as error:
                         self._back_off(str(error))
                         continue
-                    self.step(value, partial(_loss_of, model, loss, x, batch))
+                    self.step(value, measure)
                     if self.done or self._iterations >= max_iterations:
                         break
                     bar.update(task, advance=1, description=self.status())
@@ -458,7 +472,9 @@ class Shallowest:
         assert self._model is not None and start is not None
         self._restarts += 1
         self._model.load_state_dict(start)
-        set_all_steps(self._spans, rung.trial.steps)  # the state holds the steps it was saved with
+        # The state holds the steps and the solver that it was saved with.
+        for span in self._spans:
+            set_steps(span, rung.trial.steps, rung.trial.solver)
         self._base_lr = [[rate * slower for rate in rates] for rates in self._base_lr]
         for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
             optimizer.state.clear()
@@ -556,6 +572,8 @@ class Shallowest:
             "found": copy.deepcopy(self._found),
             "initial": copy.deepcopy(self._initial),
             "restarts": self._restarts,
+            "base_lr": copy.deepcopy(self._base_lr),
+            "own_solver": self._own_solver,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -566,6 +584,7 @@ class Shallowest:
         self._iterations, self._first_loss = state["iterations"], state["first_loss"]
         self.done, self._good, self._found = state["done"], state["good"], state["found"]
         self._initial, self._restarts = state["initial"], state["restarts"]
+        self._base_lr, self._own_solver = state["base_lr"], state["own_solver"]
 
 
 def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> None:
@@ -573,17 +592,24 @@ def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> Non
     t0, t_f = span.t0.item(), span.t_f.item()
     if solver is not None and span._stepper.name != solver:
         span.solver = solver
+    filled = span._filled
     span.t_span = torch.linspace(t0, t_f, steps + 1, dtype=span.t_f.dtype)
+    span._filled = filled  # where no span was given yet, the first one passed still says what the interval is
     span.pinned = True  # whatever span the model's own code passes
 
 
-def _loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], x: Tensor, batch: Any) -> Tensor:
-    return loss(model(x), batch)
+def _mean_loss(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: Iterable[Any]) -> float:
+    values = [float(loss(model(b if isinstance(b, Tensor) else b[0]), b)) for b in batches]
+    return sum(values) / len(values)
 
 
-def set_all_steps(found: Sequence[LearnableSpan], steps: int) -> None:
-    for span in found:
-        set_steps(span, steps)
+def freeze_times(found: Sequence[LearnableSpan]) -> list[Tensor]:
+    """Takes the times of the spans from the optimizers, and returns those that were free."""
+    free: list[Tensor] = [time for span in found for time in span.parameters(recurse=False) if time.requires_grad]
+    for time in free:
+        time.requires_grad_(False)
+        time.grad = None  # an optimizer would go on applying a gradient that is left there
+    return free
 
 
 def _span_error(span: LearnableSpan) -> float:

@@ -135,6 +135,7 @@ class LearnableSpan(nn.Module):
             self.register_buffer("t0", t0)
         self.node = node
         self.pinned = False
+        self._raised = False  # whether the upper bound was raised to the default of what may grow t_f
         self._field = Field(node)
         self._last = _Last()
         self._said: set[str] = set()
@@ -207,6 +208,13 @@ class LearnableSpan(nn.Module):
         least = 1e-3 * (end - t0) if self._stepper.adaptive else min(self.step_size, (end - t0) / 2)
         # torchdyn takes times that are closer than 1e-5 |t| for the same.
         return min(t0 + max(least, 4e-5 * abs(t0)), end), end
+
+    def raise_to_default(self) -> float:
+        """Raises the upper bound as far as t_f may grow by default, and returns it; one that is higher stays."""
+        lower, upper = self.bounds
+        self._raised = self._given_bounds is None or self._raised
+        self.bounds = (lower, max(upper, self.default_max_t_f()))
+        return self.bounds[1]
 
     def default_max_t_f(self) -> float:
         """How far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
@@ -322,11 +330,17 @@ class LearnableSpan(nn.Module):
         values, _ = _check_span(t_span, "t_span", either_direction=True)
         descending = values[0] > values[-1]
         template = values[::-1] if descending else values
-        if self.pinned:
+        if self.pinned and self._filled:
             return self._template, descending
         if not self._filled:
             # Neither the wrapper nor the node had a span: this first one is what the user meant.
+            if self.pinned:  # as many steps as are wanted, over the interval that is
+                points = torch.linspace(template[0], template[-1], len(self._template), dtype=torch.float64)
+                template = points.to(self.t_f.dtype).tolist()
             self._template, self._filled = template, True
+            if self._raised:  # to a default that was that of the template before
+                lower, upper = self._default_bounds()
+                self._given_bounds = lower, max(upper, self.default_max_t_f())
             with torch.no_grad():
                 self.t0.fill_(template[0])
                 self.t_f.fill_(template[-1])
@@ -382,7 +396,10 @@ class LearnableSpan(nn.Module):
                 self._explain(error, bound, x)
             raise
         bound.finish()
-        self._filled = True  # a span passed later is one of many, and must not reset what was learned
+        if before is not None and not self.training:
+            self._restore(*before)  # a look in eval mode does not decide what is to be learned
+        else:
+            self._filled = True  # a span passed later is one of many, and must not reset what was learned
         self._last = _Last(tuple(x.shape), bound, solution.steps, cost, x, grid, solution.states)
         if not self.node.return_t_eval:
             return solution.states
@@ -578,6 +595,8 @@ class LearnableSpan(nn.Module):
         destination[prefix + "bounds"] = torch.tensor(self._given_bounds or (), dtype=torch.float64)
         destination[prefix + "filled"] = torch.tensor(self._filled)
         destination[prefix + "pinned"] = torch.tensor(self.pinned)
+        if self.pinned:  # the steps were laid for this solver
+            destination[prefix + "solver"] = torch.tensor(list(self._stepper.name.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         # The names are those of the bare node, so that checkpoints of the bare and the wrapped model fit both.
@@ -586,8 +605,8 @@ class LearnableSpan(nn.Module):
             if "." in name and not name.startswith("node."):
                 state_dict[prefix + "node." + name] = state_dict.pop(key)
         own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
-        template, bounds, filled, pinned = (
-            own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned")
+        template, bounds, filled, pinned, solver = (
+            own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")
         )
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
@@ -602,6 +621,12 @@ class LearnableSpan(nn.Module):
             self._filled = bool(filled)
         if pinned is not None:
             self.pinned = bool(pinned)
+        if (
+            solver is not None
+            and (name := bytes(solver.tolist()).decode()) != self._stepper.name
+            and name in SOLVER_DICT
+        ):
+            self.solver = name
 
     def extra_repr(self) -> str:
         lower, upper = self.bounds

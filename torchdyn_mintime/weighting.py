@@ -126,6 +126,9 @@ class TargetLoss:
         duration = t_f - t0
         assert span.t_f.grad is not None
         gradient = span.t_f.grad.item() * duration
+        if not math.isfinite(gradient):  # a gradient scaler skips such a step too
+            span.t_f.grad = None
+            return
         self._size[i] = beta * self._size[i] + (1 - beta) * abs(gradient)
         cost = price * duration
         # Relative to its own size; a gradient far above its usual size counts as one of that size.
@@ -170,12 +173,12 @@ class TargetLoss:
 
 def raise_upper_bound(span: LearnableSpan, max_t_f: float | None = None) -> float:
     """Lets t_f grow to ``max_t_f`` (default: eq. (41)) and says so; an upper bound that is higher already stays."""
-    lower, upper = span.bounds
+    upper = span.bounds[1]
     if max_t_f is None:
-        max_t_f = max(upper, span.default_max_t_f())
+        max_t_f = span.raise_to_default()
     elif not (math.isfinite(max_t_f) and max_t_f >= span.t_f.item()):
         raise ValueError(f"max_t_f must be finite and at least t_f = {span.t_f.item():g}; got {max_t_f!r}")
     if max_t_f != upper:
-        span.bounds = (lower, max_t_f)
+        span.bounds = (span.bounds[0], max_t_f)
         _log.info("the upper bound of t_f is now %g (it was %g)", max_t_f, upper)
     return max_t_f
