@@ -482,7 +482,9 @@ class LearnableSpan(nn.Module):
     def _explain(self, error: Exception, bound: BoundField, x: Tensor) -> None:
         """Says more about a failed solve: t_f, or that the field does not accept x at all."""
         if isinstance(error, IntegrationError):
-            error.add_note(f"t_f = {self.t_f.item():.6g}, bounds ({self.bounds[0]:.6g}, {self.bounds[1]:.6g})")
+            lower, upper = self.bounds
+            where = f" (t_f = {self.t_f.item():.6g}, bounds {lower:.6g} to {upper:.6g})"
+            error.args = (f"{error.args[0]}{where}", *error.args[1:])
         elif isinstance(error, RuntimeError):
             try:
                 with torch.no_grad(), bound.restored():
