@@ -64,7 +64,7 @@ def test_a_field_that_turns_nan_in_the_middle_of_an_epoch(tmp_path, method, solv
     callback = METHODS[method]()
     with pytest.raises(tm.IntegrationError, match="not finite") as caught:
         trainer(3, [callback], tmp_path).fit(model, loader())
-    assert any("t_f" in note for note in caught.value.__notes__)
+    assert "t_f" in str(caught.value)
     assert equal(snapshot(model), before), "the step that failed must leave the model as it was"
     checkpoint = safe_load(tmp_path)
     assert checkpoint["epoch"] == 0
