@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchdyn_mintime.evaluation import Loss, as_batches, as_number, mean_loss, only_span, rest_of, substituted
 from torchdyn_mintime.numerics.integrate import Grid, integrate
 from torchdyn_mintime.numerics.steppers import AsynchronousLeapfrog
-from torchdyn_mintime.reference import TOLERANCE, end_by_steps, position, reference_end, reference_solution
+from torchdyn_mintime.reference import TOLERANCE, position, reference_end, reference_solution, relative_error
 from torchdyn_mintime.secondary import evaluating, last_solve, undisturbed, untraced
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import named_spans, spans
@@ -75,12 +75,8 @@ def solver_error(model: nn.Module, x: Tensor, tolerance: float = TOLERANCE) -> f
         >>> 0 < solver_error(span, torch.randn(8, 2)) < 1e-2
         True
     """
-    errors = []
     with evaluating(model), undisturbed(model):
-        for span in solved_spans(model, x):
-            reached, exact = end_by_steps(span), reference_end(span, tolerance)
-            errors.append(_rms(reached.double() - exact) / max(_rms(exact), torch.finfo(torch.float64).tiny))
-    return max(errors)
+        return max(relative_error(span, tolerance) for span in solved_spans(model, x))
 
 
 def solved_spans(model: nn.Module, x: Tensor) -> list[LearnableSpan]:
@@ -397,10 +393,6 @@ class _Augmented:
     def rate(self, i: int, y: Tensor, p: Tensor) -> float:
         with torch.no_grad():
             return float((p * self._f(y.new_tensor(self.steps[i]), y.detach())).sum().double())
-
-
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------------------ all in one

@@ -13,7 +13,7 @@ from torchdyn_mintime.numerics.steppers import AsynchronousLeapfrog, make_steppe
 from torchdyn_mintime.secondary import last_solve, untraced
 from torchdyn_mintime.span import LearnableSpan
 
-__all__ = ["TOLERANCE", "end_by_steps", "position", "reference_end", "reference_solution"]
+__all__ = ["TOLERANCE", "end_by_steps", "position", "reference_end", "reference_solution", "relative_error"]
 
 TOLERANCE = 1e-7
 """Of reference solutions: absolute and relative."""
@@ -38,6 +38,16 @@ def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE) -> Tensor:
     last = last_solve(span)
     with untraced(last.bound):
         return reference_solution(last.bound, position(span, last.x), [last.steps[0], last.steps[-1]], tolerance)[-1]
+
+
+def relative_error(span: LearnableSpan, tolerance: float = TOLERANCE) -> float:
+    """rms(z(t_f) - z*(t_f)) / rms(z*(t_f)) of the last forward, z* being the solution at ``tolerance``."""
+    exact = reference_end(span, tolerance)
+    return _rms(end_by_steps(span).double() - exact) / max(_rms(exact), torch.finfo(torch.float64).tiny)
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.numerics.steppers import make_stepper
-from torchdyn_mintime.reference import TOLERANCE, end_by_steps, reference_end
+from torchdyn_mintime.reference import TOLERANCE, reference_end, relative_error
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
@@ -410,9 +410,7 @@ class Shallowest:
         self._rung = _Rung(Trial(solver, steps, steps * stepper.evaluations), self._first_weight)
         self.trials.append(self._rung.trial)
         self._use(solver, steps)
-        for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        self._reset_rates()
         self._good = self._snapshot()
         _log.info("trying %d x %s (%d evaluations)", steps, solver, steps * stepper.evaluations)
 
@@ -423,6 +421,12 @@ class Shallowest:
         rung = self._current()
         # A step of low order hides too much of its error from one half as long.
         self._refine(rung.refinement or (2 if make_stepper(solver).order > 2 else 4))
+
+    def _reset_rates(self) -> None:
+        """The learning rates that a number of steps begins with."""
+        for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _snapshot(self) -> dict[str, Any]:
         assert self._model is not None
@@ -476,10 +480,9 @@ class Shallowest:
         for span in self._spans:
             set_steps(span, rung.trial.steps, rung.trial.solver)
         self._base_lr = [[rate * slower for rate in rates] for rates in self._base_lr]
-        for optimizer, rates in zip(self._optimizers, self._base_lr, strict=True):
+        for optimizer in self._optimizers:
             optimizer.state.clear()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        self._reset_rates()
         rung.smooth, rung.best, rung.since, rung.weight = None, math.inf, 0, self._first_weight
         rung.scale = 1.0
         _log.info("%s: once more from the start, learning rate times %g", why, slower)
@@ -495,7 +498,7 @@ class Shallowest:
             loss = reference_loss = None
             if measure is not None:
                 loss = float(measure())
-            error = self.reduce(max(_span_error(span) for span in self._spans))
+            error = self.reduce(max(relative_error(span) for span in self._spans))
             if measure is not None:
                 with referenced(model):
                     reference_loss = float(measure())
@@ -610,14 +613,6 @@ def freeze_times(found: Sequence[LearnableSpan]) -> list[Tensor]:
         time.requires_grad_(False)
         time.grad = None  # an optimizer would go on applying a gradient that is left there
     return free
-
-
-def _span_error(span: LearnableSpan) -> float:
-    """The relative solver error of the span's last forward."""
-    exact = reference_end(span)
-    return (
-        (end_by_steps(span).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)
-    ).item()
 
 
 def _unit(value: float) -> float:

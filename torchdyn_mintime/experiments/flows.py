@@ -10,8 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
+from torchdyn_mintime.experiments.training import single_thread
 from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
@@ -239,16 +239,6 @@ def _field(node: NeuralODE) -> nn.Module:
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_flow(
     task: str = "flow-moons",
     method: str = "compare",
@@ -289,7 +279,7 @@ def run_flow(
         folder.mkdir(parents=True, exist_ok=True)
     results: list[FlowResult] = []
     shown: dict[str, FlowModel] = {}
-    with _single_thread():
+    with single_thread():
         for seed in seeds:
             names = ["vanilla", "minimum-time", "adaptive"] if method == "compare" else [method]
             runs = _race([FlowRun(task, name, FLOW_METHODS[name], settings, seed) for name in names])
