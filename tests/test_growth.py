@@ -1,6 +1,7 @@
 """Growth of t_f: the scheduler, the way back from an exploded loss, the recipes, and the Lightning callback."""
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -21,8 +22,8 @@ from torchdyn.core import NeuralODE
 import torchdyn_mintime as tm
 from torchdyn_mintime import DepthGrowth, LearnableSpan, recipes
 from torchdyn_mintime.growth import DivergedError, Rescue
-from torchdyn_mintime.lightning import GrowDepth
-from torchdyn_mintime.lyapunov import CrossEntropy
+from torchdyn_mintime.lightning import ConvergenceRate, GrowDepth, MinimumTime
+from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer
 
 
 def short_span(steps=5, step=0.01, solver="rk4", **options):
@@ -558,3 +559,51 @@ def test_a_price_for_a_target_waits_for_the_first_span_too():
     tm.TargetLoss(span, 0.1)
     span(torch.randn(4, 2), torch.linspace(0, 5, 11))
     assert span.t_f.item() == 5.0 and span.bounds == pytest.approx((0.5, 9.5))
+
+
+# ------------------------------------------------------------------------------------------------- the ready module
+
+
+def test_algorithm_2_in_lightning_reaches_the_threshold():
+    module = ConvergenceRate(small_model(), classes=2)
+    callback = GrowDepth(0.05, monitor="terminal", patience=3, pretraining=20)
+    trainer = fit(module, callback, 200)
+    assert callback.growth.done and trainer.callback_metrics["terminal"] <= 0.05
+    assert trainer.callback_metrics["lyapunov"] >= 0
+    assert module.model.t_f.item() == pytest.approx(0.05 + 0.01 * len(callback.growth.history), abs=1e-6)
+    x, y = blobs()
+    assert (module(x)[1][-1][:, :2].argmax(1) == y).all()
+
+
+def test_the_combined_method_in_lightning_is_the_weighted_sum_and_moves_t_f():
+    module = ConvergenceRate(small_model(), classes=2, terminal_weight=0.5, span_lr=0.001)
+    x, y = blobs()
+    t_eval, sol = module.model(x)
+    terminal = F.cross_entropy(sol[-1][:, :2], y)
+    lyapunov = LyapunovRegularizer(module.model, CrossEntropy(classes=2), 20.0)
+    expected = lyapunov.penalty(t_eval, sol, y, reduction="points") + 0.5 * terminal
+    assert module.training_step((x, y), 0).item() == pytest.approx(expected.item(), rel=1e-6)
+    fit(module, MinimumTime(weight=10.0), 15)
+    assert 0.04 - 1e-6 <= module.model.t_f.item() < 0.05  # never fewer points than the Lyapunov loss needs
+    assert not [name for name in module.state_dict() if "_regularizer" in name]  # nothing is saved twice
+    copied = copy.deepcopy(module)
+    assert copied._regularizer.model is copied.model
+
+
+def test_the_ready_module_says_what_it_cannot_train():
+    with pytest.raises(ValueError, match="give a potential or the number of classes"):
+        ConvergenceRate(small_model())
+    with pytest.raises(ValueError, match="exactly one LearnableSpan; Linear has 0"):
+        ConvergenceRate(nn.Linear(2, 2), classes=2)
+    with pytest.raises(ValueError, match="terminal_weight .* got -1"):
+        ConvergenceRate(small_model(), classes=2, terminal_weight=-1)
+
+
+def test_v_gets_a_gradient_where_more_than_the_field_is_trained():
+    """An encoder that V's gradient does not reach learns to start from a large V."""
+    encoder, head, span = nn.Linear(3, 3), nn.Linear(3, 2), small_model()
+    assert recipes.lyapunov(span, CrossEntropy(classes=2), 20.0).detach_potential
+    assert not recipes.lyapunov(span, CrossEntropy(head), 20.0).detach_potential
+    assert not recipes.lyapunov(nn.Sequential(encoder, span), CrossEntropy(classes=2), 20.0).detach_potential
+    encoder.requires_grad_(False)
+    assert recipes.lyapunov(nn.Sequential(encoder, span), CrossEntropy(classes=2), 20.0).detach_potential

@@ -17,12 +17,15 @@ from torch import nn
 
 from torchdyn_mintime import shallow
 from torchdyn_mintime.growth import DepthGrowth, DivergedError, Rescue
+from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer
 from torchdyn_mintime.numerics.integrate import IntegrationError
+from torchdyn_mintime.recipes import keep_points, lyapunov, only_span
+from torchdyn_mintime.secondary import last_solve
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.weighting import TargetLoss
-from torchdyn_mintime.wrapping import has_bare, named_spans, wrap
+from torchdyn_mintime.wrapping import has_bare, named_spans, parameter_groups, wrap
 
-__all__ = ["GrowDepth", "MinimumTime", "Shallowest"]
+__all__ = ["ConvergenceRate", "GrowDepth", "MinimumTime", "Shallowest"]
 
 _log = logging.getLogger(__name__)
 
@@ -346,6 +349,92 @@ def _loss_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
 def _mean_over_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, value: float) -> float:
     """One figure for all ranks: they would otherwise decide differently."""
     return float(trainer.strategy.reduce(torch.tensor(value, device=pl_module.device), reduce_op="mean"))
+
+
+class ConvergenceRate(pl.LightningModule):
+    """A model with the Lyapunov loss of eq. (17), ready to train: the paper's second approach.
+
+    Algorithm 2, pre-training on a short interval and then growth until the terminal loss is met::
+
+        module = ConvergenceRate(model, rate=20.0)
+        pl.Trainer(callbacks=[GrowDepth(0.01, monitor="terminal", patience=3, pretraining=200)]).fit(module, data)
+
+    The combined method of appendix F.2, where t_f is learned beside::
+
+        module = ConvergenceRate(model, rate=20.0, terminal_weight=1.0, span_lr=0.001)
+        pl.Trainer(callbacks=[MinimumTime(weight=1.0)]).fit(module, data)
+
+    Args:
+        model: with exactly one LearnableSpan, whose template starts short: the paper's is [0, 0.05] at step 0.01.
+        rate: kappa, per unit of time.
+        lr: Adam's learning rate.
+        span_lr: Adam's learning rate of t_f; default ``lr``. A tenth of a step size is a good one.
+        terminal_weight: of the terminal loss, the potential's mean at z(t_f).
+        potential: default: cross entropy of ``model``'s output where that is the state itself, in its first ``classes``
+            entries. With a head give ``CrossEntropy(head)``.
+        classes: for the default potential.
+
+    Raises:
+        ValueError: a model without exactly one span, an adaptive solver, or neither a potential nor classes.
+
+    Logs:
+        ``terminal`` and ``lyapunov``, the two losses, averaged over each epoch.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3))
+        >>> span = LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 0.05, 6))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> module = ConvergenceRate(span, classes=2)
+        >>> module.training_step((torch.randn(8, 3), torch.randint(0, 2, (8,))), 0).shape
+        torch.Size([])
+    """
+
+    _regularizer: LyapunovRegularizer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rate: float = 20.0,
+        *,
+        lr: float = 0.03,
+        span_lr: float | None = None,
+        terminal_weight: float = 0.0,
+        potential: nn.Module | None = None,
+        classes: int | None = None,
+    ):
+        super().__init__()
+        if (potential is None) == (classes is None):
+            raise ValueError(f"give a potential or the number of classes; got {potential!r} and classes={classes!r}")
+        if not (isinstance(terminal_weight, int | float) and math.isfinite(terminal_weight) and terminal_weight >= 0):
+            raise ValueError(f"terminal_weight must be a finite number of 0 or more; got {terminal_weight!r}")
+        self.model = model
+        self.potential = CrossEntropy(classes=classes) if potential is None else potential
+        keep_points(only_span(model))
+        # Past nn.Module's registration: the model must not stand in the state_dict twice.
+        object.__setattr__(self, "_regularizer", lyapunov(model, self.potential, rate))
+        self.terminal_weight, self.lr, self.span_lr = float(terminal_weight), lr, span_lr
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """As the model's own."""
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """The Lyapunov loss of a batch ``(x, *target)``, with the weighted terminal loss."""
+        x, *target = batch
+        self.model(x)
+        end = last_solve(self._regularizer.model).states[-1]
+        terminal = self.potential(end, *target).mean()
+        lyapunov_loss = self._regularizer.penalty_of_last(*target, reduction="points")
+        if self._trainer is not None:
+            options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(x)}
+            self.log("terminal", terminal.detach(), prog_bar=True, **options)
+            self.log("lyapunov", lyapunov_loss.detach(), **options)
+        return lyapunov_loss + self.terminal_weight * terminal
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, the times at their own rate."""
+        return torch.optim.Adam(parameter_groups(self, lr=self.lr, span_lr=self.span_lr))
 
 
 def _of_all_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, value: float) -> list[float]:

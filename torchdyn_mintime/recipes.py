@@ -9,6 +9,10 @@
 Every loop trains in place, by Adam. An iteration is one optimizer step. A loss that explodes sends the training back to
 its last good state with half the learning rate. A training that did not reach its threshold gives back its best model,
 says ``converged=False`` and why.
+
+Where the field is all that is trained, V gets no gradient in V-dot + rate V, as in the paper's code. Where layers before
+the span or a head are trained too, it does, as eq. (16) is printed: an encoder without that learns to start from a large V,
+which falls fast and never arrives.
 """
 
 import logging
@@ -24,6 +28,7 @@ from torchdyn_mintime.growth import DepthGrowth, DivergedError, Growth, Rescue
 from torchdyn_mintime.lyapunov import MIN_POINTS, CrossEntropy, LyapunovRegularizer, TruncatedCrossEntropy
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.secondary import last_solve
+from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import parameter_groups, spans
 
 __all__ = ["Report", "combined", "convergence_rate", "growth", "pretrain", "vanilla"]
@@ -227,12 +232,7 @@ def combined(
     """
     run = _Run("combined", model, x, y, potential, rate, reduction, batch_size)
     span = run.span
-    if span.adaptive:
-        raise ValueError(
-            f"combined needs the points of a fixed-step solver to look at; {span._stepper.name} is adaptive"
-        )
-    least = span.t0.item() + (MIN_POINTS - 1) * span.step_size
-    span.bounds = (least, max(span.bounds[1], span.default_max_t_f()))
+    keep_points(span)
     run.optimize(lr, span.step_size / 10 if span_lr is None else span_lr)
     return run.combine(iterations, terminal_weight, time_weight, threshold)
 
@@ -275,6 +275,44 @@ def vanilla(
 # ------------------------------------------------------------------------------------------------- what they all share
 
 
+def only_span(model: nn.Module) -> LearnableSpan:
+    """The one LearnableSpan of a model.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = list(spans(model))
+    if len(found) != 1:
+        raise ValueError(
+            f"the recipes train a model with exactly one LearnableSpan; {type(model).__name__} has {len(found)}: "
+            + ("choose one and write the loop by hand" if found else "wrap it first (torchdyn_mintime.wrap)")
+        )
+    return found[0]
+
+
+def lyapunov(model: nn.Module, potential: nn.Module, rate: float) -> LyapunovRegularizer:
+    """The regularizer of the model's span. V gets a gradient where more than the field is trained (see above)."""
+    span = only_span(model)
+    own = {id(p) for p in span.parameters()}
+    field_alone = all(id(p) in own for p in (*model.parameters(), *_parameters(potential)) if p.requires_grad)
+    return LyapunovRegularizer(span, potential, rate, detach_potential=field_alone)
+
+
+def keep_points(span: LearnableSpan) -> None:
+    """Bounds within which a learned t_f leaves the Lyapunov loss enough points to look at, and room to grow."""
+    if span.adaptive:
+        raise ValueError(
+            f"combined needs the points of a fixed-step solver to look at; {span._stepper.name} is adaptive"
+        )
+    least = span.t0.item() + (MIN_POINTS - 1) * span.step_size
+    span.bounds = (least, max(span.bounds[1], span.default_max_t_f()))
+
+
+def _parameters(potential: Callable) -> Iterator[nn.Parameter]:
+    if isinstance(potential, nn.Module):
+        yield from potential.parameters()
+
+
 class _Run:
     """One training: the model's parts, the counters, and the best state seen."""
 
@@ -289,17 +327,12 @@ class _Run:
         reduction: str,
         batch_size: int | None,
     ):
-        found = list(spans(model))
-        if len(found) != 1:
-            raise ValueError(
-                f"the recipes train a model with exactly one LearnableSpan; {type(model).__name__} has {len(found)}: "
-                + ("choose one and write the loop by hand" if found else "wrap it first (torchdyn_mintime.wrap)")
-            )
+        span = only_span(model)
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples and y {len(y)}")
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
             raise ValueError(f"batch_size must be a positive number of samples; got {batch_size!r}")
-        self.model, self.span, self.x, self.y = model, found[0], x, y
+        self.model, self.span, self.x, self.y = model, span, x, y
         if potential is None:
             potential = CrossEntropy(classes=int(y.max()) + 1)
         self.potential = potential
@@ -307,7 +340,7 @@ class _Run:
         self.terminal: nn.Module = potential
         if isinstance(potential, TruncatedCrossEntropy):
             self.terminal = CrossEntropy(potential.head, classes=potential.classes)
-        self.regularizer = LyapunovRegularizer(self.span, potential, rate)
+        self.regularizer = lyapunov(model, potential, rate)
         self.reduction = reduction
         self.batch_size = batch_size if batch_size is not None and batch_size < len(x) else None
         self.report = Report(method)

@@ -1,5 +1,6 @@
 """Who moves t_f, and when training is over."""
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchdyn_mintime.experiments.training import Run
 
-__all__ = ["Driver", "Grow", "KeepTarget", "Search"]
+__all__ = ["Driver", "Grow", "GrowAlone", "KeepTarget", "Search"]
 
 SEARCH_ITERATIONS = 8
 """How many times the iterations of other methods a search may take; each of its own is far cheaper."""
@@ -31,8 +32,9 @@ class Driver:
         """A term of the loss that the driver sets itself."""
         return 0.0
 
-    def before_step(self, run: "Run", loss: Tensor) -> None:
-        """Between backward and the optimizer's step, with the terminal loss."""
+    def before_step(self, run: "Run", loss: Tensor) -> bool:
+        """Between backward and the optimizer's step, with the terminal loss. Returns whether the step is taken."""
+        return True
 
     def after_step(self, run: "Run", loss: Tensor) -> None:
         """After the optimizer's step."""
@@ -59,16 +61,14 @@ class Driver:
 class KeepTarget(Driver):
     """Minimum-time with the price of time found for a target loss."""
 
-    def __init__(self, target: float):
-        self.target = target
-
     def start(self, run: "Run") -> None:
         from torchdyn_mintime.weighting import TargetLoss
 
-        self.price = TargetLoss(run.model, self.target)
+        self.price = TargetLoss(run.model, run.settings.target)
 
-    def before_step(self, run: "Run", loss: Tensor) -> None:
+    def before_step(self, run: "Run", loss: Tensor) -> bool:
         self.price.step(loss)
+        return True
 
     def finish(self, run: "Run") -> None:
         self.price.restore_best()
@@ -81,29 +81,32 @@ class KeepTarget(Driver):
 
 
 class Grow(Driver):
-    """Algorithm 2: after the iterations of pre-training, t_f grows at each one until the loss is met.
+    """Algorithm 2: after the iterations of pre-training, t_f grows until the loss is met.
 
-    With ``patience=0`` it is the paper's code: t_f grows at every iteration, and the optimizer starts afresh with each
-    growth. With patience t_f grows when the loss has not improved for so many iterations, and the optimizer goes on.
+    Looked at is the loss of each iteration, or its mean over each pass where the data comes in batches. With
+    ``patience=0`` it is the paper's code: t_f grows at every look, and the optimizer starts afresh with each growth. With
+    patience t_f grows when the loss has not improved for so many looks, and the optimizer goes on.
     """
 
-    def __init__(self, threshold: float, patience: int = 0):
-        self.threshold, self.patience = threshold, patience
+    def __init__(self, patience: int = 0):
+        self.patience = patience
 
     def start(self, run: "Run") -> None:
         from torchdyn_mintime.growth import DepthGrowth
 
-        self.growth = DepthGrowth(run.model.node, self.threshold, patience=self.patience)
+        self.growth = DepthGrowth(run.model.node, run.settings.target, patience=self.patience)
         self.first_stage = run.settings.iterations
 
     def after_step(self, run: "Run", loss: Tensor) -> None:
-        if len(run.history.loss) < run.settings.iterations:
+        since = len(run.history.loss) - (self.first_stage or 0)
+        if since < 0 or since % run.per_pass:
             return
-        grew = self.growth.step(loss)
+        value = fmean(run.history.loss[-run.per_pass :])
+        grew = self.growth.step(value)
         if grew and self.patience == 0:
             run.renew_optimizer()
         elif not grew and self.growth.exhausted and not self.growth.done:
-            run.failure = f"t_f grew to {self.growth.max_t_f:g} and the loss is still {float(loss):.3g}"
+            run.failure = f"t_f grew to {self.growth.max_t_f:g} and the loss is still {value:.3g}"
 
     def done(self, run: "Run") -> bool:
         return self.growth.done
@@ -115,18 +118,39 @@ class Grow(Driver):
         self.growth.load_state_dict(state)
 
 
+class GrowAlone(Grow):
+    """Growth without pre-training, on the terminal loss. One that explodes is gone back from, at half the rate."""
+
+    owns_rates = True
+
+    def __init__(self, patience: int = 20):
+        super().__init__(patience)
+
+    def start(self, run: "Run") -> None:
+        from torchdyn_mintime.growth import Rescue
+
+        super().start(run)
+        self.first_stage = None
+        self.rescue = Rescue(run.model, run.optimizer)
+
+    def before_step(self, run: "Run", loss: Tensor) -> bool:
+        # A batch's loss says too little to judge a pass by; an explosion it shows.
+        value = loss.item()
+        if (run.per_pass == 1 or self.rescue.exploded(value)) and self.rescue.look(value):
+            self.growth.restart()
+            return False
+        return True
+
+
 class Search(Driver):
     """The fewest evaluations at which the loss is met and the model is its own ODE."""
 
     owns_rates = True
 
-    def __init__(self, target: float):
-        self.target = target
-
     def start(self, run: "Run") -> None:
         from torchdyn_mintime.shallow import Shallowest
 
-        self.search = Shallowest(target=self.target)
+        self.search = Shallowest(target=run.settings.target)
         self.search.start(run.model, run.optimizer)
 
     def penalty(self, run: "Run") -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchdyn_mintime import parameter_groups, spans, wrap
-from torchdyn_mintime.experiments.drivers import Driver, Grow, KeepTarget, Search
+from torchdyn_mintime.experiments.drivers import Driver, Grow, GrowAlone, KeepTarget, Search
 from torchdyn_mintime.experiments.models import Classifier, NoODE, span_of
 from torchdyn_mintime.experiments.optimizers import Together
 from torchdyn_mintime.experiments.tasks import Settings, Task
 from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer, ball
 from torchdyn_mintime.optim import CoordinateDescent, GaussNewtonTime
+from torchdyn_mintime.recipes import lyapunov
 from torchdyn_mintime.regularizers import JacobianNorm, KineticEnergy, LocalError, StepDoubling, TaylorRegularizer
 from torchdyn_mintime.steer import RandomSpan
 
@@ -42,7 +43,8 @@ class Method:
         node: options of the NeuralODE over the task's.
         t_span: the points of the solve over the task's.
         terminal: weight of the terminal loss.
-        terms: each makes a term of the loss from the model and the settings.
+        rate: kappa of the Lyapunov term, eq. (17); None is without one.
+        terms: each makes another term of the loss from the model and the settings.
         solves: whether training needs the solution; LyaNet's does not.
         frozen: t_f stays as it is.
         skips: train without the NeuralODE: what the layers around it do alone.
@@ -57,6 +59,7 @@ class Method:
     node: Mapping[str, Any] = field(default_factory=dict)
     t_span: Tensor | None = None
     terminal: float = 1.0
+    rate: float | None = None
     terms: tuple[Callable[[Classifier, Settings], Term], ...] = ()
     solves: bool = True
     frozen: bool = False
@@ -65,6 +68,11 @@ class Method:
     solver: Callable[[Classifier], Callable[..., Any]] = attrgetter("node")
     times: Callable[[list[Tensor]], Optimizer] | None = None
     pair: Callable[[Optimizer, Optimizer], Any] = Together
+
+    def loss_terms(self, model: Classifier, settings: Settings) -> list[Term]:
+        """What is added to the terminal loss."""
+        own = () if self.rate is None else (_lyapunov(self.rate),)
+        return [make(model, settings) for make in (*own, *self.terms)]
 
     def model(self, task: Task, settings: Settings) -> Classifier:
         """The task's network, set up for this method."""
@@ -107,7 +115,7 @@ def _lyapunov(rate: float) -> Callable[[Classifier, Settings], Term]:
     """Eq. (17), the plain mean over points as in the paper's code."""
 
     def make(model: Classifier, settings: Settings) -> Term:
-        regularizer = LyapunovRegularizer(model.node, CrossEntropy(model.head), rate)
+        regularizer = lyapunov(model, CrossEntropy(model.head), rate)
         return lambda step: regularizer.penalty(step.t_eval, step.sol, step.y, reduction="points")
 
     return make
@@ -168,32 +176,29 @@ _JACOBIAN = _along_trajectory(lambda node: JacobianNorm(node, 0.01))
 METHODS: dict[str, Method] = {
     "vanilla": Method("vanilla"),
     "minimum-time": Method("minimum-time", span={}, terms=(_price_of_time,)),
-    "target": Method("minimum-time, target CE .01", span={}, driver=lambda: KeepTarget(0.01)),
-    "convergence-rate": Method(
-        "convergence-rate", span={}, t_span=_SHORT, terminal=0.0, terms=(_lyapunov(20.0),), driver=lambda: Grow(0.01)
-    ),
+    "target": Method("minimum-time, given target", span={}, driver=KeepTarget),
+    "convergence-rate": Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow),
     "convergence-rate-patient": Method(
         "convergence-rate, patience 3",
         span={},
         t_span=_SHORT,
         terminal=0.0,
-        terms=(_lyapunov(20.0),),
-        driver=lambda: Grow(0.01, patience=3),
+        rate=20.0,
+        driver=lambda: Grow(patience=3),
     ),
+    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone),
     "pretrained": Method(
         "Lyapunov on [0, .05]",
         span={},
         frozen=True,
         t_span=_SHORT,
         terminal=0.0,
-        terms=(_lyapunov(20.0),),
+        rate=20.0,
     ),
-    "combined": Method(
-        "combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, terms=(_lyapunov(20.0), _price_of_time)
-    ),
-    "lyapunov-1": Method("Lyapunov, rate 1", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(1.0),)),
-    "lyapunov-10": Method("Lyapunov, rate 10", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(10.0),)),
-    "lyapunov-20": Method("Lyapunov, rate 20", span={}, frozen=True, terminal=0.0, terms=(_lyapunov(20.0),)),
+    "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    "lyapunov-1": Method("Lyapunov, rate 1", span={}, frozen=True, terminal=0.0, rate=1.0),
+    "lyapunov-10": Method("Lyapunov, rate 10", span={}, frozen=True, terminal=0.0, rate=10.0),
+    "lyapunov-20": Method("Lyapunov, rate 20", span={}, frozen=True, terminal=0.0, rate=20.0),
     "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet(20.0),), solves=False),
     "steer": Method("STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
     "taynode-2": Method("TayNODE, K = 2", terms=(_taylor(2),)),
@@ -201,7 +206,7 @@ METHODS: dict[str, Method] = {
     "rnode": Method("RNODE", terms=(_KINETIC, _JACOBIAN)),
     "local-error": Method("local error", span={}, frozen=True, terms=(_local_error,)),
     "step-doubling": Method("1 step, step doubling", span={}, frozen=True, t_span=span_of(1), terms=(_step_doubling,)),
-    "shallowest": Method("shallowest true ODE", span={}, driver=lambda: Search(0.01)),
+    "shallowest": Method("shallowest true ODE", span={}, driver=Search),
     "skipped": Method("the ODE skipped", skips=True),
     "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=span_of(1)),
     "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),

@@ -74,7 +74,7 @@ def measured(task: str, run: Run) -> Result:
         training=history.seconds_at(len(history.seconds)),
         inference=None,
         pretraining=None if first is None else history.seconds_at(first),
-        to_target=history.to_target(),
+        to_target=history.to_target(run.settings.target),
         train_loss=train_loss,
         train_accuracy=train_accuracy,
         loss=loss,

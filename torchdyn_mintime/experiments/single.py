@@ -9,8 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from torchdyn_mintime.experiments.data import Data
 from torchdyn_mintime.experiments.images import Source
 from torchdyn_mintime.experiments.results import Result, print_table, write
+from torchdyn_mintime.experiments.run_pictures import certificate_of, draw_run
 from torchdyn_mintime.experiments.runner import carry_out, time_inference
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS, Settings
@@ -38,9 +40,11 @@ def run(
     store = Store(folder / "runs")
     results: list[Result] = []
     plans: list[Plan] = []
+    shown: Data | None = None  # of the first seed, whose runs are drawn
     for seed in seeds:
         own = [Plan(task, method, replace(settings, seed=seed)) for method in methods]
         data = TASKS[task].load(own[0].settings, source or Source())
+        shown = shown or data
         carry_out(own, data, store, console, device)
         results += time_inference(own, data, store)
         plans += own
@@ -48,6 +52,7 @@ def run(
         own_results = [(r, p) for r, p in zip(results, plans, strict=True) if p.method == method]
         print_table(_table(task, own_results, store), console)
         _compare(task, method, [r for r, _ in own_results], console)
+        _show(own_results[0][1], store, shown, folder, console)
     files = write(results, folder, f"run-{task}-{'-'.join(methods).replace(':', '-')}")
     console.print(f"The table as data: {', '.join(map(str, files))}")
     return results
@@ -57,7 +62,8 @@ def _table(task: str, results: Sequence[tuple[Result, Plan]], store: Store) -> T
     table = Table(
         title=f"{TASKS[task].title}: {results[0][0].method}",
         caption="Accuracies in %; at 1e-7: on the test set too, of the same model, its ODE solved at that tolerance. "
-        "target: seconds until the training loss first was .01 or less, at 100 %. Times of one thread on the CPU.",
+        f"target: seconds until the training loss first was {results[0][1].settings.target:g} or less, at 100 %. Times of one "
+        "thread on the CPU.",
         box=box.SIMPLE_HEAD,
     )
     for name in COLUMNS:
@@ -76,6 +82,16 @@ def _table(task: str, results: Sequence[tuple[Result, Plan]], store: Store) -> T
             note(r, store, plan),
         )
     return table
+
+
+def _show(plan: Plan, store: Store, data: Data | None, folder: Path, console: Console) -> None:
+    """The picture of a run, and the rate that held where one was asked for."""
+    assert data is not None
+    model, name = store.model(plan), f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}".replace(":", "-")
+    if (certificate := certificate_of(plan, model, data)) is not None:
+        console.print(str(certificate), highlight=False)
+    path = draw_run(plan, model, store.history(plan), data, folder / f"{name}.png")
+    console.print(f"What it looks like: {path}", highlight=False)
 
 
 def note(r: Result, store: Store, plan: Plan) -> str:

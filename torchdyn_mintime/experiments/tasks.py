@@ -23,6 +23,7 @@ class Settings:
         lr: learning rate of the network.
         span_lr: learning rate of the times; None is ``lr``, one group as in the paper's code.
         weight: the price of time, eq. (13).
+        target: the training loss that growth, search and TargetLoss are to reach.
         decay: factor on every learning rate at each iteration.
         batch: samples per iteration; None is all of them.
         optimizer: "adam", or "sgd" with momentum .9 and the paper's three decays by ten.
@@ -35,6 +36,7 @@ class Settings:
     lr: float
     span_lr: float | None = None
     weight: float = 1.0
+    target: float = 0.01
     decay: float = 1.0
     batch: int | None = None
     optimizer: str = "adam"
@@ -119,7 +121,7 @@ TASKS: dict[str, Task] = {
         "handwritten digits",
         lambda settings, source: data.digits(settings.seed),
         _digits,
-        Settings(iterations=400, lr=0.03, span_lr=0.01, weight=0.5, decay=0.995, batch=128),
+        Settings(iterations=400, lr=0.03, span_lr=0.01, weight=0.5, target=0.05, decay=0.995, batch=128),
     ),
     "mnist": Task(
         "MNIST",

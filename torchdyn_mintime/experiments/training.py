@@ -15,6 +15,7 @@ from torchdyn_mintime.experiments.data import Data, cropped
 from torchdyn_mintime.experiments.methods import Method
 from torchdyn_mintime.experiments.models import Classifier, NoODE
 from torchdyn_mintime.experiments.tasks import Settings, Task
+from torchdyn_mintime.growth import DivergedError
 
 __all__ = ["History", "Run", "Step", "clock", "end_of", "race", "single_thread"]
 
@@ -98,6 +99,7 @@ class Run:
     Attributes:
         history: what happened so far.
         failure: why it stopped early, or an empty text.
+        per_pass: iterations in which all data is seen.
     """
 
     def __init__(self, task: Task, method: Method, settings: Settings, data: Data, device: str = "cpu"):
@@ -108,9 +110,10 @@ class Run:
             self.model: Classifier = method.model(task, settings).to(self.device)
             # What a method draws in training must not depend on which others train beside it.
             self._random = torch.get_rng_state()
+        self.per_pass = max(1, len(data.x) // settings.batch) if settings.batch else 1
         self.spans = list(spans(self.model))
         self._solve = method.solver(self.model)
-        self.terms = [make(self.model, settings) for make in method.terms]
+        self.terms = method.loss_terms(self.model, settings)
         self.history = History()
         self.failure = ""
         self.renew_optimizer()
@@ -148,11 +151,11 @@ class Run:
         self.optimizer.zero_grad()
         try:
             terminal, logits = self._forward_backward(x, y)
-            self.driver.before_step(self, terminal)
-            self.optimizer.step()
+            if self.driver.before_step(self, terminal):
+                self.optimizer.step()
             for span in self.spans:
                 span.clip_()  # eq. (14)
-        except (IntegrationError, FloatingPointError, ValueError) as error:
+        except (IntegrationError, FloatingPointError, ValueError, DivergedError) as error:
             # One method that breaks must not end a table; its row says why.
             self.failure = str(error)
             torch.set_rng_state(outside)
