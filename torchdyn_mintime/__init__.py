@@ -9,6 +9,7 @@ from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.shallow import Shallowest
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.speed import SpeedLimit
+from torchdyn_mintime.step_count import StepCount
 from torchdyn_mintime.trimming import trim
 from torchdyn_mintime.weighting import TargetLoss
 from torchdyn_mintime.wrapping import parameter_groups, spans, unwrap, wrap
@@ -21,6 +22,7 @@ __all__ = [
     "LyapunovRegularizer",
     "Shallowest",
     "SpeedLimit",
+    "StepCount",
     "StepDoubling",
     "TargetLoss",
     "early_exit",

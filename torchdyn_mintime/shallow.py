@@ -9,6 +9,9 @@ the search goes over the number of steps, and over solvers of lower order, while
 with w = target / tolerance^2 at first, so that both terms reach their bounds together. Once the loss is near its target,
 w follows the two constraints: it grows while the error is further from its bound than the loss is from its own, and falls
 in the other case. Before that it stays: a weight that falls early lets the model leave the ODE while it learns.
+
+An adaptive solver keeps to its tolerance by itself and chooses its steps. There the field is trained with
+:class:`~torchdyn_mintime.step_count.StepCount` until so many steps are what it chooses.
 """
 
 import copy
@@ -29,6 +32,7 @@ from torchdyn_mintime.numerics.steppers import make_stepper
 from torchdyn_mintime.reference import TOLERANCE, reference_end, relative_error
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
+from torchdyn_mintime.step_count import StepCount
 from torchdyn_mintime.wrapping import spans
 
 __all__ = ["Shallowest", "Trial", "Verdict", "referenced"]
@@ -168,7 +172,8 @@ class Shallowest:
 
     Args:
         target: the loss to reach, at the steps taken and with the ODE solved exactly alike.
-        solver_tol: the relative solver error allowed at t_f (see :func:`diagnostics.solver_error`).
+        solver_tol: the relative solver error allowed at t_f (see :func:`diagnostics.solver_error`). An adaptive solver
+            keeps to its own tolerances besides; there the fewest evaluations at these are looked for.
         solvers: cheaper solvers to try once one has passed. Default: midpoint, for rk4.
         max_steps: of a solve, at most.
         patience: iterations without progress before the learning rate is lowered, and then the steps are changed.
@@ -216,7 +221,8 @@ class Shallowest:
         for name in solvers or ():
             if make_stepper(name).adaptive:
                 raise ValueError(f"solvers={list(solvers or ())} must be of fixed steps; {name!r} chooses its own")
-        self._first_weight = self.target / self.solver_tol**2
+        self._first_weight = self._bound = math.nan  # of the rung at hand
+        self._term: StepDoubling | StepCount
         self.solvers = None if solvers is None else tuple(solvers)
         self.accept = accept
         self.reduce: Callable[[float], float] = lambda value: value  # over processes, where several run
@@ -245,11 +251,10 @@ class Shallowest:
             raise ValueError(
                 f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
             )
-        adaptive = [span._stepper.name for span in found if span.adaptive]
-        if adaptive:
+        names = sorted({span._stepper.name for span in found})
+        if any(span.adaptive for span in found) and len(names) > 1:
             raise ValueError(
-                f"the search is over the steps of fixed-step solvers, and {adaptive[0]} chooses its own; set "
-                "`span.solver = 'rk4'` first, and back to an adaptive solver afterwards"
+                f"the spans have the solvers {', '.join(names)}; a search takes steps of fixed size, or one adaptive solver"
             )
         self._model, self._spans = model, found
         self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
@@ -258,7 +263,8 @@ class Shallowest:
             self._own_solver = found[0]._stepper.name
         self._thawed = freeze_times(found)
         if self._rung is None:
-            self._enter(self._own_solver, 1)
+            # An adaptive solver's first step is a part of the way.
+            self._enter(self._own_solver, 2 if found[0].adaptive else 1)
             self._initial = self._good
         else:  # resumed from a checkpoint
             self._use(self._rung.trial.solver, self._rung.trial.steps)
@@ -266,7 +272,7 @@ class Shallowest:
     def penalty(self) -> Tensor:
         """The step-doubling term of the last forward, at its present weight: to be added to the loss."""
         rung = self._current()
-        value = self._doubling.penalty()
+        value = self._term.penalty()
         self._last_penalty = value.detach()
         return rung.weight * value
 
@@ -292,7 +298,8 @@ class Shallowest:
             self._back_off(f"the loss exploded to {value:.3g}")
             return
         rung.trial.loss = min(rung.trial.loss, value)
-        gap, error_gap = value / self.target, rung.scale * penalty / self.solver_tol**2
+        adaptive = make_stepper(rung.trial.solver).adaptive
+        gap, error_gap = value / self.target, rung.scale * penalty / self._bound**2
         if gap < NEAR:
             low, high = (r * self._first_weight for r in WEIGHT_RANGE)
             wanted = rung.weight * math.exp(WEIGHT_RATE * _unit(math.log((error_gap + 1e-12) / (gap + 1e-12))))
@@ -315,7 +322,8 @@ class Shallowest:
             if self._check(measure):
                 self._passed()
                 return
-            self._compare_with_exact(penalty)
+            if not adaptive:
+                self._compare_with_exact(penalty)
             return
         if rung.since > self.patience:
             if self._found is None and rung.trial.loss > LEARNT * (self._first_loss or 0) and self._restarts < 3:
@@ -406,13 +414,16 @@ class Shallowest:
         return self._rung
 
     def _enter(self, solver: str, steps: int) -> None:
-        stepper = make_stepper(solver)
-        self._rung = _Rung(Trial(solver, steps, steps * stepper.evaluations), self._first_weight)
+        evaluations = _evaluations(solver, steps)
+        # The penalty's bound is the square of this one: of the solver error, or 1 where StepCount counts.
+        self._bound = 1.0 if make_stepper(solver).adaptive else self.solver_tol
+        self._first_weight = self.target / self._bound**2
+        self._rung = _Rung(Trial(solver, steps, evaluations), self._first_weight)
         self.trials.append(self._rung.trial)
         self._use(solver, steps)
         self._reset_rates()
         self._good = self._snapshot()
-        _log.info("trying %d x %s (%d evaluations)", steps, solver, steps * stepper.evaluations)
+        _log.info("trying %d x %s (%d evaluations)", steps, solver, evaluations)
 
     def _use(self, solver: str, steps: int) -> None:
         assert self._model is not None
@@ -420,7 +431,12 @@ class Shallowest:
             set_steps(span, steps, solver)
         rung = self._current()
         # A step of low order hides too much of its error from one half as long.
-        self._refine(rung.refinement or (2 if make_stepper(solver).order > 2 else 4))
+        stepper = make_stepper(solver)
+        if stepper.adaptive:
+            assert self._model is not None
+            self._term = StepCount(self._model, steps)
+        else:
+            self._refine(rung.refinement or (2 if stepper.order > 2 else 4))
 
     def _reset_rates(self) -> None:
         """The learning rates that a number of steps begins with."""
@@ -459,8 +475,8 @@ class Shallowest:
             # The steps and their parts agree on something that is not the ODE: a field too steep for either. Training
             # does not find back from there, so it starts again, and is held against finer steps from the start.
             rung.fooled = True
-            if self._doubling.refinement < MOST_REFINED:
-                self._refine(2 * self._doubling.refinement)
+            if rung.refinement < MOST_REFINED:
+                self._refine(2 * rung.refinement)
                 self._begin_again(1.0, "the penalty missed most of the solver error")
             else:
                 self._failed()
@@ -468,7 +484,7 @@ class Shallowest:
     def _refine(self, parts: int) -> None:
         assert self._model is not None
         self._current().refinement = parts
-        self._doubling = StepDoubling(self._model, 1.0, parts)
+        self._term = StepDoubling(self._model, 1.0, parts)
 
     def _begin_again(self, slower: float, why: str) -> None:
         """The model as it was when this search, or its way down, began; ``slower`` stays on the learning rate."""
@@ -498,6 +514,7 @@ class Shallowest:
             loss = reference_loss = None
             if measure is not None:
                 loss = float(measure())
+            few = all(span.nfe <= _evaluations(trial.solver, trial.steps) for span in self._spans)
             error = self.reduce(max(relative_error(span) for span in self._spans))
             if measure is not None:
                 with referenced(model):
@@ -512,7 +529,7 @@ class Shallowest:
             trial.loss, trial.reference_loss = loss, reference_loss
             if max(loss, reference_loss) > self.target:
                 return False
-        return error <= self.solver_tol and accepted
+        return few and error <= self.solver_tol and accepted
 
     def _passed(self) -> None:
         rung = self._current()
@@ -577,6 +594,8 @@ class Shallowest:
             "restarts": self._restarts,
             "base_lr": copy.deepcopy(self._base_lr),
             "own_solver": self._own_solver,
+            "bound": self._bound,
+            "first_weight": self._first_weight,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -588,17 +607,28 @@ class Shallowest:
         self.done, self._good, self._found = state["done"], state["good"], state["found"]
         self._initial, self._restarts = state["initial"], state["restarts"]
         self._base_lr, self._own_solver = state["base_lr"], state["own_solver"]
+        self._bound, self._first_weight = state["bound"], state["first_weight"]
 
 
 def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> None:
-    """Makes a fixed-step span take ``steps`` equal steps over its present interval, by ``solver`` if given."""
+    """Makes a fixed-step span take ``steps`` equal steps over its present interval, by ``solver`` if given.
+
+    An adaptive one gets no points but the ends, whatever ``steps`` is.
+    """
     t0, t_f = span.t0.item(), span.t_f.item()
     if solver is not None and span._stepper.name != solver:
         span.solver = solver
+    steps = 1 if span.adaptive else steps
     filled = span._filled
     span.t_span = torch.linspace(t0, t_f, steps + 1, dtype=span.t_f.dtype)
     span._filled = filled  # where no span was given yet, the first one passed still says what the interval is
     span.pinned = True  # whatever span the model's own code passes
+
+
+def _evaluations(solver: str, steps: int) -> int:
+    """Of so many steps. An adaptive solver takes one more at the start, and one for the size of its first step."""
+    stepper = make_stepper(solver)
+    return 2 + steps * (stepper.evaluations - 1) if stepper.adaptive else steps * stepper.evaluations
 
 
 def _mean_loss(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: Iterable[Any]) -> float:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Driver", "Grow", "GrowAlone", "KeepTarget", "Search"]
 
-SEARCH_ITERATIONS = 8
+SEARCH_ITERATIONS = 20
 """How many times the iterations of other methods a search may take; each of its own is far cheaper."""
 
 

@@ -207,6 +207,9 @@ METHODS: dict[str, Method] = {
     "local-error": Method("local error", span={}, frozen=True, terms=(_local_error,)),
     "step-doubling": Method("1 step, step doubling", span={}, frozen=True, t_span=span_of(1), terms=(_step_doubling,)),
     "shallowest": Method("shallowest true ODE", span={}, driver=Search),
+    "shallowest-adaptive": Method(
+        "shallowest true ODE, tsit5", span={}, node={"solver": "tsit5"}, t_span=span_of(1), driver=Search
+    ),
     "skipped": Method("the ODE skipped", skips=True),
     "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=span_of(1)),
     "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),

@@ -116,7 +116,7 @@ TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
                     *_PEERS,
                 ),
             ),
-            Section("annuli", (*_ANNULI, Row("target"), Row("shallowest"), *_PEERS)),
+            Section("annuli", (*_ANNULI, Row("target"), Row("shallowest"), Row("shallowest-adaptive"), *_PEERS)),
         ),
     ),
     "2": (
@@ -156,7 +156,11 @@ TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
         (
             Section(
                 "annuli",
-                (*_ANNULI, Row("combined", ".0687; 16.03 s (7.7x); 10.01 ms", (*_LYAPUNOV, ("span_lr", 0.01)))),
+                (
+                    *_ANNULI,
+                    Row("combined", ".0687; 16.03 s (7.7x); 10.01 ms", (*_LYAPUNOV, ("span_lr", 0.001))),
+                    Row("growth", "", _LYAPUNOV),
+                ),
             ),
         ),
     ),
@@ -183,6 +187,7 @@ TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
                 (
                     Row("vanilla", "t_f 1; 168 s; 117.288 ms"),
                     Row("minimum-time", ".0724; 129 s (1.3x); 86.493 ms (1.36x)"),
+                    Row("shallowest"),
                 ),
             ),
         ),
