@@ -6,10 +6,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from torchdyn.core import NeuralODE
 from typer.testing import CliRunner
 
 from torchdyn_mintime.__main__ import app
 from torchdyn_mintime.experiments import images
+from torchdyn_mintime.experiments.images import Source
 from torchdyn_mintime.experiments.models import span_of
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import Run
@@ -106,3 +109,30 @@ def test_the_module_runs_by_its_name():
 
 def test_bench_has_options_of_its_own():
     assert "--rounds must be at least 1" in call("bench", "--rounds", "0", code=2)
+
+
+def test_compress_writes_a_shallow_model_that_plain_torchdyn_loads(tmp_path):
+    call("run", "digits", "--method", "vanilla", "--iterations", "60")
+    (checkpoint,) = (tmp_path / "results/runs").glob("digits-vanilla*.pt")
+    out = call("compress", str(checkpoint), "--target", "1.0", "--iterations", "200")
+    assert "evaluations" in out and "in plain torchdyn, %" in out
+    (written,) = (tmp_path / "results/compressed").glob("*.pt")
+    saved = torch.load(written)
+    model = TASKS["digits"].model(TASKS["digits"].settings, solver=saved["solver"])
+    model.load_state_dict(saved["state"])
+    model.t_span = saved["t_span"]
+    assert type(model.node) is NeuralODE and len(saved["t_span"]) <= 3
+    test = TASKS["digits"].load(TASKS["digits"].settings, Source())
+    with torch.no_grad():
+        accuracy = (model(test.x_test).argmax(1) == test.y_test).double().mean().item()
+    assert f"{100 * accuracy:.2f}" in next(line for line in out.splitlines() if "plain torchdyn, %" in line)
+
+
+def test_compress_says_what_it_cannot_take(tmp_path):
+    assert "is not the .pt of a finished run" in call("compress", str(tmp_path / "none.pt"), code=2)
+    call("run", "moons", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*.pt")
+    assert "made shallow by its training" in call("compress", str(checkpoint), code=2)
+    call("run", "moons", "--method", "vanilla:2", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*vanilla*.pt")
+    assert "Nothing was written" in call("compress", str(checkpoint), "--target", "1e-6", "--iterations", "1")

@@ -170,6 +170,41 @@ def figure(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def compress(
+    checkpoint: Annotated[Path, typer.Argument(help="The .pt of a finished vanilla run, in results/runs.")],
+    target: Annotated[
+        float | None, typer.Option(min=0, help="Training loss to keep; default: about the model's own.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default: a tenth of the run's.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="At most; default: as many as the run had.")] = None,
+    data: Data = Path("data"),
+    download: Download = False,
+    device: Device = "cpu",
+    output: Output = Path("results"),
+) -> None:
+    """Fine-tunes a trained model to the fewest evaluations and writes it as plain torchdyn."""
+    from torchdyn_mintime.experiments import compress as module
+    from torchdyn_mintime.experiments.images import MissingData, Source
+
+    try:
+        module.compress(
+            checkpoint,
+            output / "compressed",
+            Console(),
+            target=target,
+            lr=lr,
+            iterations=iterations,
+            source=Source(data, download),
+            device=device,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    except MissingData as error:
+        typer.echo(f"not run: {error}")
+        raise typer.Exit(1) from error
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     help="Speed and memory beside torchdyn and torchdiffeq; `bench --help` lists its options.",

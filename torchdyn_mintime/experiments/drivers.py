@@ -143,14 +143,20 @@ class GrowAlone(Grow):
 
 
 class Search(Driver):
-    """The fewest evaluations at which the loss is met and the model is its own ODE."""
+    """The fewest evaluations at which the loss is met and the model is its own ODE.
+
+    Attributes:
+        limit: iterations, at most.
+    """
 
     owns_rates = True
 
     def start(self, run: "Run") -> None:
         from torchdyn_mintime.shallow import Shallowest
 
+        self.limit = SEARCH_ITERATIONS * run.settings.iterations
         self.search = Shallowest(target=run.settings.target)
+        self.search.batches_seen_together = run.per_pass
         self.search.start(run.model, run.optimizer)
 
     def penalty(self, run: "Run") -> Tensor:
@@ -160,7 +166,7 @@ class Search(Driver):
         self.search.step(loss, run.loss_again)
 
     def done(self, run: "Run") -> bool:
-        return self.search.done or len(run.history.loss) >= SEARCH_ITERATIONS * run.settings.iterations
+        return self.search.done or len(run.history.loss) >= self.limit
 
     def finish(self, run: "Run") -> None:
         if not self.search.finish().feasible:

@@ -95,6 +95,7 @@ class Run:
     Args:
         task, method, settings, data: what is trained, how, and on what.
         device: where.
+        start: the state of a trained model to go on from; None is a new one.
 
     Attributes:
         history: what happened so far.
@@ -102,12 +103,22 @@ class Run:
         per_pass: iterations in which all data is seen.
     """
 
-    def __init__(self, task: Task, method: Method, settings: Settings, data: Data, device: str = "cpu"):
+    def __init__(
+        self,
+        task: Task,
+        method: Method,
+        settings: Settings,
+        data: Data,
+        device: str = "cpu",
+        start: dict[str, Tensor] | None = None,
+    ):
         self.method, self.settings, self.device = method, settings, torch.device(device)
         self.data = data.to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # the same initialisation for every method
             self.model: Classifier = method.model(task, settings).to(self.device)
+            if start is not None:
+                self.model.load_state_dict(start)
             # What a method draws in training must not depend on which others train beside it.
             self._random = torch.get_rng_state()
         self.per_pass = max(1, len(data.x) // settings.batch) if settings.batch else 1

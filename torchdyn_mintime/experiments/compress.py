@@ -1,0 +1,173 @@
+"""A trained model made shallow and handed on as plain torchdyn: the ``compress`` command."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from torchdyn_mintime import LearnableSpan, unwrap
+from torchdyn_mintime.experiments import measure
+from torchdyn_mintime.experiments.data import Data
+from torchdyn_mintime.experiments.drivers import Search
+from torchdyn_mintime.experiments.images import Source
+from torchdyn_mintime.experiments.methods import METHODS
+from torchdyn_mintime.experiments.models import Classifier
+from torchdyn_mintime.experiments.progress import bars
+from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.experiments.tasks import TASKS
+from torchdyn_mintime.experiments.training import Run, race
+
+__all__ = ["Compressed", "compress"]
+
+SLACK = (0.02, 1e-3)
+"""How far above its training loss a model may come out, where no target is given: relative and absolute."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What became of a model.
+
+    Attributes:
+        evaluations, accuracy, reference_accuracy, train_loss: (before, after); accuracies are on the test data, the second
+            with the ODE solved at tolerance 1e-7.
+        plain_accuracy: of the model as plain torchdyn solves it; None where nothing was found.
+        seconds: (of the training of the model given, of the fine-tuning).
+        feasible: whether the target was met as a true ODE.
+        path: the file written; None where nothing was found.
+    """
+
+    evaluations: tuple[int, int]
+    accuracy: tuple[float, float]
+    reference_accuracy: tuple[float, float]
+    train_loss: tuple[float, float]
+    plain_accuracy: float | None
+    seconds: tuple[float, float]
+    feasible: bool
+    path: Path | None
+
+
+def compress(
+    checkpoint: Path,
+    folder: Path,
+    console: Console,
+    *,
+    target: float | None = None,
+    lr: float | None = None,
+    iterations: int | None = None,
+    source: Source | None = None,
+    device: str = "cpu",
+) -> Compressed:
+    """Fine-tunes a model that ``run`` has trained to the fewest evaluations, and writes it as plain torchdyn.
+
+    Args:
+        checkpoint: the ``.pt`` of a finished run, with its ``.json`` beside it.
+        folder: where the compressed model goes.
+        console: for the table and the progress bar.
+        target: the training loss to keep; default: the model's own, by 2 % and .001 more.
+        lr: learning rate; default: a tenth of the run's, since the model is trained already.
+        iterations: of fine-tuning, at most; default: as many as the run had.
+        source: where image data is.
+        device: where to train.
+
+    Raises:
+        ValueError: the checkpoint is no finished run's, or its model cannot be compressed.
+    """
+    plan = _plan_of(checkpoint)
+    task = TASKS[plan.task]
+    store = Store(checkpoint.parent)
+    model, result = store.model(plan), store.result(plan)
+    if isinstance(model.node, LearnableSpan):
+        raise ValueError(f"{checkpoint} is a {result.method} model, made shallow by its training; give a vanilla one")
+    data = task.load(plan.settings, source or Source()).to(torch.device(device))
+    settings = plan.settings.but(
+        target=result.train_loss * (1 + SLACK[0]) + SLACK[1] if target is None else target,
+        lr=plan.settings.lr / 10 if lr is None else lr,
+        iterations=iterations,
+    )
+    search = Run(task, METHODS["shallowest"], settings, data, device, start=model.state_dict())
+    assert isinstance(search.driver, Search)
+    search.driver.limit = settings.iterations
+    with bars([search], f"{plan.task} {plan.settings.seed}: compress", console) as show:
+        race([search], show)
+    before, after = (_figures(m.to(device), data) for m in (model, search.model))
+    feasible = not search.failure
+    path = plain = None
+    if feasible:
+        path = _write(search.model, plan, data, folder, checkpoint.stem)
+        plain = measure.evaluate(measure.forward(search.model, data.x_test).logits, data.y_test)[1]
+    pairs = {name: (before[name], after[name]) for name in before}
+    seconds = (result.training, search.history.seconds_at(len(search.history.seconds)))
+    found = Compressed(**pairs, plain_accuracy=plain, seconds=seconds, feasible=feasible, path=path)
+    console.print(_table(found, task.title, settings.target))
+    console.print(
+        f"Plain torchdyn, with how to load it inside: {path}" if path else f"Nothing was written: {search.failure}",
+        highlight=False,
+    )
+    return found
+
+
+def _plan_of(checkpoint: Path) -> Plan:
+    record = checkpoint.with_suffix(".json")
+    try:
+        plan = json.loads(record.read_text(encoding="utf-8"))["plan"]
+        task = TASKS[plan["task"]]
+        return Plan(plan["task"], plan["method"], type(task.settings)(**plan["settings"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint} is not the .pt of a finished run with its .json beside it ({error}); train one first: "
+            "`python -m torchdyn_mintime run digits --method vanilla` writes it to results/runs"
+        ) from error
+
+
+def _figures(model: Classifier, data: Data) -> dict[str, Any]:
+    test = measure.forward(model, data.x_test)
+    return {
+        "evaluations": test.nfe,
+        "accuracy": measure.evaluate(test.logits, data.y_test)[1],
+        "reference_accuracy": measure.evaluate(measure.reference_logits(model, data.x_test), data.y_test)[1],
+        "train_loss": measure.evaluate(measure.forward(model, data.x).logits, data.y)[0],
+    }
+
+
+def _write(model: Classifier, plan: Plan, data: Data, folder: Path, name: str) -> Path:
+    """Takes the span out of the model, and writes its state, its grid and its solver."""
+    solver = model.node._stepper.name
+    with torch.no_grad():
+        unwrap(model, model.before(data.x_test[:8]))
+    model.t_span = model.node.t_span  # what is passed at every call
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-compressed.pt"
+    how = "model.node = NeuralODE(field, solver=solver); model.node.t_span = t_span; model.load_state_dict(state)"
+    torch.save(
+        {"state": model.state_dict(), "t_span": model.node.t_span, "solver": solver, "task": plan.task, "how": how},
+        path,
+    )
+    return path
+
+
+def _table(found: Compressed, title: str, target: float) -> Table:
+    table = Table(
+        title=f"{title}: compressed",
+        caption=f"Target: training loss {target:.4g}. At 1e-7: the same model, its ODE solved at that tolerance.",
+        box=box.SIMPLE_HEAD,
+    )
+    for head in ("", "before", "after", "ratio"):
+        table.add_column(head, justify="left" if head == "" else "right")
+
+    def row(label: str, values: tuple[float, float], form: str, ratio: bool = False, scale: float = 1.0) -> None:
+        share = f"{values[0] / values[1]:.1f}" if ratio and values[1] else ""
+        table.add_row(label, *(form.format(scale * v) for v in values), share)
+
+    row("evaluations", found.evaluations, "{:g}", ratio=True)
+    row("test accuracy, %", found.accuracy, "{:.2f}", scale=100)
+    row("at 1e-7, %", found.reference_accuracy, "{:.2f}", scale=100)
+    if found.plain_accuracy is not None:
+        table.add_row("in plain torchdyn, %", "", f"{100 * found.plain_accuracy:.2f}", "")
+    row("training loss", found.train_loss, "{:.4f}")
+    row("training, then fine-tuning, s", found.seconds, "{:.2f}", ratio=True)
+    return table
