@@ -38,6 +38,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed on.")] = 1,
     first_seed: Annotated[int, typer.Option()] = 0,
     weight: Annotated[float | None, typer.Option(min=0, help="Price of time, eq. (13).")] = None,
+    start: Annotated[float | None, typer.Option(min=0, help="Where a learned t_f begins.")] = None,
     target: Annotated[float | None, typer.Option(min=0, help="Loss that growth and search are to reach.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the network.")] = None,
     span_lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the times.")] = None,
@@ -72,7 +73,14 @@ def run(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     settings = TASKS[task].settings.but(
-        weight=weight, target=target, lr=lr, span_lr=span_lr, iterations=iterations, subset=subset, width=width
+        weight=weight,
+        start=start,
+        target=target,
+        lr=lr,
+        span_lr=span_lr,
+        iterations=iterations,
+        subset=subset,
+        width=width,
     )
     console, source = Console(), Source(data, download)
     try:

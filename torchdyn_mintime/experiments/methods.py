@@ -80,7 +80,7 @@ class Method:
         if self.skips:
             model.node = NoODE()
         if self.span is not None:
-            wrap(model, model.t_span, **self.span)  # the one line
+            wrap(model, model.t_span, **{"t_f": settings.start, **self.span})  # the one line
         for span in spans(model):
             span.t_f.requires_grad_(not self.frozen)
         return model

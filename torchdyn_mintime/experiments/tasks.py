@@ -23,6 +23,7 @@ class Settings:
         lr: learning rate of the network.
         span_lr: learning rate of the times; None is ``lr``, one group as in the paper's code.
         weight: the price of time, eq. (13).
+        start: where a learned t_f begins; None is the end of the template.
         target: the training loss that growth, search and TargetLoss are to reach.
         decay: factor on every learning rate at each iteration.
         batch: samples per iteration; None is all of them.
@@ -36,6 +37,7 @@ class Settings:
     lr: float
     span_lr: float | None = None
     weight: float = 1.0
+    start: float | None = None
     target: float = 0.01
     decay: float = 1.0
     batch: int | None = None
