@@ -138,6 +138,41 @@ def test_trim_leaves_a_model_that_needs_all_it_has():
     assert all(torch.equal(v, before[k]) for k, v in span.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "change, kind, text",
+    [
+        ({"model": 3.0}, TypeError, "a wrapped torch.nn.Module is wanted; got float"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "Linear has no LearnableSpan; wrap it first"),
+        ({"batches": 3}, TypeError, "batches must be a list, .* got int"),
+        ({"batches": ONES}, TypeError, r"batches must be a list, .* pass \[x\] for one"),
+        ({"batches": []}, ValueError, "batches is empty"),
+        ({"batches": [ONES[:0]]}, ValueError, r"must have rows, .* got x of the shape \(0, 2\)"),
+        ({"batches": [torch.tensor(1.0)]}, ValueError, r"must have rows, .* got x of the shape \(\)"),
+        ({"loss": 0.5}, TypeError, "loss must be callable .* got 0.5"),
+        ({"loss": lambda z: None}, TypeError, "the loss must be a number; got None"),
+        ({"loss": lambda z: math.nan}, ValueError, "the loss is nan as the model is"),
+        ({"threshold": math.nan}, ValueError, "threshold must be finite; got nan"),
+        ({"threshold": math.inf}, ValueError, "threshold must be finite; got inf"),
+        ({"threshold": "low"}, TypeError, "threshold must be a number; got 'low'"),
+        ({"slack": math.nan}, ValueError, "slack must be a share of the duration, .* got nan"),
+        ({"slack": -0.1}, ValueError, "slack must be a share of the duration, .* got -0.1"),
+        ({"slack": None}, TypeError, "slack must be a number; got None"),
+        ({"solver_tol": 0.0}, ValueError, "solver_tol must be positive and finite; got 0"),
+        ({"solver_tol": math.nan}, ValueError, "solver_tol must be positive and finite; got nan"),
+        ({"solver_tol": "1"}, TypeError, "solver_tol must be a number; got '1'"),
+    ],
+)
+def test_trim_refuses_a_bad_argument_before_anything_is_changed(change, kind, text):
+    span = decay()
+    before = (span.t_f.item(), span.t_span.tolist(), span.bounds, span.training, span.vf.nfe)
+    arguments = {"model": span, "batches": [ONES], "loss": size, "threshold": 0.2} | change
+    with pytest.raises(kind, match=text):
+        trim(**arguments)
+    # A loss is only known once it was called: the model has been evaluated then, and nothing else.
+    after = (span.t_f.item(), span.t_span.tolist(), span.bounds, span.training, span.vf.nfe)
+    assert after == before
+
+
 def test_trim_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"above threshold=0\.001 already"):
         trim(decay(), [ONES], size, 0.001)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import named_spans
 
@@ -25,8 +26,12 @@ def as_batches(batches: Any) -> list[tuple[Tensor, ...]]:
 
     Raises:
         ValueError: there is none.
-        TypeError: one of them does not begin with a tensor.
+        TypeError: one of them does not begin with a tensor, or ``batches`` is a tensor itself.
     """
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be a list, or a loader, of x or (x, *target); got {type(batches).__name__}: pass [x] for one"
+        )
     found = []
     for batch in batches:
         parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, Sequence) else None
@@ -34,6 +39,8 @@ def as_batches(batches: Any) -> list[tuple[Tensor, ...]]:
             raise TypeError(
                 f"a batch is a tensor x, or (x, *target); got {type(batch).__name__}: pass [(x, y)] for one"
             )
+        if parts[0].dim() < 1 or not len(parts[0]):
+            raise ValueError(f"a batch must have rows, [batch, ...]; got x of the shape {tuple(parts[0].shape)}")
         found.append(parts)
     if not found:
         raise ValueError("batches is empty; give at least one (x, *target)")
@@ -107,10 +114,6 @@ def mean_loss(
 
 def as_number(value: Tensor | float, name: str) -> float:
     """A scalar's value; a vector is a loss without a reduction, which would pass unseen otherwise."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"{name} must be one number for a batch; got the shape {tuple(value.shape)}: take its mean"
-            )
-        return float(value.detach().item())
-    return float(value)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number for a batch; got the shape {tuple(value.shape)}: take its mean")
+    return checks.scalar(value, name)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.evaluation import only_span, outcome, rest_of, substituted
 from torchdyn_mintime.field import BoundField
 from torchdyn_mintime.numerics.integrate import Grid, integrate
@@ -139,8 +140,7 @@ def _check(model: nn.Module, span: LearnableSpan, x: Tensor, every: int) -> None
             f"{span._stepper.name} chooses its steps for the whole batch at once, so that samples cannot leave by "
             "themselves; use a fixed-step solver such as 'rk4'"
         )
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number, 1 or more; got {every!r}")
+    checks.count(every, "every", 1)
     if x.dim() < 1 or not len(x):
         raise ValueError(f"x must be a batch [batch, ...]; got the shape {tuple(x.shape)}")
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)

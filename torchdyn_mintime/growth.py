@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.span import LearnableSpan
 
 __all__ = ["DepthGrowth", "DivergedError", "Growth", "Rescue"]
@@ -96,18 +97,13 @@ class DepthGrowth:
                     "increment=None, but an adaptive solver has no step size to take it from; give increment= in units of time"
                 )
             increment = span.step_size
-        self.threshold = _positive(threshold, "threshold")
-        self.increment = _positive(increment, "increment")
+        self.threshold = checks.number(threshold, "threshold", above=0)
+        self.increment = checks.number(increment, "increment", above=0)
         self.max_t_f = (
-            max(span.bounds[1], span.default_max_t_f())
-            if max_t_f is None
-            else _positive(max_t_f, "max_t_f", least=-math.inf)
+            max(span.bounds[1], span.default_max_t_f()) if max_t_f is None else checks.number(max_t_f, "max_t_f")
         )
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-            raise ValueError(f"patience must be a whole number of steps, 0 or more; got {patience!r}")
-        if not (isinstance(improvement, int | float) and 0 <= improvement < 1):
-            raise ValueError(f"improvement must be a share from 0 to 1; got {improvement!r}")
-        self.patience, self.improvement = patience, float(improvement)
+        self.patience = checks.count(patience, "patience", of=" of steps")
+        self.improvement = checks.number(improvement, "improvement", least=0, below=1, wanted="a share from 0 to 1")
         t_f = span.t_f.item()
         if self.max_t_f < t_f * (1 - 1e-6):
             raise ValueError(f"max_t_f = {self.max_t_f:g} lies below t_f = {t_f:g}: there is nothing to grow into")
@@ -162,7 +158,7 @@ class DepthGrowth:
         Raises:
             ValueError: the metric is NaN or infinite; t_f stays as it was.
         """
-        value = float(metric.detach() if isinstance(metric, torch.Tensor) else metric)
+        value = checks.scalar(metric, "the metric")
         if not math.isfinite(value):
             raise ValueError(
                 f"the metric is {value} at t_f = {self.span.t_f.item():.6g}: growing would hide a training that broke; go back "
@@ -298,9 +294,9 @@ class Rescue:
         every: int = 5,
     ):
         self.model, self.optimizer = model, optimizer
-        self.jump = _positive(jump, "jump", least=1.0)
-        self.floor = None if floor is None else _positive(floor, "floor")
-        self.factor = _positive(factor, "factor")
+        self.jump = checks.number(jump, "jump", above=1)
+        self.floor = None if floor is None else checks.number(floor, "floor", above=0)
+        self.factor = checks.number(factor, "factor", above=0)
         if self.factor >= 1:
             raise ValueError(f"factor must lower the learning rate, so lie below 1; got {factor}")
         self.stuck, self.limit, self.every = stuck, limit, every
@@ -359,11 +355,3 @@ class Rescue:
 
     def _rates(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups]
-
-
-def _positive(value: Any, name: str, least: float = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not (math.isfinite(value) and value > least):
-        raise ValueError(f"{name} must be finite and above {least:g}; got {value}")
-    return float(value)

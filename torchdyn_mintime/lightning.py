@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from torchdyn_mintime import shallow
+from torchdyn_mintime import checks, shallow
 from torchdyn_mintime.growth import DepthGrowth, DivergedError, Rescue
 from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer
 from torchdyn_mintime.numerics.integrate import IntegrationError
@@ -143,15 +143,9 @@ class MinimumTime(_SpanCallback):
             raise ValueError(f"give a weight or a target, not both; got weight={weight!r} and target={target!r}")
         if monitor is not None and target is None:
             raise ValueError(f"monitor={monitor!r} is held against a target; give target= too")
-        for name, value in (("weight", weight), ("target", target)):
-            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-                raise TypeError(f"{name} must be a number; got {value!r}")
-        if weight is not None and not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be finite and 0 or more; got {weight}")
-        if target is not None and not (math.isfinite(target) and target > 0):
-            raise ValueError(f"target must be positive and finite; got {target}")
-        self.weight = 1.0 if weight is None else float(weight)
-        self.target, self.monitor = target, monitor
+        self.weight = 1.0 if weight is None else checks.number(weight, "weight", least=0)
+        self.target = None if target is None else checks.positive(target, "target")
+        self.monitor = monitor
         self.price: TargetLoss | None = None
         self._loaded: dict[str, Any] | None = None
         self._losses: list[float] = []
@@ -406,14 +400,13 @@ class ConvergenceRate(pl.LightningModule):
         super().__init__()
         if (potential is None) == (classes is None):
             raise ValueError(f"give a potential or the number of classes; got {potential!r} and classes={classes!r}")
-        if not (isinstance(terminal_weight, int | float) and math.isfinite(terminal_weight) and terminal_weight >= 0):
-            raise ValueError(f"terminal_weight must be a finite number of 0 or more; got {terminal_weight!r}")
+        self.terminal_weight = checks.number(terminal_weight, "terminal_weight", least=0)
         self.model = model
         self.potential = CrossEntropy(classes=classes) if potential is None else potential
         keep_points(only_span(model))
         # Past nn.Module's registration: the model must not stand in the state_dict twice.
         object.__setattr__(self, "_regularizer", lyapunov(model, self.potential, rate))
-        self.terminal_weight, self.lr, self.span_lr = float(terminal_weight), lr, span_lr
+        self.lr, self.span_lr = lr, span_lr
 
     def forward(self, x: torch.Tensor) -> Any:
         """As the model's own."""
@@ -493,12 +486,13 @@ class GrowDepth(_SpanCallback):
         pretraining: int = 0,
         rescue: bool = True,
     ):
-        for name, value in (("threshold", threshold), ("increment", increment)):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive, finite number; got {value!r}")
-        for name, count in (("patience", patience), ("pretraining", pretraining)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} must be a whole number of epochs, 0 or more; got {count!r}")
+        checks.positive(threshold, "threshold")
+        if increment is not None:
+            checks.positive(increment, "increment")
+        if max_t_f is not None:
+            checks.number(max_t_f, "max_t_f")
+        for name, value in (("patience", patience), ("pretraining", pretraining)):
+            checks.count(value, name, of=" of epochs")
         self.threshold, self.monitor, self.increment, self.patience = threshold, monitor, increment, patience
         self.max_t_f, self.span, self.pretraining, self.rescue = max_t_f, span, pretraining, rescue
         self._survives_nan = rescue

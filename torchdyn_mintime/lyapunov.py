@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.numerics.integrate import Grid, integrate
 from torchdyn_mintime.numerics.steppers import make_stepper
@@ -99,9 +100,7 @@ class TruncatedCrossEntropy(CrossEntropy):
 
     def __init__(self, head: nn.Module | None = None, *, classes: int | None = None, floor: float = 0.0):
         super().__init__(head, classes=classes)
-        if not (isinstance(floor, int | float) and math.isfinite(floor) and floor >= 0):
-            raise ValueError(f"floor must be a finite loss of 0 or more; got {floor!r}")
-        self.floor = float(floor)
+        self.floor = checks.number(floor, "floor", least=0)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """V ``[batch]``; see :class:`CrossEntropy`."""
@@ -148,8 +147,7 @@ def ball(radius: float, *, uniform_radius: bool = False) -> Sampler:
         >>> states.shape, bool(states.norm(dim=1).max() <= 2)
         (torch.Size([100, 3]), True)
     """
-    if not (isinstance(radius, int | float) and math.isfinite(radius) and radius > 0):
-        raise ValueError(f"the ball's radius must be positive and finite; got {radius!r}")
+    radius = checks.positive(radius, "the ball's radius")
 
     def draw(n: int, like: Tensor) -> Tensor:
         direction = torch.randn(n, like.numel(), dtype=like.dtype, device=like.device)
@@ -279,7 +277,7 @@ class LyapunovRegularizer(nn.Module):
             raise TypeError(f"potential must be callable as potential(z, *target); got {potential!r}")
         self.model = model
         self.potential = potential
-        self.rate = _check_rate(rate)
+        self.rate = checks.positive(rate, "rate")
         if order not in (1, 2):
             raise ValueError(f"order must be 1 or 2; got {order!r}")
         self.order = order
@@ -527,7 +525,7 @@ class LyapunovRegularizer(nn.Module):
             points: how many points, evenly spaced.
             t_span: first and last time, for a bare node without a span of its own.
         """
-        rate = self.rate if rate is None else _check_rate(rate)
+        rate = self.rate if rate is None else checks.positive(rate, "rate")
         if not (isinstance(points, int) and points >= MIN_POINTS):
             raise ValueError(f"points must be a whole number, {MIN_POINTS} or more; got {points!r}")
         _check_targets(target, x.shape[0])
@@ -624,14 +622,6 @@ def _takes_time(potential: Potential) -> bool:
         return "t" in inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
-
-
-def _check_rate(rate: Any) -> float:
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(f"rate must be a number; got {rate!r}")
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"rate must be positive and finite; got {rate}")
-    return float(rate)
 
 
 def _check_targets(target: tuple, batch: int) -> None:

@@ -8,12 +8,13 @@ is <f(t_f, z(t_f)), dPhi/dz(t_f)>, and averages E over the iterations,
 TO-FLOW (Du et al., 2022) takes the parameters and the time in turn, each by its own optimizer: coordinate descent.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchdyn_mintime import checks
 
 __all__ = ["CoordinateDescent", "GaussNewtonTime"]
 
@@ -54,12 +55,9 @@ class GaussNewtonTime(torch.optim.Optimizer):
         every: int = 50,
     ):
         for name, value in (("lr", lr), ("price", price)):
-            if not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a finite number, 0 or more; got {value!r}")
-        if not (isinstance(decay, int | float) and 0 <= decay < 1):
-            raise ValueError(f"decay must be at least 0 and below 1; got {decay!r}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number, 1 or more; got {every!r}")
+            checks.number(value, name, least=0)
+        checks.number(decay, "decay", least=0, below=1)
+        checks.count(every, "every", 1)
         super().__init__(params, {"lr": lr, "price": price, "decay": decay, "every": every})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, integrate
 from torchdyn_mintime.numerics.steppers import RungeKutta, Stepper
@@ -82,9 +83,9 @@ class StepDoubling:
                 f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
             )
         self.model = model
-        self.weight = _check_weight(weight)
-        self.refinement = _check_count(refinement, "refinement", 2)
-        self.every = _check_count(every, "every", 1)
+        self.weight = checks.number(weight, "weight", least=0)
+        self.refinement = checks.count(refinement, "refinement", 2)
+        self.every = checks.count(every, "every", 1)
         self.nfe = 0
         self._calls = 0
 
@@ -159,7 +160,7 @@ class _AlongTrajectory:
         if not isinstance(model, NeuralODE) and next(spans(model), None) is None:
             raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first, by torchdyn_mintime.wrap")
         self.model = model
-        self.weight = _check_weight(weight)
+        self.weight = checks.number(weight, "weight", least=0)
         self.nfe = 0
 
     def penalty(self, t_eval: Tensor | None = None, sol: Tensor | None = None) -> Tensor:
@@ -330,7 +331,7 @@ class TaylorRegularizer(_AlongTrajectory):
 
     def __init__(self, model: nn.Module, weight: float = 1.0, derivative: int = 2):
         super().__init__(model, weight)
-        self.derivative = _check_count(derivative, "derivative", 1)
+        self.derivative = checks.count(derivative, "derivative", 1)
 
     def _at(self, bound: BoundField, t: Tensor, z: Tensor) -> Tensor:
         z = z if z.requires_grad else z.detach().requires_grad_()
@@ -387,7 +388,7 @@ class LocalError:
             raise TypeError(f"model must be a module that holds LearnableSpans; got {type(model).__name__}")
         if next(spans(model), None) is None:
             raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first, by torchdyn_mintime.wrap")
-        self.model, self.weight = model, _check_weight(weight)
+        self.model, self.weight = model, checks.number(weight, "weight", least=0)
         self.sampled, self.generator = sampled, generator
         self.nfe = 0
 
@@ -497,19 +498,3 @@ def relative_square(difference: Tensor, state: Tensor) -> Tensor:
     dtype = torch.promote_types(state.dtype, torch.float32)
     size = state.detach().to(dtype).square().mean().clamp_min(torch.finfo(dtype).tiny)
     return difference.to(dtype).square().mean() / size
-
-
-def _check_weight(weight: float) -> float:
-    if not isinstance(weight, int | float):
-        raise TypeError(f"weight must be a number; got {weight!r}")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight must be finite and 0 or more; got {weight}")
-    return float(weight)
-
-
-def _check_count(value: int, name: str, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more; got {value}")
-    return value

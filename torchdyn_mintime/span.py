@@ -15,6 +15,7 @@ from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.grid import MAX_POINTS, cut, merge
 from torchdyn_mintime.numerics.adjoint import AdjointProblem, solve_adjoint
@@ -108,7 +109,7 @@ class LearnableSpan(nn.Module):
         self._stepper, self._backward_stepper = stepper, backward_stepper
         self._given_bounds = None if bounds is None else _check_bounds(bounds, template[0])
         lower, upper = self.bounds
-        initial = template[-1] if t_f is None else _check_number(t_f, "t_f")
+        initial = template[-1] if t_f is None else checks.finite(t_f, "t_f")
         if t_f is not None:
             # One step of 0.1 is a little less than float32's 0.1, which the template has.
             slack = 1e-6 * max(1.0, abs(initial))
@@ -689,18 +690,6 @@ def _check_state(x: Any, node: NeuralODE) -> None:
             )
 
 
-def _check_number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number; got {value!r}") from None
-    except OverflowError:
-        raise ValueError(f"{name} must be finite; got an integer too large for a float") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite; got {number}")
-    return number
-
-
 def _check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple[list[float], torch.dtype]:
     """The span's times as numbers, and the dtype that times of it have."""
     if not isinstance(t_span, Tensor):
@@ -725,7 +714,7 @@ def _check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple
 def _check_bounds(bounds: Any, t0: float, frozen: bool = False) -> tuple[float, float]:
     if not isinstance(bounds, Sequence) or len(bounds) != 2:
         raise TypeError(f"bounds must be a pair (lower, upper) of times; got {bounds!r}")
-    lower, upper = (_check_number(b, "a bound of t_f") for b in bounds)
+    lower, upper = (checks.finite(b, "a bound of t_f") for b in bounds)
     if not t0 < lower <= upper:
         raise ValueError(f"bounds must satisfy t0 < lower <= upper; got t0 = {t0:g}, bounds = ({lower:g}, {upper:g})")
     if lower == upper and not frozen:
@@ -738,7 +727,7 @@ def _check_bounds(bounds: Any, t0: float, frozen: bool = False) -> tuple[float, 
 def _check_step_size(step_size: Any, template: Sequence[float], stepper: Stepper) -> float:
     if stepper.adaptive:
         raise ValueError(f"step_size={step_size!r} is for fixed-step solvers; {stepper.name} chooses its own steps")
-    step = _check_number(step_size, "step_size")
+    step = checks.finite(step_size, "step_size")
     length = template[-1] - template[0]
     if not 0 < step <= length * (1 + 1e-6):
         raise ValueError(f"step_size must be positive and at most the span's length {length:g}; got {step:g}")
@@ -766,4 +755,4 @@ def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:
         if save_at.layout != torch.strided:
             raise TypeError(f"save_at must be a dense tensor; got {save_at.layout}")
         save_at = save_at.detach().reshape(-1)
-    return [_check_number(t, "a time in save_at") for t in save_at]
+    return [checks.finite(t, "a time in save_at") for t in save_at]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
+
 __all__ = ["SpeedLimit"]
 
 
@@ -46,12 +48,8 @@ class SpeedLimit(nn.Module):
         super().__init__()
         if not callable(field):
             raise TypeError(f"field must be a module or a function of (x) or (t, x); got {type(field).__name__}")
-        if not isinstance(max_speed, int | float):
-            raise TypeError(f"max_speed must be a number; got {max_speed!r}")
-        if not 0 < max_speed < math.inf:
-            raise ValueError(f"max_speed must be positive and finite; got {max_speed}")
+        self.max_speed = checks.positive(max_speed, "max_speed")
         self.field = field
-        self.max_speed = float(max_speed)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._limited(self.field(x))

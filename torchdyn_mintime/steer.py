@@ -1,6 +1,5 @@
 """End times drawn at random in training (STEER; Ghosh et al., 2020)."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.grid import cut
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
@@ -50,14 +50,10 @@ class RandomSpan(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module; got {type(model).__name__}")
-        if not isinstance(width, int | float):
-            raise TypeError(f"width must be a number; got {width!r}")
-        if not 0 <= width < math.inf:
-            raise ValueError(f"width must be finite and 0 or more; got {width}")
         if not isinstance(model, NeuralODE) and next(spans(model), None) is None:
             raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first, by torchdyn_mintime.wrap")
         self.model = model
-        self.width = float(width)
+        self.width = checks.number(width, "width", least=0)
         self.generator = generator
         self.drawn: list[float] = []
 

@@ -6,6 +6,7 @@ every number of equal steps, the state is marched and the loss looked at after e
 which the loss is kept is taken, and of those the earliest end.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.diagnostics import solver_error
 from torchdyn_mintime.evaluation import Loss, as_batches, as_number, mean_loss, rest_of
 from torchdyn_mintime.field import BoundField
@@ -110,6 +112,7 @@ def trim(
 
     Raises:
         ValueError: the loss is above the threshold as it is, or the solver error above its tolerance.
+        TypeError, ValueError: an argument cannot be used. The model is as before.
 
     Example:
         >>> from torchdyn.core import NeuralODE
@@ -120,10 +123,21 @@ def trim(
         >>> span.steps, round(span.t_f.item(), 2), round(result.saved)
         (2, 1.51, 50)
     """
+    if next(named_spans(model), None) is None:
+        raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first, by torchdyn_mintime.wrap")
+    if not callable(loss):
+        raise TypeError(f"loss must be callable as loss(output, *target); got {loss!r}")
+    threshold = checks.number(threshold, "threshold")
+    if not (isinstance(slack, float) and slack == math.inf):
+        slack = checks.number(slack, "slack", least=0, wanted="a share of the duration, 0 or more, or math.inf")
+    if solver_tol is not None:
+        solver_tol = checks.positive(solver_tol, "solver_tol")
     prepared = as_batches(batches)
     saved = []
     with evaluating(model), undisturbed(model):
         before = mean_loss(model, prepared, loss)[0]
+        if not math.isfinite(before):
+            raise ValueError(f"the loss is {before} as the model is; nothing can be kept of it")
         if not before <= threshold:
             raise ValueError(f"the loss is {before:.6g}, above threshold={threshold:.6g} already; give a higher one")
         found = [(name, span) for name, span in named_spans(model) if span._last.bound is not None]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
 
@@ -65,14 +66,12 @@ class TargetLoss:
     """
 
     def __init__(self, model: nn.Module, target: float, *, max_t_f: float | None = None):
-        if not isinstance(target, int | float) or isinstance(target, bool):
-            raise TypeError(f"target must be a number; got {target!r}")
-        if not (math.isfinite(target) and target > 0):
-            raise ValueError(f"target must be positive and finite; got {target}")
-        self.model, self.target = model, float(target)
+        self.model, self.target = model, checks.positive(target, "target")
         self._spans = list(spans(model))
         if not self._spans:
             raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first")
+        for span in self._spans:
+            check_upper_bound(span, max_t_f)
         for span in self._spans:
             raise_upper_bound(span, max_t_f)
         self.weight: float | None = None
@@ -100,7 +99,7 @@ class TargetLoss:
         Raises:
             ValueError: the loss is not finite; nothing is changed then.
         """
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = checks.scalar(loss, "the loss")
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value}; the times and their price were left as they are")
         # In the logarithm: a loss falls by orders of magnitude, and its mean would be that of the early steps.
@@ -171,13 +170,21 @@ class TargetLoss:
         return f"TargetLoss(target={self.target:g}, weight={self.weight}, best={self.best})"
 
 
+def check_upper_bound(span: LearnableSpan, max_t_f: Any) -> float | None:
+    """``max_t_f`` as a number, at least t_f."""
+    if max_t_f is None:
+        return None
+    value, t_f = checks.number(max_t_f, "max_t_f"), span.t_f.item()
+    if value < t_f:
+        raise ValueError(f"max_t_f must be finite and at least t_f = {t_f:g}; got {max_t_f!r}")
+    return value
+
+
 def raise_upper_bound(span: LearnableSpan, max_t_f: float | None = None) -> float:
     """Lets t_f grow to ``max_t_f`` (default: eq. (41)) and says so; an upper bound that is higher already stays."""
-    upper = span.bounds[1]
+    upper, max_t_f = span.bounds[1], check_upper_bound(span, max_t_f)
     if max_t_f is None:
         max_t_f = span.raise_to_default()
-    elif not (math.isfinite(max_t_f) and max_t_f >= span.t_f.item()):
-        raise ValueError(f"max_t_f must be finite and at least t_f = {span.t_f.item():g}; got {max_t_f!r}")
     if max_t_f != upper:
         span.bounds = (span.bounds[0], max_t_f)
         _log.info("the upper bound of t_f is now %g (it was %g)", max_t_f, upper)

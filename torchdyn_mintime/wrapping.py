@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.span import LearnableSpan
 
 __all__ = ["parameter_groups", "spans", "unwrap", "wrap"]
@@ -241,8 +242,7 @@ def parameter_groups(
     """
     rates = {"lr": lr, "span_lr": lr if span_lr is None else span_lr, "weight_decay": weight_decay}
     for key, value in rates.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{key} must be a finite number, 0 or more; got {value!r}")
+        checks.number(value, key, least=0)
     times = [p for span in spans(model) for p in span.parameters(recurse=False)]
     if not times:
         raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first")

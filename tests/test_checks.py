@@ -1,0 +1,77 @@
+"""Checks of numbers: what passes, what is refused, and what is said of it."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from torchdyn_mintime import checks
+
+
+@pytest.mark.parametrize("value", [1, 1.5, np.float32(1.5), np.float64(1.5), np.int64(3), Fraction(3, 2), 1e-300])
+def test_a_number_of_any_kind_passes_as_a_float(value):
+    for check in (checks.number, checks.positive, checks.finite, checks.scalar):
+        found = check(value, "x")
+        assert type(found) is float and found == float(value)
+
+
+@pytest.mark.parametrize("value", [None, "1", b"1", True, 1j, [1.0], (1.0,), {}, object(), torch.nn.Identity()])
+def test_what_is_no_number_is_a_type_error(value):
+    for check in (checks.number, checks.positive, checks.finite, checks.scalar, checks.count):
+        with pytest.raises(TypeError, match="x must be a (whole )?number"):
+            check(value, "x")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["large", "small", "beyond its own text"])
+def test_an_integer_too_large_for_a_float_is_a_value_error(value):
+    for check in (checks.number, checks.positive, checks.finite, checks.scalar):
+        with pytest.raises(ValueError, match="x must be finite; got an integer too large for a float"):
+            check(value, "x")
+
+
+@pytest.mark.parametrize(
+    "limits, value, text",
+    [
+        ({}, math.nan, "x must be finite; got nan"),
+        ({}, -math.inf, "x must be finite; got -inf"),
+        ({"above": 0}, 0, "x must be finite and above 0; got 0"),
+        ({"least": 0}, -0.5, "x must be finite and 0 or more; got -0.5"),
+        ({"least": 0, "below": 1}, 1.0, "x must be 0 or more and below 1; got 1.0"),
+        ({"least": 0, "below": 1, "wanted": "a share"}, math.nan, "x must be a share; got nan"),
+    ],
+)
+def test_limits_are_named(limits, value, text):
+    with pytest.raises(ValueError, match="^x must be") as raised:
+        checks.number(value, "x", **limits)
+    assert str(raised.value) == text
+
+
+def test_limits_are_kept():
+    assert checks.number(0, "x", least=0) == 0
+    assert checks.number(-1e300, "x") == -1e300
+    with pytest.raises(ValueError, match="x must be positive and finite; got 0"):
+        checks.positive(0, "x")
+
+
+def test_counts():
+    assert checks.count(np.int64(2), "n", 1) == 2 and checks.count(10**400, "n") == 10**400
+    with pytest.raises(ValueError, match="n must be a whole number of steps, 1 or more; got 1.5"):
+        checks.count(1.5, "n", 1, " of steps")
+    with pytest.raises(ValueError, match="n must be 1 or more; got 0"):
+        checks.count(0, "n", 1)
+    with pytest.raises(ValueError, match="n must be 0 or more; got an integer too large to show"):
+        checks.count(-(10**5000), "n")
+
+
+def test_a_tensor_of_one_entry_is_a_number():
+    for value in (torch.tensor(2.0, requires_grad=True), torch.tensor([[2]]), np.array([2.0])):
+        assert checks.finite(value, "x") == 2.0
+    assert math.isnan(checks.scalar(torch.tensor(math.nan), "x"))
+    with pytest.raises(ValueError, match=r"one number; got the shape \(3,\): take its mean"):
+        checks.scalar(torch.zeros(3), "x")
+    with pytest.raises(TypeError, match="x must be a number"):
+        checks.scalar(torch.zeros((), device="meta"), "x")
+    with pytest.raises(TypeError, match="x must be a number"):
+        checks.finite(torch.tensor(1j), "x")
