@@ -37,6 +37,8 @@ class _SpanCallback(pl.Callback):
     """Whether a loss that is not finite is dealt with later, by all ranks alike."""
     _awaited = False
     """Whether the other ranks wait to hear from this one how its batch went."""
+    _uncounted = False
+    """Whether how many batches an epoch has is only known when it ends, as with an iterable data set."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps every bare NeuralODE, before the optimizers are made and a checkpoint is loaded."""
@@ -59,12 +61,23 @@ class _SpanCallback(pl.Callback):
                     f"the ranks have {[int(n) if math.isfinite(n) else n for n in counts]} training batches; give each the "
                     "same number, as Lightning's own distributed sampler does, or set limit_train_batches"
                 )
+            self._uncounted = math.inf in counts
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """From here on the other ranks wait for this one."""
-        self._awaited = self._tells(trainer)
+        tells = self._tells(trainer)
+        if tells and self._uncounted:
+            # Before the forward: it may share buffers, and the rank whose data end here makes no next one.
+            ends = _of_all_ranks(trainer, pl_module, float(trainer.is_last_batch))
+            if len(set(ends)) > 1:
+                ended = [rank for rank, end in enumerate(ends) if end]
+                raise MisconfigurationException(
+                    f"the data of rank {', '.join(map(str, ended))} end after batch {batch_idx}, those of the others do not; "
+                    "give each rank the same number of batches, or set limit_train_batches"
+                )
+        self._awaited = tells
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Ends the training on all ranks where the loss of one is not finite, before gradients are shared."""

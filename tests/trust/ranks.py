@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler, TensorDataset
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
@@ -83,7 +83,13 @@ METHODS = {
     "target": lambda: MinimumTime(target=0.66),
     "growth": lambda: GrowDepth(threshold=0.6, increment=0.2, max_t_f=1.7),
 }
-FAULTS = ("the loss is NaN", "the solve fails", "an error of the user's own", "another number of batches")
+FAULTS = (
+    "the loss is NaN",
+    "the solve fails",
+    "an error of the user's own",
+    "another number of batches",
+    "another number of batches, not known before",
+)
 
 
 def dataset():
@@ -93,20 +99,42 @@ def dataset():
 
 
 class Uneven(Sampler):
-    """One batch more for the first rank."""
+    """The first samples: all of them for the first rank, ``less`` of them missing for the second."""
 
-    def __init__(self, rank):
-        self.rank = rank
+    def __init__(self, rank, less):
+        self.size = SIZE - less * rank
 
     def __iter__(self):
-        return iter(range(len(self)))
+        return iter(range(self.size))
 
     def __len__(self):
-        return SIZE - BATCH * self.rank
+        return self.size
 
 
-def fit(method, fault=None, devices=2, epochs=EPOCHS):
-    """The rank's record. Of two processes each gets half of every batch: every second sample."""
+class Stream(IterableDataset):
+    """The same without a length: nobody knows how many there are before the end."""
+
+    def __init__(self, rank, less):
+        self.data, self.size = dataset(), SIZE - less * rank
+
+    def __iter__(self):
+        return (self.data[i] for i in range(self.size))
+
+
+def loader(rank, devices, fault=None, less=0, stream=False):
+    """Batches of a rank. Of two processes each gets half of every batch: every second sample."""
+    size = BATCH // devices
+    if fault in FAULTS[3:]:
+        less, stream = BATCH, fault == FAULTS[4]
+    if stream:
+        return DataLoader(Stream(rank, less), batch_size=size)
+    data = dataset()
+    sampler = Uneven(rank, less) if less else DistributedSampler(data, devices, rank, shuffle=False)
+    return DataLoader(data, batch_size=size, sampler=sampler)
+
+
+def fit(method, fault=None, devices=2, epochs=EPOCHS, **batches):
+    """The rank's record."""
     model, callback = Learner(fault), METHODS[method]()
     watch = Watch(callback)
     trainer = pl.Trainer(
@@ -121,9 +149,7 @@ def fit(method, fault=None, devices=2, epochs=EPOCHS):
         callbacks=[callback, watch],
         use_distributed_sampler=False,  # Lightning's own shuffles
     )
-    data, rank = dataset(), trainer.global_rank
-    sampler = DistributedSampler(data, devices, rank, shuffle=False) if fault != FAULTS[3] else Uneven(rank)
-    trainer.fit(model, DataLoader(data, batch_size=BATCH // devices, sampler=sampler))
+    trainer.fit(model, loader(trainer.global_rank, devices, fault, **batches))
     return watch.seen
 
 
@@ -131,6 +157,9 @@ def main(folder):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     found = {method: fit(method) for method in METHODS}
+    # The last batch of an epoch has 8 samples on the first rank and 3 on the second.
+    found |= {f"{method}, uneven": fit(method, less=5) for method in METHODS}
+    found["weight, uneven, of a stream"] = fit("weight", less=5, stream=True)
     rank = torch.distributed.get_rank()
     for fault in FAULTS:
         try:

@@ -43,6 +43,15 @@ def test_both_ranks_are_equal_at_every_step(seen, method):
     assert first == second
 
 
+@pytest.mark.parametrize("kind", [*(f"{m}, uneven" for m in ranks.METHODS), "weight, uneven, of a stream"])
+def test_a_last_batch_of_another_size_trains_both_ranks_alike(seen, kind):
+    first, second = (rank[kind] for rank in seen)
+    batches = [step for step in first if step["when"] == "batch"]
+    assert len(batches) >= 4 * 3 and len(batches) % 4 == 0
+    assert first == second
+    assert first[-1]["t_f"] != 1.0
+
+
 @pytest.mark.parametrize("method", ranks.METHODS)
 def test_both_ranks_are_as_one_process_on_the_joined_batch(seen, method):
     alone = ranks.fit(method, devices=1)
@@ -76,6 +85,10 @@ def test_a_fault_on_one_rank_ends_in_an_error_on_all(seen, fault):
     if fault == "another number of batches":
         assert first == second
         assert first[0] == "MisconfigurationException" and "[4, 2]" in first[1]
+        return
+    if fault == "another number of batches, not known before":
+        assert first == second
+        assert first[0] == "MisconfigurationException" and "data of rank 1 end after batch 1" in first[1]
         return
     # The rank without the fault learns which one failed, before any gradient is shared.
     assert first[0] == "IntegrationError" and "rank 1" in first[1]
