@@ -1,6 +1,7 @@
 """The same seed gives the same result on the CPU, bit for bit."""
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torchdyn_mintime.__main__ import app
 from torchdyn_mintime.experiments.models import span_of
 from torchdyn_mintime.experiments.tasks import TASKS
 
-CLOCKS = ("seconds", "time", "training", "inference", "to_target")
+CLOCKS = ("seconds", "time", "training", "inference", "to_target", "cpu", "wall", "sampling")
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def short(monkeypatch):
 
 
 def results_of(folder):
-    """Every tensor and table that a command left, without what a clock showed."""
+    """Every tensor, table and figure that a command left, without what a clock showed."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -34,6 +35,10 @@ def results_of(folder):
                 ]
         elif path.suffix in (".pt", ".ckpt"):
             found[name] = _plain(torch.load(path, weights_only=True))
+        elif path.suffix == ".json":
+            found[name] = _plain(json.loads(path.read_text()))
+        elif path.name.startswith("figure-"):
+            found[name] = path.read_bytes()  # a picture of models and data, without a clock
     return found
 
 
@@ -58,6 +63,10 @@ METHODS = ("--method", "minimum-time", "--method", "vanilla:2")
 COMMANDS = {
     "run, two moons": ("run", "moons", *METHODS, "--iterations", "2"),
     "run, digits": ("run", "digits", "--method", "minimum-time", "--iterations", "2"),
+    "demo": ("demo", "--iterations", "2"),
+    "table": ("table", "5", "--seeds", "1", "--lrs", "own", "--iterations", "2", "--sweep", "2"),
+    "figure": ("figure", "4", "--iterations", "2"),
+    "flow": ("run", "flow-moons", "--method", "minimum-time", "--iterations", "1"),
 }
 
 
