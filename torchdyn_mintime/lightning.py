@@ -70,14 +70,23 @@ class _SpanCallback(pl.Callback):
         tells = self._tells(trainer)
         if tells and self._uncounted:
             # Before the forward: it may share buffers, and the rank whose data end here makes no next one.
-            ends = _of_all_ranks(trainer, pl_module, float(trainer.is_last_batch))
-            if len(set(ends)) > 1:
-                ended = [rank for rank, end in enumerate(ends) if end]
-                raise MisconfigurationException(
-                    f"the data of rank {', '.join(map(str, ended))} end after batch {batch_idx}, those of the others do not; "
-                    "give each rank the same number of batches, or set limit_train_batches"
-                )
+            self._end_together(trainer, pl_module, 1 + batch_idx, float(trainer.is_last_batch))
         self._awaited = tells
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A rank that had no batch at all says so: the others wait at the start of their first one."""
+        if self._uncounted and self._tells(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            self._end_together(trainer, pl_module, 0, 2.0)
+
+    @staticmethod
+    def _end_together(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, end: float) -> None:
+        ends = _of_all_ranks(trainer, pl_module, end)
+        if len(set(ends)) > 1:
+            first = [rank for rank, value in enumerate(ends) if value == max(ends)]
+            raise MisconfigurationException(
+                f"the data of rank {', '.join(map(str, first))} end after {0 if max(ends) == 2 else batches} batches, those "
+                "of the others do not; give each rank the same number of batches, or set limit_train_batches"
+            )
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Ends the training on all ranks where the loss of one is not finite, before gradients are shared."""
@@ -562,6 +571,7 @@ class GrowDepth(_SpanCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks at the metric: grow, stop, or go back."""
+        super().on_train_epoch_end(trainer, pl_module)
         growth = self.growth
         assert growth is not None
         self._epochs += 1

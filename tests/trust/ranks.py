@@ -89,6 +89,7 @@ FAULTS = (
     "an error of the user's own",
     "another number of batches",
     "another number of batches, not known before",
+    "no batch at all, not known before",
 )
 
 
@@ -125,7 +126,7 @@ def loader(rank, devices, fault=None, less=0, stream=False):
     """Batches of a rank. Of two processes each gets half of every batch: every second sample."""
     size = BATCH // devices
     if fault in FAULTS[3:]:
-        less, stream = BATCH, fault == FAULTS[4]
+        less, stream = SIZE if fault == FAULTS[5] else BATCH, fault != FAULTS[3]
     if stream:
         return DataLoader(Stream(rank, less), batch_size=size)
     data = dataset()
