@@ -6,8 +6,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchdyn.core import NeuralODE
 
-from torchdyn_mintime import checks
+import torchdyn_mintime as tm
+from torchdyn_mintime import checks, lyapunov, optim, regularizers, speed, steer
+from torchdyn_mintime.lightning import ConvergenceRate, GrowDepth, MinimumTime
 
 
 @pytest.mark.parametrize("value", [1, 1.5, np.float32(1.5), np.float64(1.5), np.int64(3), Fraction(3, 2), 1e-300])
@@ -75,3 +79,38 @@ def test_a_tensor_of_one_entry_is_a_number():
         checks.scalar(torch.zeros((), device="meta"), "x")
     with pytest.raises(TypeError, match="x must be a number"):
         checks.finite(torch.tensor(1j), "x")
+
+
+def span():
+    return tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), torch.linspace(0, 1, 5))
+
+
+HUGE = 10**400
+CALLS = {
+    "bound": lambda: tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), bounds=(0.1, HUGE)),
+    "t_f": lambda: tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), t_f=HUGE),
+    "save_at": lambda: span()(torch.ones(3, 2), save_at=[0.1, HUGE]),
+    "lr": lambda: tm.parameter_groups(span(), lr=HUGE),
+    "threshold": lambda: GrowDepth(HUGE),
+    "increment": lambda: GrowDepth(0.1, increment=HUGE),
+    "max_t_f": lambda: GrowDepth(0.1, max_t_f=HUGE),
+    "weight": lambda: MinimumTime(weight=HUGE),
+    "target": lambda: MinimumTime(target=HUGE),
+    "terminal_weight": lambda: ConvergenceRate(span(), classes=2, terminal_weight=HUGE),
+    "rate": lambda: ConvergenceRate(span(), HUGE, classes=2),
+    "floor": lambda: lyapunov.TruncatedCrossEntropy(classes=2, floor=HUGE),
+    "radius": lambda: lyapunov.ball(HUGE),
+    "high": lambda: lyapunov.box(0.0, HUGE),
+    "low": lambda: lyapunov.box(-HUGE, 0.0),
+    "price": lambda: optim.GaussNewtonTime(span().parameters(recurse=False), price=HUGE),
+    "decay": lambda: optim.GaussNewtonTime(span().parameters(recurse=False), decay=HUGE),
+    "max_speed": lambda: speed.SpeedLimit(nn.Linear(2, 2), HUGE),
+    "width": lambda: steer.RandomSpan(span(), HUGE),
+    "weight ": lambda: regularizers.LocalError(span(), HUGE),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_constructor_names_an_integer_too_large_for_a_float(name):
+    with pytest.raises(ValueError, match=f"{name.strip()}.* must be finite; got an integer too large for a float"):
+        CALLS[name]()

@@ -166,6 +166,9 @@ def box(low: float | Tensor, high: float | Tensor) -> Sampler:
         >>> box(-1.0, 1.0)(5, torch.zeros(2, 4)).shape
         torch.Size([5, 2, 4])
     """
+    for name, value in (("low", low), ("high", high)):
+        if not isinstance(value, Tensor):
+            checks.number(value, name)
     if not bool((torch.as_tensor(low) < torch.as_tensor(high)).all()):
         raise ValueError(f"the box must have low < high; got low={low}, high={high}")
 
