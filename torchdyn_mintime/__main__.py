@@ -64,7 +64,7 @@ def run(
         _flow(task, method, range(first_seed, first_seed + seeds), iterations, lr, output)
         return
     if task not in TASKS:
-        names = [*TASKS, "flow-moons", "flow-circles"]
+        names = [*TASKS, "flow-moons", "flow-circles", "flow-tutorial"]
         raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(names)}")
     methods = method or ["minimum-time"]
     for name in methods:
@@ -100,8 +100,16 @@ def _flow(
     task: str, methods: list[str] | None, seeds: range, iterations: int | None, lr: float | None, output: Path
 ) -> None:
     """Flows have a protocol of their own: likelihood on fresh samples."""
+    from torchdyn_mintime.experiments.flow_tutorial import run_tutorial
     from torchdyn_mintime.experiments.flows import FlowSettings, run_flow
 
+    if task == "flow-tutorial":
+        if methods or lr is not None:
+            raise typer.BadParameter(
+                "flow-tutorial has its methods and learning rate of its own: leave --method and --lr out"
+            )
+        run_tutorial(seeds, iterations, output, Console().print)
+        return
     given: dict[str, Any] = {k: v for k, v in {"iterations": iterations, "lr": lr}.items() if v is not None}
     for name in methods or ["compare"]:
         try:

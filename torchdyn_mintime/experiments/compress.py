@@ -18,7 +18,8 @@ from torchdyn_mintime.experiments.images import Source
 from torchdyn_mintime.experiments.methods import METHODS
 from torchdyn_mintime.experiments.models import Classifier
 from torchdyn_mintime.experiments.progress import bars
-from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.experiments.results import Result
+from torchdyn_mintime.experiments.store import Plan, load_model
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import Run, race
 
@@ -77,10 +78,8 @@ def compress(
     Raises:
         ValueError: the checkpoint is no finished run's, or its model cannot be compressed.
     """
-    plan = _plan_of(checkpoint)
-    task = TASKS[plan.task]
-    store = Store(checkpoint.parent)
-    model, result = store.model(plan), store.result(plan)
+    plan, result = _record_of(checkpoint)
+    task, model = TASKS[plan.task], load_model(plan, checkpoint)
     if isinstance(model.node, LearnableSpan):
         raise ValueError(f"{checkpoint} is a {result.method} model, made shallow by its training; give a vanilla one")
     data = task.load(plan.settings, source or Source()).to(torch.device(device))
@@ -111,12 +110,12 @@ def compress(
     return found
 
 
-def _plan_of(checkpoint: Path) -> Plan:
-    record = checkpoint.with_suffix(".json")
+def _record_of(checkpoint: Path) -> tuple[Plan, Result]:
     try:
-        plan = json.loads(record.read_text(encoding="utf-8"))["plan"]
-        task = TASKS[plan["task"]]
-        return Plan(plan["task"], plan["method"], type(task.settings)(**plan["settings"]))
+        record = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
+        plan = record["plan"]
+        settings = type(TASKS[plan["task"]].settings)(**plan["settings"])
+        return Plan(plan["task"], plan["method"], settings), Result(**record["result"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint} is not the .pt of a finished run with its .json beside it ({error}); train one first: "

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Data", "annuli", "cropped", "digits", "moons"]
+__all__ = ["Data", "annuli", "cropped", "digits", "moons", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def cropped(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """torchdyn's generators draw from the global states of numpy and torch; both are as before afterwards."""
     before = np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +61,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _drawn_twice(kind: str, n: int, seed: int, **options: float) -> Data:
     from torchdyn.datasets import ToyDataset
 
-    with _seeded(seed):
+    with seeded(seed):
         (x, y), (x_test, y_test) = (ToyDataset().generate(n, kind, **options) for _ in range(2))
     return Data(x.float(), y.long(), x_test.float(), y_test.long())
 

@@ -14,7 +14,7 @@ from torchdyn_mintime.experiments.results import Result, measured
 from torchdyn_mintime.experiments.tasks import TASKS, Settings
 from torchdyn_mintime.experiments.training import History, Run
 
-__all__ = ["Plan", "Store"]
+__all__ = ["Plan", "Store", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class Plan:
         """A file name that differs wherever the plan does."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.task}-{self.method.replace(':', '-')}-seed{self.settings.seed}-{digest}"
+
+
+def load_model(plan: Plan, path: Path) -> Classifier:
+    """The trained model of a finished plan, from the file that a store has written."""
+    with torch.random.fork_rng(devices=[]):
+        model = find_method(plan.method).model(TASKS[plan.task], plan.settings)
+    saved = torch.load(path)
+    if "solver" in saved:
+        from torchdyn_mintime.shallow import set_steps
+
+        set_steps(model.node, saved["steps"], saved["solver"])
+    model.load_state_dict(saved["model"])
+    return model
 
 
 class Store:
@@ -56,16 +69,7 @@ class Store:
 
     def model(self, plan: Plan) -> Classifier:
         """The trained model of a finished plan."""
-        method = find_method(plan.method)
-        with torch.random.fork_rng(devices=[]):
-            model = method.model(TASKS[plan.task], plan.settings)
-        saved = torch.load(self._path(plan, ".pt"))
-        if "solver" in saved:
-            from torchdyn_mintime.shallow import set_steps
-
-            set_steps(model.node, saved["steps"], saved["solver"])
-        model.load_state_dict(saved["model"])
-        return model
+        return load_model(plan, self._path(plan, ".pt"))
 
     def save(self, plan: Plan, run: Run) -> Result:
         """Measures a finished run and writes it; its checkpoint goes."""
