@@ -47,7 +47,7 @@ bench: $(VENV)/.test-installed
 	$(BIN)/python -m torchdyn_mintime bench $(ARGS)
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov build dist docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage .coverage.* htmlcov build dist docs/_build
 	find torchdyn_mintime tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

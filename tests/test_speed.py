@@ -262,6 +262,21 @@ def test_the_bench_runs_and_writes(tmp_path):
     assert whole == pytest.approx(101 * last)
 
 
+def test_the_bench_measures_adaptive_solves_and_few_steps_beside_the_others(tmp_path):
+    results = bench.main(["--only", "adaptive", "shallow", "--rounds", "1", "--out", str(tmp_path)])
+    assert {r.contestant for r in results} >= {"LearnableSpan", "NeuralODE"}
+    assert all(r.ratio > 0 and r.milliseconds > 0 for r in results)
+
+
+def test_the_bench_draws_time_against_steps(tmp_path):
+    results = [
+        bench.Result("linearity", str(n), name, 1.0, n / 10, n, None) for n in (1, 10, 100) for name in ("a", "b")
+    ]
+    written = bench._write(results, tmp_path, 2)
+    assert [path.name for path in written] == ["bench-2-threads.csv", "bench-2-threads.json", "linearity-2-threads.png"]
+    assert written[-1].read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("name", ["plain loop", "LearnableSpan", "NeuralODE", "torchdiffeq rk4"])
 @pytest.mark.parametrize("steps", [1, 4, 100])
 @pytest.mark.benchmark(min_rounds=5, warmup=True)
