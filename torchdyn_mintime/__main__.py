@@ -194,6 +194,7 @@ def compress(
     ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default: a tenth of the run's.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="At most; default: as many as the run had.")] = None,
+    trim: Annotated[bool, typer.Option("--trim", help="Train nothing; only take steps and time away.")] = False,
     data: Data = Path("data"),
     download: Download = False,
     device: Device = "cpu",
@@ -213,6 +214,7 @@ def compress(
             iterations=iterations,
             source=Source(data, download),
             device=device,
+            only_trim=trim,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

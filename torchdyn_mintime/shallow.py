@@ -27,6 +27,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.numerics.steppers import make_stepper
 from torchdyn_mintime.reference import TOLERANCE, reference_end, relative_error
@@ -210,20 +211,22 @@ class Shallowest:
         patience: int = 150,
         accept: Callable[[], bool] | None = None,
     ):
-        self.target = _positive(target, "target")
-        self.solver_tol = _positive(solver_tol, "solver_tol")
+        self.target = checks.positive(target, "target")
+        self.solver_tol = checks.positive(solver_tol, "solver_tol")
         if not TOLERANCE <= solver_tol <= 10.0:
             raise ValueError(
                 f"solver_tol is relative to the state: at least {TOLERANCE:g}, which the exact solution is known to, and at "
                 f"most 10; got {solver_tol:g}"
             )
-        self.max_steps, self.patience = int(_positive(max_steps, "max_steps")), int(_positive(patience, "patience"))
-        for name in solvers or ():
-            if make_stepper(name).adaptive:
-                raise ValueError(f"solvers={list(solvers or ())} must be of fixed steps; {name!r} chooses its own")
+        self.max_steps = checks.count(max_steps, "max_steps", 1)
+        self.patience = checks.count(patience, "patience", 1)
+        if solvers is not None:
+            solvers = _fixed_step(solvers)
+        if accept is not None and not callable(accept):
+            raise TypeError(f"accept must be a function without arguments; got {accept!r}")
         self._first_weight = self._bound = math.nan  # of the rung at hand
         self._term: StepDoubling | StepCount
-        self.solvers = None if solvers is None else tuple(solvers)
+        self.solvers = solvers
         self.accept = accept
         self.reduce: Callable[[float], float] = lambda value: value  # over processes, where several run
         self.trials: list[Trial] = []
@@ -374,7 +377,7 @@ class Shallowest:
             The verdict; ``model`` is the best one found.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=_positive(lr, "lr"))
+        optimizer = torch.optim.Adam(parameters, lr=checks.positive(lr, "lr"))
         self.start(model, optimizer)
         model.train()
         if not isinstance(batches, Sized):
@@ -645,13 +648,22 @@ def freeze_times(found: Sequence[LearnableSpan]) -> list[Tensor]:
     return free
 
 
+def _fixed_step(solvers: Any) -> tuple[str, ...]:
+    """The names of solvers, all of fixed steps."""
+    if isinstance(solvers, str) or not isinstance(solvers, Iterable):
+        raise TypeError(f"solvers must be a list of names, such as ['midpoint']; got {solvers!r}")
+    names = tuple(solvers)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"solvers must be a list of names, such as ['midpoint']; got {name!r} in it")
+        try:
+            stepper = make_stepper(name)
+        except ValueError as error:
+            raise ValueError(f"solvers={list(names)}: {error}") from None
+        if stepper.adaptive:
+            raise ValueError(f"solvers={list(names)} must be of fixed steps; {name!r} chooses its own")
+    return names
+
+
 def _unit(value: float) -> float:
     return min(max(value, -1.0), 1.0)
-
-
-def _positive(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite; got {value}")
-    return value

@@ -10,11 +10,10 @@ one goes to the end, and the penalty is
 Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime import checks
 from torchdyn_mintime.numerics.integrate import MAX_FACTOR, SAFETY
 from torchdyn_mintime.numerics.steppers import RungeKutta
 from torchdyn_mintime.secondary import last_solve, refine, untraced
@@ -69,17 +68,14 @@ class StepCount:
             raise ValueError(
                 f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
             )
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a whole number, 1 or more; got {steps!r}")
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be a finite number of 0 or more; got {weight!r}")
         for span in spans(model):
             if not (isinstance(span._stepper, RungeKutta) and span.adaptive):
                 raise TypeError(
                     f"StepCount follows the step control of tsit5 and dopri5; {span._stepper.name} has none. For fixed steps "
                     "see StepDoubling"
                 )
-        self.model, self.steps, self.weight = model, steps, float(weight)
+        self.model = model
+        self.steps, self.weight = checks.count(steps, "steps", 1), checks.number(weight, "weight", least=0.0)
         self.nfe = 0
 
     def penalty(self) -> Tensor:

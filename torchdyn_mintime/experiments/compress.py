@@ -9,8 +9,9 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import cross_entropy
 
-from torchdyn_mintime import LearnableSpan, unwrap
+from torchdyn_mintime import LearnableSpan, trim, unwrap, wrap
 from torchdyn_mintime.experiments import measure
 from torchdyn_mintime.experiments.data import Data
 from torchdyn_mintime.experiments.drivers import Search
@@ -20,10 +21,13 @@ from torchdyn_mintime.experiments.models import Classifier
 from torchdyn_mintime.experiments.progress import bars
 from torchdyn_mintime.experiments.results import Result
 from torchdyn_mintime.experiments.store import Plan, load_model
-from torchdyn_mintime.experiments.tasks import TASKS
-from torchdyn_mintime.experiments.training import Run, race
+from torchdyn_mintime.experiments.tasks import TASKS, Settings
+from torchdyn_mintime.experiments.training import Run, clock, race
 
 __all__ = ["Compressed", "compress"]
+
+CHUNK = 1000
+"""Samples solved at once."""
 
 SLACK = (0.02, 1e-3)
 """How far above its training loss a model may come out, where no target is given: relative and absolute."""
@@ -62,6 +66,7 @@ def compress(
     iterations: int | None = None,
     source: Source | None = None,
     device: str = "cpu",
+    only_trim: bool = False,
 ) -> Compressed:
     """Fine-tunes a model that ``run`` has trained to the fewest evaluations, and writes it as plain torchdyn.
 
@@ -74,6 +79,7 @@ def compress(
         iterations: of fine-tuning, at most; default: as many as the run had.
         source: where image data is.
         device: where to train.
+        only_trim: train nothing, and take away the steps and the time that the loss does not need.
 
     Raises:
         ValueError: the checkpoint is no finished run's, or its model cannot be compressed.
@@ -88,26 +94,45 @@ def compress(
         lr=plan.settings.lr / 10 if lr is None else lr,
         iterations=iterations,
     )
-    search = Run(task, METHODS["shallowest"], settings, data, device, start=model.state_dict())
+    before = _figures(model.to(device), data)
+    if only_trim:
+        shallow, seconds, failure = _trimmed(model, data, settings.target)
+    else:
+        shallow, seconds, failure = _fine_tuned(model, data, plan, settings, device, console)
+    after = _figures(shallow, data)
+    path = plain = None
+    if not failure:
+        path = _write(shallow, plan, data, folder, checkpoint.stem)
+        plain = measure.evaluate(measure.forward(shallow, data.x_test).logits, data.y_test)[1]
+    pairs = {name: (before[name], after[name]) for name in before}
+    times = (result.training, seconds)
+    found = Compressed(**pairs, plain_accuracy=plain, seconds=times, feasible=not failure, path=path)
+    console.print(_table(found, task.title, settings.target))
+    console.print(
+        f"Plain torchdyn, with how to load it inside: {path}" if path else f"Nothing was written: {failure}",
+        highlight=False,
+    )
+    return found
+
+
+def _fine_tuned(
+    model: Classifier, data: Data, plan: Plan, settings: Settings, device: str, console: Console
+) -> tuple[Classifier, float, str]:
+    """The model after the search, the seconds that it took, and why nothing was found."""
+    search = Run(TASKS[plan.task], METHODS["shallowest"], settings, data, device, start=model.state_dict())
     assert isinstance(search.driver, Search)
     search.driver.limit = settings.iterations
     with bars([search], f"{plan.task} {plan.settings.seed}: compress", console) as show:
         race([search], show)
-    before, after = (_figures(m.to(device), data) for m in (model, search.model))
-    feasible = not search.failure
-    path = plain = None
-    if feasible:
-        path = _write(search.model, plan, data, folder, checkpoint.stem)
-        plain = measure.evaluate(measure.forward(search.model, data.x_test).logits, data.y_test)[1]
-    pairs = {name: (before[name], after[name]) for name in before}
-    seconds = (result.training, search.history.seconds_at(len(search.history.seconds)))
-    found = Compressed(**pairs, plain_accuracy=plain, seconds=seconds, feasible=feasible, path=path)
-    console.print(_table(found, task.title, settings.target))
-    console.print(
-        f"Plain torchdyn, with how to load it inside: {path}" if path else f"Nothing was written: {search.failure}",
-        highlight=False,
-    )
-    return found
+    return search.model, search.history.seconds_at(len(search.history.seconds)), search.failure
+
+
+def _trimmed(model: Classifier, data: Data, target: float) -> tuple[Classifier, float, str]:
+    start = clock(data.x.device)
+    wrap(model, model.t_span)
+    batches = list(zip(data.x.split(CHUNK), data.y.split(CHUNK), strict=True))
+    trim(model, batches, cross_entropy, target)
+    return model, clock(data.x.device) - start, ""
 
 
 def _record_of(checkpoint: Path) -> tuple[Plan, Result]:
