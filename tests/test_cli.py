@@ -1,6 +1,8 @@
 """The command line, as a user calls it."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ from torchdyn.core import NeuralODE
 from typer.testing import CliRunner
 
 from torchdyn_mintime.__main__ import app
-from torchdyn_mintime.experiments import images
+from torchdyn_mintime.experiments import flow_tutorial, images
 from torchdyn_mintime.experiments.images import Source
 from torchdyn_mintime.experiments.models import span_of
 from torchdyn_mintime.experiments.tasks import TASKS
@@ -136,3 +138,34 @@ def test_compress_says_what_it_cannot_take(tmp_path):
     call("run", "moons", "--method", "vanilla:2", "--iterations", "1")
     (checkpoint,) = (tmp_path / "results/runs").glob("*vanilla*.pt")
     assert "Nothing was written" in call("compress", str(checkpoint), "--target", "1e-6", "--iterations", "1")
+
+
+def test_the_flow_tutorial_runs_bare_and_wrapped(monkeypatch, tmp_path):
+    monkeypatch.setattr(flow_tutorial, "TEST", 50)
+    out = call("run", "flow-tutorial", "--iterations", "1")
+    for way in flow_tutorial.WAYS:
+        assert f"seed 0 {way}: t_f" in out
+    results = json.loads((tmp_path / "results/flow-tutorial.json").read_text())
+    assert [r["way"] for r in results] == list(flow_tutorial.WAYS)
+    # One step of training has not taken them apart yet: the same start, the same batches, the same noise.
+    assert results[1]["nll"] == pytest.approx(results[0]["nll"], rel=1e-2)
+    assert "leave --method and --lr out" in call("run", "flow-tutorial", "--lr", ".1", code=2)
+
+
+def test_compress_can_take_away_steps_alone(tmp_path):
+    call("run", "annuli", "--method", "vanilla", "--iterations", "40", "--lr", ".03")
+    (checkpoint,) = (tmp_path / "results/runs").glob("annuli-vanilla*.pt")
+    out = call("compress", str(checkpoint), "--trim", "--target", "0.65")
+    before, after = re.search(r"evaluations\s+(\d+)\s+(\d+)", out).groups()
+    assert int(after) < int(before) == 40
+    assert "error" not in out and "above threshold" in call(
+        "compress", str(checkpoint), "--trim", "--target", "1e-9", code=2
+    )
+
+
+def test_run_draws_what_it_did_and_prints_the_rate_that_held(tmp_path):
+    assert "nothing is left to train" in call("run", "annuli", "--method", "skipped", code=2)
+    out = call("run", "digits", "--method", "pretrained", "--method", "skipped", "--iterations", "2")
+    assert "V(z(t)) <= V(z(t0)) exp(-20 (t - t0))" in out and "samples" in out
+    for method in ("pretrained", "skipped"):
+        assert (tmp_path / f"results/run-digits-{method}-seed0.png").read_bytes().startswith(b"\x89PNG")

@@ -91,6 +91,8 @@ def run(
     except MissingData as error:
         console.print(f"{TASKS[task].title}: not run: {error}")
         raise typer.Exit(1) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 _FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}

@@ -79,6 +79,8 @@ class Method:
         model = task.model(settings, self.t_span, **self.node)
         if self.skips:
             model.node = NoODE()
+            if next(model.parameters(), None) is None:
+                raise ValueError(f"{task.title} has no layers around its NeuralODE: skipped, nothing is left to train")
         if self.span is not None:
             wrap(model, model.t_span, **{"t_f": settings.start, **self.span})  # the one line
         for span in spans(model):
