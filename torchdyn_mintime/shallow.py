@@ -51,6 +51,8 @@ WEIGHT_RANGE = (0.25, 100.0)
 """Of the weight, relative to its first value."""
 LEARNT = 0.3
 """The part of the first loss above which a stalled training has not begun to learn: it starts again, more slowly."""
+MOST_PATIENCE = 10
+"""Times the patience, after which a number of steps is given up however slowly it still improves."""
 MOST_HIDDEN, MOST_REFINED = 4.0, 8
 """The squared solver error over the penalty above which finer steps are compared with, and the finest."""
 EXPLODED = 10.0
@@ -147,7 +149,6 @@ class _Rung:
     next_check: int = 0
     mean_loss: float | None = None
     refinement: int = 0
-    fooled: bool = False
     scale: float = 1.0
     """The squared solver error over the penalty, where a look at the exact solution has shown that it is more."""
 
@@ -328,7 +329,9 @@ class Shallowest:
             if not adaptive:
                 self._compare_with_exact(penalty)
             return
-        if rung.since > self.patience:
+        if rung.trial.iterations > MOST_PATIENCE * self.patience:
+            self._failed()
+        elif rung.since > self.patience:
             if self._found is None and rung.trial.loss > LEARNT * (self._first_loss or 0) and self._restarts < 3:
                 self._begin_again(BACK_OFF, f"nothing learnt in {self.patience} iterations")
             elif rung.drops < (2 if rung.best < math.log(NEAR) else 1):
@@ -477,7 +480,6 @@ class Shallowest:
         if ratio > MOST_HIDDEN:
             # The steps and their parts agree on something that is not the ODE: a field too steep for either. Training
             # does not find back from there, so it starts again, and is held against finer steps from the start.
-            rung.fooled = True
             if rung.refinement < MOST_REFINED:
                 self._refine(2 * rung.refinement)
                 self._begin_again(1.0, "the penalty missed most of the solver error")
@@ -550,9 +552,11 @@ class Shallowest:
         if steps > self.max_steps:
             self.done = True
         else:
-            if rung.fooled:
-                assert self._model is not None and self._initial is not None
-                self._model.load_state_dict(self._initial)
+            # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
+            assert self._model is not None and self._initial is not None
+            self._model.load_state_dict(self._initial)
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
             self._enter(rung.trial.solver, steps)
 
     def _next(self) -> None:
