@@ -597,6 +597,11 @@ def test_the_ready_module_says_what_it_cannot_train():
         ConvergenceRate(nn.Linear(2, 2), classes=2)
     with pytest.raises(ValueError, match="terminal_weight .* got -1"):
         ConvergenceRate(small_model(), classes=2, terminal_weight=-1)
+    span = small_model()
+    bounds = span.bounds
+    with pytest.raises(ValueError, match="rate"):
+        ConvergenceRate(span, rate=-1.0, classes=2)
+    assert span.bounds == bounds
 
 
 def test_v_gets_a_gradient_where_more_than_the_field_is_trained():

@@ -262,3 +262,19 @@ def test_minimum_time_takes_a_weight_or_a_target():
         MinimumTime(target=-1.0)
     with pytest.raises(ValueError, match="monitor"):
         MinimumTime(weight=1.0, monitor="val")
+
+
+def test_more_batches_than_the_patience_are_waited_for():
+    """The mean loss of a pass settles no sooner than in a pass, however short the patience is."""
+    batch, span = annuli(), span_of()
+    search = Shallowest(target=0.05, solver_tol=0.2, patience=20)
+    optimizer = torch.optim.Adam(span.parameters(), lr=0.03)
+    search.start(span, optimizer)
+    search.batches_seen_together = 100
+    while not search.done and len(search.trials) == 1 and search.trials[0].iterations < 3000:
+        loss = criterion(span(batch[0]), batch)
+        optimizer.zero_grad()
+        (loss + search.penalty()).backward()
+        optimizer.step()
+        search.step(loss, lambda: criterion(span(batch[0]), batch))
+    assert search.trials[0].passed

@@ -425,10 +425,10 @@ class ConvergenceRate(pl.LightningModule):
         self.terminal_weight = checks.number(terminal_weight, "terminal_weight", least=0)
         self.model = model
         self.potential = CrossEntropy(classes=classes) if potential is None else potential
-        keep_points(only_span(model))
         # Past nn.Module's registration: the model must not stand in the state_dict twice.
         object.__setattr__(self, "_regularizer", lyapunov(model, self.potential, rate))
         self.lr, self.span_lr = lr, span_lr
+        keep_points(only_span(model))  # last: a refused argument must leave the span as it was
 
     def forward(self, x: torch.Tensor) -> Any:
         """As the model's own."""
@@ -445,7 +445,7 @@ class ConvergenceRate(pl.LightningModule):
             options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(x)}
             self.log("terminal", terminal.detach(), prog_bar=True, **options)
             self.log("lyapunov", lyapunov_loss.detach(), **options)
-        return lyapunov_loss + self.terminal_weight * terminal
+        return lyapunov_loss + self.terminal_weight * terminal if self.terminal_weight else lyapunov_loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, the times at their own rate."""

@@ -302,7 +302,7 @@ def keep_points(span: LearnableSpan) -> None:
     """Bounds within which a learned t_f leaves the Lyapunov loss enough points to look at, and room to grow."""
     if span.adaptive:
         raise ValueError(
-            f"combined needs the points of a fixed-step solver to look at; {span._stepper.name} is adaptive"
+            f"the Lyapunov loss needs the points of a fixed-step solver to look at; {span._stepper.name} is adaptive"
         )
     least = span.t0.item() + (MIN_POINTS - 1) * span.step_size
     span.bounds = (least, max(span.bounds[1], span.default_max_t_f()))

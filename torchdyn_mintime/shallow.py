@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from torchdyn_mintime import checks
 from torchdyn_mintime.numerics.integrate import IntegrationError
-from torchdyn_mintime.numerics.steppers import make_stepper
+from torchdyn_mintime.numerics.steppers import RungeKutta, make_stepper
 from torchdyn_mintime.reference import TOLERANCE, reference_end, relative_error
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
@@ -260,6 +260,12 @@ class Shallowest:
             raise ValueError(
                 f"the spans have the solvers {', '.join(names)}; a search takes steps of fixed size, or one adaptive solver"
             )
+        for span in found:
+            if span.adaptive and not isinstance(span._stepper, RungeKutta):
+                raise TypeError(
+                    f"the search follows the step control of tsit5 and dopri5, not that of {span._stepper.name}; set "
+                    "`span.solver` to one of these, or to a solver of fixed steps"
+                )
         self._model, self._spans = model, found
         self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         if self._rung is None:
@@ -329,9 +335,9 @@ class Shallowest:
             if not adaptive:
                 self._compare_with_exact(penalty)
             return
-        if rung.trial.iterations > MOST_PATIENCE * self.patience:
+        if rung.trial.iterations > MOST_PATIENCE * self._patience():
             self._failed()
-        elif rung.since > self.patience:
+        elif rung.since > self._patience():
             if self._found is None and rung.trial.loss > LEARNT * (self._first_loss or 0) and self._restarts < 3:
                 self._begin_again(BACK_OFF, f"nothing learnt in {self.patience} iterations")
             elif rung.drops < (2 if rung.best < math.log(NEAR) else 1):
@@ -413,6 +419,10 @@ class Shallowest:
         return f"{t.steps} x {t.solver}: loss {t.loss:.3g} (target {self.target:g}), iteration {self._iterations}"
 
     # --------------------------------------------------------------------------------------------------- its decisions
+
+    def _patience(self) -> int:
+        """At least a pass: the mean loss of a pass cannot settle in less."""
+        return max(self.patience, self.batches_seen_together)
 
     def _current(self) -> _Rung:
         if self._rung is None:
@@ -505,6 +515,7 @@ class Shallowest:
             optimizer.state.clear()
         self._reset_rates()
         rung.smooth, rung.best, rung.since, rung.weight = None, math.inf, 0, self._first_weight
+        rung.mean_loss = None
         rung.scale = 1.0
         _log.info("%s: once more from the start, learning rate times %g", why, slower)
 
@@ -519,7 +530,8 @@ class Shallowest:
             loss = reference_loss = None
             if measure is not None:
                 loss = float(measure())
-            few = all(span.nfe <= _evaluations(trial.solver, trial.steps) for span in self._spans)
+            # A mean over processes is 1 only where all of them took so few; they must decide the same.
+            few = self.reduce(float(all(s.nfe <= _evaluations(trial.solver, trial.steps) for s in self._spans))) == 1.0
             error = self.reduce(max(relative_error(span) for span in self._spans))
             if measure is not None:
                 with referenced(model):

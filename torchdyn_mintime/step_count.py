@@ -7,7 +7,8 @@ one goes to the end, and the penalty is
 
     sum_k r_k^2 + 1.1 ((t_f - t0) / (h_1 + ... + h_n))^2.
 
-Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps.
+Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps. That holds for a template without
+points between its ends, on each of which the solver would have to land.
 """
 
 import torch

@@ -42,7 +42,7 @@ class Compressed:
             with the ODE solved at tolerance 1e-7.
         plain_accuracy: of the model as plain torchdyn solves it; None where nothing was found.
         seconds: (of the training of the model given, of the fine-tuning).
-        feasible: whether the target was met as a true ODE.
+        feasible: whether the target was met, as a true ODE where it was fine-tuned.
         path: the file written; None where nothing was found.
     """
 

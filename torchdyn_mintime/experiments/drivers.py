@@ -119,7 +119,10 @@ class Grow(Driver):
 
 
 class GrowAlone(Grow):
-    """Growth without pre-training, on the terminal loss. One that explodes is gone back from, at half the rate."""
+    """Growth without pre-training, on the terminal loss.
+
+    With all data at once, a loss that explodes is gone back from, at half the rate.
+    """
 
     owns_rates = True
 
@@ -134,9 +137,8 @@ class GrowAlone(Grow):
         self.rescue = Rescue(run.model, run.optimizer)
 
     def before_step(self, run: "Run", loss: Tensor) -> bool:
-        # A batch's loss says too little to judge a pass by; an explosion it shows.
-        value = loss.item()
-        if (run.per_pass == 1 or self.rescue.exploded(value)) and self.rescue.look(value):
+        # A batch's loss says too little to go back for.
+        if run.per_pass == 1 and self.rescue.look(loss.item()):
             self.growth.restart()
             return False
         return True
