@@ -34,7 +34,33 @@ from torchdyn_mintime.wrapping import spans
 __all__ = ["JacobianNorm", "KineticEnergy", "LocalError", "StepDoubling", "TaylorRegularizer"]
 
 
-class StepDoubling:
+class OverSpans:
+    """A weighted penalty of the last forward of every span of a model, added up.
+
+    Attributes:
+        nfe: extra evaluations of the field in the last call of ``penalty``.
+    """
+
+    def __init__(self, model: nn.Module, weight: float):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module that holds LearnableSpans; got {type(model).__name__}")
+        if next(spans(model), None) is None:
+            raise ValueError(
+                f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
+            )
+        self.model, self.weight = model, checks.number(weight, "weight", least=0)
+        self.nfe = 0
+
+    def _of_span(self, span: LearnableSpan) -> Tensor:
+        """The penalty of one span, a scalar; what it evaluates is added to ``nfe``."""
+        raise NotImplementedError
+
+    def _of_all(self) -> Tensor:
+        values = [self._of_span(span) for span in spans(self.model)]
+        return torch.stack([v.to(values[0]) for v in values]).sum()
+
+
+class StepDoubling(OverSpans):
     """The relative squared difference between the solution at the steps taken and the one with each step refined.
 
     Add :meth:`penalty` to the loss. Its gradient in the parameters, t_f, a learnable t0 and x is that of the two
@@ -76,17 +102,9 @@ class StepDoubling:
     """
 
     def __init__(self, model: nn.Module, weight: float = 1.0, refinement: int = 2, *, every: int = 1):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a module that holds LearnableSpans; got {type(model).__name__}")
-        if next(spans(model), None) is None:
-            raise ValueError(
-                f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
-            )
-        self.model = model
-        self.weight = checks.number(weight, "weight", least=0)
+        super().__init__(model, weight)
         self.refinement = checks.count(refinement, "refinement", 2)
         self.every = checks.count(every, "every", 1)
-        self.nfe = 0
         self._calls = 0
 
     def penalty(self, x: Tensor | None = None) -> Tensor:
@@ -107,17 +125,13 @@ class StepDoubling:
         if (self._calls - 1) % self.every:
             return next(spans(self.model)).t_f.new_zeros(())
         if x is None:
-            value = self._of_last_forward()
+            value = self._of_all()
         else:
             with undisturbed(self.model):
                 self.model(x)
                 self.nfe = sum(span.nfe for span in spans(self.model))
-                value = self._of_last_forward()
+                value = self._of_all()
         return value * (self.weight * self.every)
-
-    def _of_last_forward(self) -> Tensor:
-        values = [self._of_span(span) for span in spans(self.model)]
-        return values[0] if len(values) == 1 else torch.stack([v.to(values[0]) for v in values]).sum()
 
     def _of_span(self, span: LearnableSpan) -> Tensor:
         last = last_solve(span)
@@ -343,7 +357,7 @@ class TaylorRegularizer(_AlongTrajectory):
         return _sample(bound, value).square().mean()
 
 
-class LocalError:
+class LocalError(OverSpans):
     """The sum over the steps of step size times the norm of the local error (ERNODE); or of one step drawn at random.
 
     The local error is that of one step from the state before it. For a solver with an error estimate (dopri5, tsit5) it
@@ -384,13 +398,8 @@ class LocalError:
         sampled: bool = False,
         generator: torch.Generator | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a module that holds LearnableSpans; got {type(model).__name__}")
-        if next(spans(model), None) is None:
-            raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first, by torchdyn_mintime.wrap")
-        self.model, self.weight = model, checks.number(weight, "weight", least=0)
+        super().__init__(model, weight)
         self.sampled, self.generator = sampled, generator
-        self.nfe = 0
 
     def penalty(self) -> Tensor:
         """The weighted sum for the last forward of every span, a scalar of float32 at least.
@@ -399,8 +408,7 @@ class LocalError:
             RuntimeError: no forward was made.
         """
         self.nfe = 0
-        values = [self._of_span(span) for span in spans(self.model)]
-        return self.weight * torch.stack([v.to(values[0]) for v in values]).sum()
+        return self.weight * self._of_all()
 
     def _of_span(self, span: LearnableSpan) -> Tensor:
         last, stepper = last_solve(span), span._stepper

@@ -141,7 +141,7 @@ class _Rung:
     """Training at one number of steps, so far."""
 
     trial: Trial
-    weight: float
+    weight: float = math.nan
     smooth: float | None = None
     best: float = math.inf
     since: int = 0
@@ -225,7 +225,6 @@ class Shallowest:
             solvers = _fixed_step(solvers)
         if accept is not None and not callable(accept):
             raise TypeError(f"accept must be a function without arguments; got {accept!r}")
-        self._first_weight = self._bound = math.nan  # of the rung at hand
         self._term: StepDoubling | StepCount
         self.solvers = solvers
         self.accept = accept
@@ -308,7 +307,6 @@ class Shallowest:
             self._back_off(f"the loss exploded to {value:.3g}")
             return
         rung.trial.loss = min(rung.trial.loss, value)
-        adaptive = make_stepper(rung.trial.solver).adaptive
         gap, error_gap = value / self.target, rung.scale * penalty / self._bound**2
         if gap < NEAR:
             low, high = (r * self._first_weight for r in WEIGHT_RANGE)
@@ -332,7 +330,7 @@ class Shallowest:
             if self._check(measure):
                 self._passed()
                 return
-            if not adaptive:
+            if not self._spans[0].adaptive:
                 self._compare_with_exact(penalty)
             return
         if rung.trial.iterations > MOST_PATIENCE * self._patience():
@@ -424,6 +422,15 @@ class Shallowest:
         """At least a pass: the mean loss of a pass cannot settle in less."""
         return max(self.patience, self.batches_seen_together)
 
+    @property
+    def _bound(self) -> float:
+        """The penalty's bound is the square of this one: of the solver error, or 1 where StepCount counts."""
+        return 1.0 if self._spans[0].adaptive else self.solver_tol
+
+    @property
+    def _first_weight(self) -> float:
+        return self.target / self._bound**2
+
     def _current(self) -> _Rung:
         if self._rung is None:
             raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
@@ -431,12 +438,10 @@ class Shallowest:
 
     def _enter(self, solver: str, steps: int) -> None:
         evaluations = _evaluations(solver, steps)
-        # The penalty's bound is the square of this one: of the solver error, or 1 where StepCount counts.
-        self._bound = 1.0 if make_stepper(solver).adaptive else self.solver_tol
-        self._first_weight = self.target / self._bound**2
-        self._rung = _Rung(Trial(solver, steps, evaluations), self._first_weight)
-        self.trials.append(self._rung.trial)
+        self._rung = rung = _Rung(Trial(solver, steps, evaluations))
+        self.trials.append(rung.trial)
         self._use(solver, steps)
+        rung.weight = self._first_weight  # which the solver, in use by now, decides
         self._reset_rates()
         self._good = self._snapshot()
         _log.info("trying %d x %s (%d evaluations)", steps, solver, evaluations)
@@ -447,7 +452,7 @@ class Shallowest:
             set_steps(span, steps, solver)
         rung = self._current()
         # A step of low order hides too much of its error from one half as long.
-        stepper = make_stepper(solver)
+        stepper = self._spans[0]._stepper
         if stepper.adaptive:
             assert self._model is not None
             self._term = StepCount(self._model, steps)
@@ -531,7 +536,7 @@ class Shallowest:
             if measure is not None:
                 loss = float(measure())
             # A mean over processes is 1 only where all of them took so few; they must decide the same.
-            few = self.reduce(float(all(s.nfe <= _evaluations(trial.solver, trial.steps) for s in self._spans))) == 1.0
+            few = self.reduce(float(all(span.nfe <= trial.evaluations for span in self._spans))) == 1.0
             error = self.reduce(max(relative_error(span) for span in self._spans))
             if measure is not None:
                 with referenced(model):
@@ -613,8 +618,6 @@ class Shallowest:
             "restarts": self._restarts,
             "base_lr": copy.deepcopy(self._base_lr),
             "own_solver": self._own_solver,
-            "bound": self._bound,
-            "first_weight": self._first_weight,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -626,7 +629,6 @@ class Shallowest:
         self.done, self._good, self._found = state["done"], state["good"], state["found"]
         self._initial, self._restarts = state["initial"], state["restarts"]
         self._base_lr, self._own_solver = state["base_lr"], state["own_solver"]
-        self._bound, self._first_weight = state["bound"], state["first_weight"]
 
 
 def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchdyn_mintime import checks
 from torchdyn_mintime.numerics.integrate import MAX_FACTOR, SAFETY
 from torchdyn_mintime.numerics.steppers import RungeKutta
+from torchdyn_mintime.regularizers import OverSpans
 from torchdyn_mintime.secondary import last_solve, refine, untraced
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
@@ -29,7 +30,7 @@ LEAST_RATIO = 1e-6
 """Smaller error ratios allow no larger a step, and have no gradient that is worth following."""
 
 
-class StepCount:
+class StepCount(OverSpans):
     """A penalty that is 1 or less where an adaptive solver takes no more than so many steps.
 
     Add :meth:`penalty` to the loss. It follows the solver's own control of its steps at the node's tolerances, for the batch
@@ -63,21 +64,14 @@ class StepCount:
     """
 
     def __init__(self, model: nn.Module, steps: int, weight: float = 1.0):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a module that holds LearnableSpans; got {type(model).__name__}")
-        if next(spans(model), None) is None:
-            raise ValueError(
-                f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)"
-            )
+        super().__init__(model, weight)
+        self.steps = checks.count(steps, "steps", 1)
         for span in spans(model):
             if not (isinstance(span._stepper, RungeKutta) and span.adaptive):
                 raise TypeError(
                     f"StepCount follows the step control of tsit5 and dopri5; {span._stepper.name} has none. For fixed steps "
                     "see StepDoubling"
                 )
-        self.model = model
-        self.steps, self.weight = checks.count(steps, "steps", 1), checks.number(weight, "weight", least=0.0)
-        self.nfe = 0
 
     def penalty(self) -> Tensor:
         """The weighted penalty of the last forward of every span, a scalar.
@@ -86,8 +80,7 @@ class StepCount:
             RuntimeError: no forward was made.
         """
         self.nfe = 0
-        values = [self._of_span(span) for span in spans(self.model)]
-        return self.weight * torch.stack([v.to(values[0]) for v in values]).sum()
+        return self.weight * self._of_all()
 
     def _of_span(self, span: LearnableSpan) -> Tensor:
         last, stepper = last_solve(span), span._stepper

@@ -26,9 +26,6 @@ from torchdyn_mintime.experiments.training import Run, clock, race
 
 __all__ = ["Compressed", "compress"]
 
-CHUNK = 1000
-"""Samples solved at once."""
-
 SLACK = (0.02, 1e-3)
 """How far above its training loss a model may come out, where no target is given: relative and absolute."""
 
@@ -42,8 +39,7 @@ class Compressed:
             with the ODE solved at tolerance 1e-7.
         plain_accuracy: of the model as plain torchdyn solves it; None where nothing was found.
         seconds: (of the training of the model given, of the fine-tuning).
-        feasible: whether the target was met, as a true ODE where it was fine-tuned.
-        path: the file written; None where nothing was found.
+        path: the file written; None where the target was not met, as a true ODE where the model was fine-tuned.
     """
 
     evaluations: tuple[int, int]
@@ -52,7 +48,6 @@ class Compressed:
     train_loss: tuple[float, float]
     plain_accuracy: float | None
     seconds: tuple[float, float]
-    feasible: bool
     path: Path | None
 
 
@@ -106,7 +101,7 @@ def compress(
         plain = measure.evaluate(measure.forward(shallow, data.x_test).logits, data.y_test)[1]
     pairs = {name: (before[name], after[name]) for name in before}
     times = (result.training, seconds)
-    found = Compressed(**pairs, plain_accuracy=plain, seconds=times, feasible=not failure, path=path)
+    found = Compressed(**pairs, plain_accuracy=plain, seconds=times, path=path)
     console.print(_table(found, task.title, settings.target))
     console.print(
         f"Plain torchdyn, with how to load it inside: {path}" if path else f"Nothing was written: {failure}",
@@ -130,7 +125,7 @@ def _fine_tuned(
 def _trimmed(model: Classifier, data: Data, target: float) -> tuple[Classifier, float, str]:
     start = clock(data.x.device)
     wrap(model, model.t_span)
-    batches = list(zip(data.x.split(CHUNK), data.y.split(CHUNK), strict=True))
+    batches = list(zip(data.x.split(measure.CHUNK), data.y.split(measure.CHUNK), strict=True))
     trim(model, batches, cross_entropy, target)
     return model, clock(data.x.device) - start, ""
 

@@ -21,6 +21,7 @@ from torchdyn.datasets import ToyDataset
 from torchdyn.models.cnf import CNF, autograd_trace, hutch_trace
 
 from torchdyn_mintime.experiments.data import seeded
+from torchdyn_mintime.experiments.flows import bare_nll
 from torchdyn_mintime.experiments.models import quiet_node
 from torchdyn_mintime.experiments.training import single_thread
 from torchdyn_mintime.span import LearnableSpan
@@ -102,10 +103,10 @@ def _train(way: str, seed: int, iterations: int) -> TutorialResult:
         start = time.process_time()
         for _ in track(range(iterations), f"flow-tutorial {seed}: {way}", transient=True):
             batch = x[torch.randint(len(x) - TEST, (BATCH,))]
-            z = torch.cat([torch.zeros(BATCH, 1), batch], 1)
-            end = (node(z, t_span) if span is None else span(z))[1][-1]
-            loss = -(base.log_prob(end[:, 1:]) - end[:, 0]).mean()
-            if span is not None:
+            if span is None:
+                loss = bare_nll(node, base, batch, t_span)
+            else:
+                loss = bare_nll(span, base, batch)
                 loss = loss + weight * span.duration
             optimizer.zero_grad()
             loss.backward()
@@ -135,7 +136,5 @@ def _judge(cnf: CNF, t_f: float, x: Tensor, tolerance: float) -> tuple[float, in
     exact.trace_estimator = autograd_trace
     node = quiet_node(exact, solver="dopri5", atol=tolerance, rtol=tolerance)
     span = LearnableSpan(node, torch.tensor([0.0, t_f], dtype=torch.float64))
-    z = torch.cat([torch.zeros(len(x), 1), x], 1).double()
-    end = span(z)[1][-1]
     base = MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
-    return -(base.log_prob(end[:, 1:]) - end[:, 0]).mean().item(), span.nfe
+    return bare_nll(span, base, x.double()).item(), span.nfe

@@ -14,7 +14,7 @@ from torchdyn_mintime import LearnableSpan
 from torchdyn_mintime.experiments.models import Classifier, NoODE, quiet_node
 from torchdyn_mintime.experiments.training import clock, end_of, single_thread
 
-__all__ = ["Pass", "evaluate", "forward", "inference_times", "reference_logits"]
+__all__ = ["CHUNK", "Pass", "evaluate", "forward", "inference_times", "reference_logits"]
 
 CHUNK = 1000
 """Samples solved at once, so that memory suffices."""

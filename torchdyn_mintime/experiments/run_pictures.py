@@ -30,11 +30,12 @@ def certificate_of(plan: Plan, model: Classifier, data: Data) -> Certificate | N
         return lyapunov(model, CrossEntropy(model.head), rate).certificate(z0, data.y_test[:MOST])
 
 
-def draw_run(plan: Plan, model: Classifier, history: History, data: Data, path: Path) -> Path:
-    """Writes the picture of a finished run and returns its path."""
-    rate = find_method(plan.method).rate
+def draw_run(
+    plan: Plan, model: Classifier, history: History, data: Data, certificate: Certificate | None, path: Path
+) -> Path:
+    """Writes the picture of a finished run, with its ``certificate_of``, and returns its path."""
     solved = not isinstance(model.node, NoODE)
-    shows_points = rate is not None and isinstance(model.node, LearnableSpan) and not model.node.adaptive
+    shows_points = certificate is not None and isinstance(model.node, LearnableSpan) and not model.node.adaptive
     figure, axes = plots.grid_of_axes(1, 1 + solved + 2 * shows_points)
     plots.growth(axes[0], history.t_f, history.loss, plan.settings.target, title="t_f and loss in training")
     if solved:
@@ -45,9 +46,8 @@ def draw_run(plan: Plan, model: Classifier, history: History, data: Data, path: 
         lines = {"": (t_eval.tolist(), loss)}
         plots.curves(axes[1], lines, x="time t", y="loss of z(t)", title="test loss along the flow", log=True)
     if shows_points:
-        certificate = certificate_of(plan, model, data)
-        assert certificate is not None and rate is not None
+        assert certificate is not None
         plots.convergence(axes[2], certificate)
-        regularizer = lyapunov(model, CrossEntropy(model.head), rate)
+        regularizer = lyapunov(model, CrossEntropy(model.head), certificate.rate)
         plots.violation(axes[3], t_eval, regularizer.violation(t_eval, sol, y))
     return plots.save(figure, path)

@@ -88,9 +88,10 @@ def _show(plan: Plan, store: Store, data: Data | None, folder: Path, console: Co
     """The picture of a run, and the rate that held where one was asked for."""
     assert data is not None
     model, name = store.model(plan), f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}".replace(":", "-")
-    if (certificate := certificate_of(plan, model, data)) is not None:
+    certificate = certificate_of(plan, model, data)
+    if certificate is not None:
         console.print(str(certificate), highlight=False)
-    path = draw_run(plan, model, store.history(plan), data, folder / f"{name}.png")
+    path = draw_run(plan, model, store.history(plan), data, certificate, folder / f"{name}.png")
     console.print(f"What it looks like: {path}", highlight=False)
 
 
