@@ -135,6 +135,9 @@ def test_compress_says_what_it_cannot_take(tmp_path):
     call("run", "moons", "--iterations", "1")
     (checkpoint,) = (tmp_path / "results/runs").glob("*.pt")
     assert "made shallow by its training" in call("compress", str(checkpoint), code=2)
+    call("run", "digits", "--method", "skipped", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*skipped*.pt")
+    assert "has no ODE" in call("compress", str(checkpoint), code=2)
     call("run", "moons", "--method", "vanilla:2", "--iterations", "1")
     (checkpoint,) = (tmp_path / "results/runs").glob("*vanilla*.pt")
     assert "Nothing was written" in call("compress", str(checkpoint), "--target", "1e-6", "--iterations", "1")
@@ -158,9 +161,20 @@ def test_compress_can_take_away_steps_alone(tmp_path):
     out = call("compress", str(checkpoint), "--trim", "--target", "0.65")
     before, after = re.search(r"evaluations\s+(\d+)\s+(\d+)", out).groups()
     assert int(after) < int(before) == 40
+    share = re.search(r"in the mean \(([.\d]+) of them\)", " ".join(out.split()))
+    assert share is None or 0 <= float(share[1]) <= 1
     assert "error" not in out and "above threshold" in call(
         "compress", str(checkpoint), "--trim", "--target", "1e-9", code=2
     )
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("torchdyn_mintime.experiments.single.carry_out", broken)
+    result = CliRunner().invoke(app, ["run", "moons"])
+    assert isinstance(result.exception, ValueError) and "a defect" in str(result.exception)
 
 
 def test_run_draws_what_it_did_and_prints_the_rate_that_held(tmp_path):

@@ -1,6 +1,7 @@
 """Data, models, methods, training, storage and tables, each on a few iterations."""
 
 import gzip
+import math
 import pickle
 import struct
 from copy import deepcopy
@@ -248,7 +249,18 @@ def test_what_a_method_draws_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize(
     "method",
-    ["vanilla", "minimum-time", "convergence-rate", "target", "shallowest", "steer", "snopt", "coordinate-descent"],
+    [
+        "vanilla",
+        "minimum-time",
+        "convergence-rate",
+        "growth",
+        "target",
+        "shallowest",
+        "shallowest-adaptive",
+        "steer",
+        "snopt",
+        "coordinate-descent",
+    ],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(method):
     whole = new_run("digits" if method == "minimum-time" else "moons", method, decay=0.9)
@@ -286,6 +298,39 @@ def test_a_growth_that_does_not_arrive_is_a_failure_that_says_so():
     run.driver.growth.max_t_f = 0.07
     race([run])
     assert "the loss is still" in run.failure
+
+
+def test_a_growth_that_explodes_goes_back_with_all_its_data_and_not_with_a_batch():
+    own = Settings(iterations=40, lr=0.03, target=1e-3)
+    run = Run(TASKS["moons"], METHODS["growth"], own, data.moons(0))
+    for _ in range(3):
+        run.step()
+    with torch.no_grad():
+        for p in run.model.node.vf.parameters():
+            p.mul_(-1e6)
+    run.step()
+    assert run.driver.rescue.count == 1 and run.optimizer.param_groups[0]["lr"] == pytest.approx(0.015)
+    batched = Run(TASKS["digits"], METHODS["growth"], replace(own, batch=128), data.digits(0))
+    with torch.no_grad():
+        for p in batched.model.head.parameters():
+            p.mul_(300.0)
+    for _ in range(3):
+        batched.step()
+    assert batched.driver.rescue.count == 0
+
+
+def test_a_search_goes_on_after_a_solve_that_explodes():
+    run = new_run("moons", "shallowest")
+    for _ in range(2):
+        run.step()
+    with torch.no_grad():
+        for p in run.model.node.vf.parameters():
+            p.fill_(math.inf)
+    run.step()
+    assert not run.failure and run.optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * run.settings.lr)
+    assert all(p.isfinite().all() for p in run.model.node.vf.parameters())
+    run.step()
+    assert len(run.history.loss) == 3 and math.isfinite(run.history.loss[-1])
 
 
 def test_a_solve_that_explodes_ends_the_run_with_its_reason():

@@ -612,3 +612,38 @@ def test_v_gets_a_gradient_where_more_than_the_field_is_trained():
     assert not recipes.lyapunov(nn.Sequential(encoder, span), CrossEntropy(classes=2), 20.0).detach_potential
     encoder.requires_grad_(False)
     assert recipes.lyapunov(nn.Sequential(encoder, span), CrossEntropy(classes=2), 20.0).detach_potential
+
+
+def test_a_rescue_goes_on_from_a_checkpoint(tmp_path):
+    def drive(rescue, losses):
+        went = []
+        for loss in losses:
+            went.append(rescue.look(loss))
+            with torch.no_grad():
+                for p in rescue.model.parameters():
+                    p.add_(1.0)
+        return went
+
+    def begin():
+        torch.manual_seed(0)
+        net = nn.Linear(2, 1)
+        return Rescue(net, torch.optim.SGD(net.parameters(), 1.0), every=2, stuck=3)
+
+    losses = [0.5, 0.4, 0.9, 0.85, math.inf, 0.4, 0.9, 0.9, 0.9, 0.3]
+    whole, first, second = begin(), begin(), begin()
+    went = drive(whole, losses)
+    assert sum(went) >= 2
+    assert drive(first, losses[:4]) == went[:4]
+    torch.save(
+        {"rescue": first.state_dict(), "net": first.model.state_dict(), "optimizer": first.optimizer.state_dict()},
+        tmp_path / "c.pt",
+    )
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    second.model.load_state_dict(saved["net"])
+    second.optimizer.load_state_dict(saved["optimizer"])
+    second.load_state_dict(saved["rescue"])
+    assert drive(second, losses[4:]) == went[4:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert second.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="no state of a Rescue"):
+        second.load_state_dict({})

@@ -278,3 +278,79 @@ def test_more_batches_than_the_patience_are_waited_for():
         optimizer.step()
         search.step(loss, lambda: criterion(span(batch[0]), batch))
     assert search.trials[0].passed
+
+
+def started(model, **options):
+    search = Shallowest(target=1e9, solver_tol=10.0, **options)
+    search.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3))
+    return search
+
+
+def test_evaluations_are_counted_over_all_that_is_measured():
+    """An adaptive solver may take few steps for the last batch, and more for another."""
+    node = NeuralODE(nn.Linear(2, 2), solver="tsit5", atol=1e-3, rtol=1e-3)
+    span = tm.wrap(node, torch.linspace(0, 1, 2))
+    search = started(span)
+    with torch.no_grad():
+        span.node.vf.vf.vf.weight.copy_(torch.tensor([[0.0, 8.0], [-8.0, 0.0]]))
+        span.node.vf.vf.vf.bias.zero_()
+    fast, still = torch.ones(2, 2), torch.full((2, 2), 1e-2)
+
+    def over(*batches):
+        return lambda: sum(span(x)[1][-1].square().mean() for x in batches)
+
+    span(still)
+    search._current().trial.evaluations = few = span.nfe
+    assert search._check(over(still)) is True
+    span(fast)
+    assert span.nfe > few
+    assert search._check(over(fast, still)) is False
+
+
+def test_a_check_is_decided_by_all_processes():
+    """What one finds alone, a failed solve among it, must reach the others in as many means as they take."""
+    batch, span = annuli(), span_of()
+    search = started(span)
+    loss = criterion(span(batch[0]), batch)
+
+    def failing():
+        raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
+
+    def measure():
+        return criterion(span(batch[0]), batch)
+
+    lengths = []
+    for look, accept in ((measure, None), (failing, None), (measure, lambda: False)):
+        means = []
+        search.reduce, search.accept = lambda v, means=means: means.append(v) or v, accept
+        assert search._check(look) is (look is measure and accept is None)
+        lengths.append(len(means))
+    assert len(set(lengths)) == 1
+    # The others found it fine; the mean of the flags is then below 1.
+    search.accept = None
+    search.reduce = lambda v: v - 0.25
+    assert search._check(measure) is False
+    assert loss.isfinite()
+
+
+def test_a_solve_that_fails_goes_back_and_a_training_that_stalls_does_not():
+    batch, span = annuli(), span_of()
+    search = started(span)
+    criterion(span(batch[0]), batch)
+    search.penalty()
+    good = [p.clone() for p in span.parameters()]
+    with torch.no_grad():
+        for p in span.parameters():
+            p.add_(1.0)
+    search._slower("stalled")
+    assert not any(torch.equal(a, b) for a, b in zip(good[1:], list(span.parameters())[1:], strict=True) if a.dim())
+    search.diverged("the state is not finite")
+    assert all(torch.equal(a, b) for a, b in zip(good, span.parameters(), strict=True))
+    assert search._optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.3**2)
+
+
+def test_a_foreign_state_is_refused_and_changes_nothing():
+    search = Shallowest(target=0.1)
+    with pytest.raises(ValueError, match=r"no state of a Shallowest: .*'trials'.* are missing; got the keys \['a'\]"):
+        search.load_state_dict({"a": 1})
+    assert search.trials == [] and not search.done

@@ -12,7 +12,8 @@ from torch import nn
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
-from torchdyn_mintime.numerics.integrate import _first_step
+from torchdyn_mintime import step_count
+from torchdyn_mintime.numerics.integrate import _factor, _first_step
 from torchdyn_mintime.secondary import last_solve
 from torchdyn_mintime.shallow import Shallowest
 from torchdyn_mintime.step_count import StepCount
@@ -50,8 +51,8 @@ def test_at_1_or_less_the_solver_takes_no_more_steps(kind, solver, seed, size, t
 
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 50), steps=st.integers(1, 4))
-def test_the_solvers_own_steps_are_those_that_it_goes_by(kind, seed, steps):
-    """Where the solver rejected nothing, the proposals add up to what it covered, and asking for its own number is met."""
+def test_asking_for_one_step_fewer_than_the_solver_takes_is_not_met(kind, seed, steps):
+    """Where the solver rejected nothing, its own number costs at most a bounded error per step, and one fewer more than 1."""
     span, x = make(kind, seed=seed)
     span(x)
     if span.nfe == 2 + 6 * span.steps:
@@ -98,6 +99,47 @@ def test_the_gradient_is_the_difference(kind, seed, steps):
     one_sided = [difference(value, tensors, directions, h=s * 1e-6, stencil=((-1, -1.0), (0, 1.0))) for s in (1, -1)]
     if abs(one_sided[0] - one_sided[1]) < 1e-3 * (norm + abs(analytic)):
         assert_close(analytic, difference(value, tensors, directions), norm, 1e-5, f"{kind} {steps}")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20])
+def test_a_field_next_to_zero_starts_as_the_drive_does(scale):
+    span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="tsit5"), torch.tensor([0.0, 1.0]))
+    with torch.no_grad():
+        for p in span.node.vf.parameters():
+            p.mul_(scale)
+    x, one = torch.ones(3, 2), torch.tensor(1.0)
+
+    def f(t, z):
+        return span.node.vf(t, z)
+
+    drive = _first_step(f, f(0.0, x), x, 0.0, 1.0, 5, 1e-3, 1e-3, None, True, 1.0)
+    ours = StepCount._first_step(f, x, f(0.0, x), lambda h: torch.as_tensor(h), one, one, 5, 1e-3, 1e-3)
+    assert ours.item() == pytest.approx(drive, rel=1e-5)
+
+
+@given(ratio=st.floats(0, 1), order=st.sampled_from([3, 5]))
+def test_an_accepted_step_is_followed_by_one_as_long_as_the_drives(ratio, order):
+    # Ratios below 1e-6 allow the largest growth at either order, so the limit on them changes nothing.
+    ours = step_count._factor(torch.tensor(ratio, dtype=torch.float64), order).item()
+    assert ours == pytest.approx(_factor(ratio, order), rel=1e-12)
+
+
+def test_points_that_the_solver_lands_on_are_refused():
+    span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="tsit5"), torch.linspace(0, 1, 5))
+    span(torch.randn(3, 2))
+    with pytest.raises(ValueError, match="tsit5 lands on each of the 3 points between t0 and t_f"):
+        StepCount(span, 2).penalty()
+    node = NeuralODE(nn.Linear(2, 2), solver="dopri5", interpolator="4th")
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, 5))
+    span(torch.randn(3, 2))
+    assert StepCount(span, 2).penalty().isfinite()  # read off the steps, which do not end there
+
+
+def test_a_field_too_steep_for_so_few_steps_is_an_integration_error():
+    span = tm.LearnableSpan(NeuralODE(lambda t, z: -1e9 * z**5, solver="tsit5"), torch.tensor([0.0, 1e-2]))
+    span(torch.ones(2, 1))
+    with pytest.raises(tm.IntegrationError, match="not finite within 1 steps of tsit5 .* ask for more of them"):
+        StepCount(span, 1).penalty()
 
 
 def test_it_counts_its_evaluations_and_leaves_no_trace():

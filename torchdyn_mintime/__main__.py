@@ -56,6 +56,7 @@ def run(
     What is not given is as published, or the task's own.
     """
     from torchdyn_mintime.experiments import single
+    from torchdyn_mintime.experiments.errors import UsageError
     from torchdyn_mintime.experiments.images import MissingData, Source
     from torchdyn_mintime.experiments.methods import find_method
     from torchdyn_mintime.experiments.tasks import TASKS
@@ -70,7 +71,7 @@ def run(
     for name in methods:
         try:
             find_method(name)
-        except ValueError as error:
+        except UsageError as error:
             raise typer.BadParameter(str(error)) from error
     settings = TASKS[task].settings.but(
         weight=weight,
@@ -91,7 +92,7 @@ def run(
     except MissingData as error:
         console.print(f"{TASKS[task].title}: not run: {error}")
         raise typer.Exit(1) from error
-    except ValueError as error:
+    except UsageError as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -102,6 +103,7 @@ def _flow(
     task: str, methods: list[str] | None, seeds: range, iterations: int | None, lr: float | None, output: Path
 ) -> None:
     """Flows have a protocol of their own: likelihood on fresh samples."""
+    from torchdyn_mintime.experiments.errors import UsageError
     from torchdyn_mintime.experiments.flow_tutorial import run_tutorial
     from torchdyn_mintime.experiments.flows import FlowSettings, run_flow
 
@@ -116,7 +118,7 @@ def _flow(
     for name in methods or ["compare"]:
         try:
             run_flow(task, name, seeds=tuple(seeds), settings=FlowSettings(**given), out=output, say=Console().print)
-        except ValueError as error:
+        except UsageError as error:
             raise typer.BadParameter(str(error)) from error
 
 
@@ -204,6 +206,7 @@ def compress(
 ) -> None:
     """Fine-tunes a trained model to the fewest evaluations and writes it as plain torchdyn."""
     from torchdyn_mintime.experiments import compress as module
+    from torchdyn_mintime.experiments.errors import UsageError
     from torchdyn_mintime.experiments.images import MissingData, Source
 
     try:
@@ -218,7 +221,7 @@ def compress(
             device=device,
             only_trim=trim,
         )
-    except ValueError as error:
+    except UsageError as error:
         raise typer.BadParameter(str(error)) from error
     except MissingData as error:
         typer.echo(f"not run: {error}")

@@ -353,5 +353,17 @@ class Rescue:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps and has counted, for a checkpoint."""
+        kept = {"best": self.best, "floor": self.floor, "count": self.count, "looks": self._looks, "above": self._above}
+        return {**kept, "good": copy.deepcopy(self._good)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        if missing := [name for name in self.state_dict() if name not in state]:
+            raise ValueError(f"this is no state of a Rescue: {missing} are missing; got the keys {sorted(state)}")
+        self.best, self.floor, self.count = state["best"], state["floor"], state["count"]
+        self._looks, self._above, self._good = state["looks"], state["above"], copy.deepcopy(state["good"])
+
     def _rates(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups]

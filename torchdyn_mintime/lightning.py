@@ -252,7 +252,7 @@ class MinimumTime(_SpanCallback):
 class Shallowest(_SpanCallback):
     """The search for the fewest evaluations (:class:`torchdyn_mintime.Shallowest`) in a Trainer.
 
-    The step-doubling term is added to the loss that ``training_step`` returns; the module itself is not changed. The
+    The search's term is added to the loss that ``training_step`` returns; the module itself is not changed. The
     training stops when the search has ended, and the best model found is given back.
 
     Args:
@@ -312,7 +312,7 @@ class Shallowest(_SpanCallback):
         except IntegrationError as error:
             if self._many:  # the other ranks are told, and all end
                 raise
-            self.search._back_off(str(error))
+            self.search.diverged(str(error))
             return None
         self._loss = loss.detach()
         return {**out, "loss": total} if isinstance(out, dict) else total
@@ -332,7 +332,7 @@ class Shallowest(_SpanCallback):
             finally:
                 pl_module.log = log
             loss = out["loss"] if isinstance(out, dict) else out
-            return _mean_over_ranks(trainer, pl_module, loss.item())
+            return loss.item()
 
         self.search.step(value, measure)
         self._loss = None

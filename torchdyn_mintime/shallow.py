@@ -136,6 +136,18 @@ def referenced(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _most_evaluations(found: Sequence[LearnableSpan]) -> Iterator[list[int]]:
+    """Within it the evaluations of every solve of the spans are noted."""
+    counted: list[int] = []
+    handles = [span.register_forward_hook(lambda span, _, out: counted.append(span.nfe)) for span in found]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class _Rung:
     """Training at one number of steps, so far."""
@@ -156,9 +168,10 @@ class _Rung:
 class Shallowest:
     """Finds the fewest evaluations at which a loss is met and the solver error stays below a tolerance.
 
-    It starts at one step, trains with step doubling, adds steps only when progress stalls, and, once a number of steps
-    has passed, tries fewer of them and cheaper solvers from the model found. The learning rate is lowered when progress
-    stalls or the loss explodes, in which case the last good state comes back. Nothing is swept.
+    It starts at one step (an adaptive solver at two), trains with step doubling (with the count of steps), adds steps
+    only when progress stalls, and, once a number of steps has passed, tries cheaper solvers from the model found. The
+    learning rate is lowered when progress stalls or the loss explodes, in which case the last good state comes back.
+    Nothing is swept.
 
     In a plain loop use :meth:`fit`, or drive it yourself::
 
@@ -183,6 +196,7 @@ class Shallowest:
 
     Attributes:
         done: whether the search has ended.
+        reduce: takes the mean of a number over the processes, where several run.
         trials: what was tried (:class:`Trial`).
 
     Raises:
@@ -248,7 +262,7 @@ class Shallowest:
     # ----------------------------------------------------------------------------------------------- driving a search
 
     def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
-        """Takes hold of the model and its optimizers, and sets every span to one step. Times are frozen meanwhile."""
+        """Takes hold of the model and its optimizers, and sets every span to few steps. Times are frozen meanwhile."""
         found = list(spans(model))
         if not found:
             raise ValueError(
@@ -272,14 +286,14 @@ class Shallowest:
             self._own_solver = found[0]._stepper.name
         self._thawed = freeze_times(found)
         if self._rung is None:
-            # An adaptive solver's first step is a part of the way.
+            # To take the whole way in its first step, an adaptive solver would have to find next to no movement.
             self._enter(self._own_solver, 2 if found[0].adaptive else 1)
             self._initial = self._good
         else:  # resumed from a checkpoint
             self._use(self._rung.trial.solver, self._rung.trial.steps)
 
     def penalty(self) -> Tensor:
-        """The step-doubling term of the last forward, at its present weight: to be added to the loss."""
+        """The term on the last forward that keeps to the steps, at its present weight: to be added to the loss."""
         rung = self._current()
         value = self._term.penalty()
         self._last_penalty = value.detach()
@@ -291,7 +305,8 @@ class Shallowest:
         Args:
             loss: of the last forward, averaged over the processes where several run.
             measure: computes the loss once more with the model as it is now; called under ``no_grad``, and with the
-                ODE solved exactly. Without it only the solver error of the last batch is held against its bound.
+                ODE solved exactly. Of this process alone: :attr:`reduce` takes the mean where several run. Without it only
+                the solver error of the last batch is held against its bound.
         """
         rung = self._current()
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -304,7 +319,7 @@ class Shallowest:
         if not (math.isfinite(value) and math.isfinite(penalty)) or value > EXPLODED * max(
             lowest, self._first_loss or 0
         ):
-            self._back_off(f"the loss exploded to {value:.3g}")
+            self.diverged(f"the loss exploded to {value:.3g}")
             return
         rung.trial.loss = min(rung.trial.loss, value)
         gap, error_gap = value / self.target, rung.scale * penalty / self._bound**2
@@ -339,7 +354,7 @@ class Shallowest:
             if self._found is None and rung.trial.loss > LEARNT * (self._first_loss or 0) and self._restarts < 3:
                 self._begin_again(BACK_OFF, f"nothing learnt in {self.patience} iterations")
             elif rung.drops < (2 if rung.best < math.log(NEAR) else 1):
-                self._back_off(f"no progress in {self.patience} iterations")
+                self._slower(f"no progress in {self.patience} iterations")
             else:
                 self._failed()
 
@@ -402,7 +417,7 @@ class Shallowest:
                         (value + self.penalty()).backward()
                         optimizer.step()
                     except IntegrationError as error:
-                        self._back_off(str(error))
+                        self.diverged(str(error))
                         continue
                     self.step(value, measure)
                     if self.done or self._iterations >= max_iterations:
@@ -469,23 +484,27 @@ class Shallowest:
         assert self._model is not None
         return copy.deepcopy(self._model.state_dict())
 
-    def _back_off(self, why: str) -> None:
-        """The last good state, with a lower learning rate."""
+    def diverged(self, why: str) -> None:
+        """Back to the last good state, with a lower learning rate: after a loss or a solve that failed."""
+        if self._slower(why) and self._good is not None:
+            assert self._model is not None
+            self._model.load_state_dict(self._good)
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
+
+    def _slower(self, why: str) -> bool:
+        """Lowers the learning rate; False where that was done too often, and the number of steps is given up instead."""
         rung = self._current()
         rung.drops += 1
         rung.since, rung.smooth = 0, None
-        exploded = "exploded" in why or "finite" in why
         if rung.drops > 8:
             self._failed()
-            return
-        if exploded and self._good is not None and self._model is not None:
-            self._model.load_state_dict(self._good)
+            return False
         for optimizer in self._optimizers:
-            if exploded:
-                optimizer.state.clear()
             for group in optimizer.param_groups:
                 group["lr"] *= BACK_OFF
         _log.info("%s: learning rate times %g", why, BACK_OFF)
+        return True
 
     def _compare_with_exact(self, penalty: float) -> None:
         """What a look at the exact solution says about the penalty: it may stand for more of an error than it shows."""
@@ -531,27 +550,31 @@ class Shallowest:
         assert model is not None
         training = model.training
         model.eval()
+        loss = reference_loss = error = 0.0
         try:
-            loss = reference_loss = None
-            if measure is not None:
-                loss = float(measure())
-            # A mean over processes is 1 only where all of them took so few; they must decide the same.
-            few = self.reduce(float(all(span.nfe <= trial.evaluations for span in self._spans))) == 1.0
-            error = self.reduce(max(relative_error(span) for span in self._spans))
+            with _most_evaluations(self._spans) as counted:
+                if measure is not None:
+                    loss = float(measure())
+            error = max(relative_error(span) for span in self._spans)
             if measure is not None:
                 with referenced(model):
                     reference_loss = float(measure())
-            accepted = self.accept is None or self.accept()
+            most = max(counted, default=max(span.nfe for span in self._spans))
+            fine = most <= trial.evaluations and (self.accept is None or self.accept())
+            solved = True
         except IntegrationError:
-            return False
+            fine = solved = False
         finally:
             model.train(training)
+        # Means over processes, of which all must decide the same; the first two are 1 only where they are so on each.
+        fine, solved = (self.reduce(float(flag)) == 1.0 for flag in (fine, solved))
+        error, loss, reference_loss = (self.reduce(value) for value in (error, loss, reference_loss))
+        if not solved:
+            return False
         trial.solver_error = error
-        if loss is not None and reference_loss is not None:
+        if measure is not None:
             trial.loss, trial.reference_loss = loss, reference_loss
-            if max(loss, reference_loss) > self.target:
-                return False
-        return few and error <= self.solver_tol and accepted
+        return fine and error <= self.solver_tol and max(loss, reference_loss) <= self.target
 
     def _passed(self) -> None:
         rung = self._current()
@@ -621,7 +644,13 @@ class Shallowest:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; call it before :meth:`start`."""
+        """The inverse of :meth:`state_dict`; call it before :meth:`start`.
+
+        Raises:
+            ValueError: the state is not that of a search, or of one of an older version.
+        """
+        if missing := [name for name in self.state_dict() if name not in state]:
+            raise ValueError(f"this is no state of a Shallowest: {missing} are missing; got the keys {sorted(state)}")
         self.trials = [Trial(**t) for t in state["trials"]]
         rung = state["rung"]
         self._rung = None if rung is None else _Rung(**{**rung, "trial": self.trials[rung["trial"]]})

@@ -7,15 +7,14 @@ one goes to the end, and the penalty is
 
     sum_k r_k^2 + 1.1 ((t_f - t0) / (h_1 + ... + h_n))^2.
 
-Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps. That holds for a template without
-points between its ends, on each of which the solver would have to land.
+Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps.
 """
 
 import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime import checks
-from torchdyn_mintime.numerics.integrate import MAX_FACTOR, SAFETY
+from torchdyn_mintime.numerics.integrate import MAX_FACTOR, SAFETY, IntegrationError
 from torchdyn_mintime.numerics.steppers import RungeKutta
 from torchdyn_mintime.regularizers import OverSpans
 from torchdyn_mintime.secondary import last_solve, refine, untraced
@@ -78,6 +77,8 @@ class StepCount(OverSpans):
 
         Raises:
             RuntimeError: no forward was made.
+            ValueError: the solver had to land on points between t0 and t_f.
+            IntegrationError: the state is not finite in so few steps.
         """
         self.nfe = 0
         return self.weight * self._of_all()
@@ -85,6 +86,11 @@ class StepCount(OverSpans):
     def _of_span(self, span: LearnableSpan) -> Tensor:
         last, stepper = last_solve(span), span._stepper
         assert isinstance(stepper, RungeKutta)
+        if span._interpolator() is None and len(last.grid.nodes) > 2:
+            raise ValueError(
+                f"{stepper.name} lands on each of the {len(last.grid.nodes) - 2} points between t0 and t_f, and takes its "
+                "steps between these; give the span its two ends alone, or dopri5's interpolator"
+            )
         bound, x = last.bound, last.x
         atol, rtol = float(span.node.atol), float(span.node.rtol)
         whole = refine([last.steps[0], last.steps[-1]], last.grid.start, last.grid.end, 1)
@@ -111,10 +117,17 @@ class StepCount(OverSpans):
                 cost = cost + ratio.square()
                 if i < self.steps - 1:
                     covered = covered + size
-                    grown = SAFETY * ratio.clamp_min(LEAST_RATIO) ** (-1.0 / stepper.order)
-                    h = size * grown.clamp_max(MAX_FACTOR)
+                    h = size * _factor(ratio, stepper.order)
                     x, k1 = x_new, stages[-1]
             self.nfe += bound.nfe - before
+        if not torch.isfinite(cost):
+            raise IntegrationError(
+                f"the state is not finite within {self.steps} steps of {stepper.name} from t = {float(start):.6g}; the field "
+                "is too steep for so few: ask for more of them, or lower the learning rate",
+                time=float(start),
+                step=self.steps,
+                solver=stepper.name,
+            )
         return cost + MARGIN * (length / (covered + h)).square()
 
     @staticmethod
@@ -125,13 +138,22 @@ class StepCount(OverSpans):
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1.clamp_min(1e-30))
         h0 = torch.minimum(h0, length)
         d2 = _rms((f(time(h0), x + direction * h0 * k1) - k1) / scale) / h0
-        h1 = (0.01 / torch.maximum(d1, d2).clamp_min(1e-15)) ** (1.0 / (order + 1))
+        steepest = torch.maximum(d1, d2)
+        h1 = (0.01 / steepest.clamp_min(1e-15)) ** (1.0 / (order + 1))
+        h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp_min(1e-6), h1)
         return torch.minimum(100 * h0, h1)
 
     def __repr__(self) -> str:
         return f"StepCount(steps={self.steps}, weight={self.weight:g})"
 
 
+def _factor(ratio: Tensor, order: int) -> Tensor:
+    """By how much the control changes the step size; where the step is rejected, without its lower limit."""
+    grown = SAFETY * ratio.clamp_min(LEAST_RATIO) ** (-1.0 / order)
+    return torch.where(ratio < 1, grown.clamp(1.0, MAX_FACTOR), grown)
+
+
 def _rms(x: Tensor) -> Tensor:
+    square = x.square().mean()
     # The root has no gradient at 0.
-    return x.square().mean().clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    return torch.where(square == 0, 0.0, square.clamp_min(torch.finfo(x.dtype).tiny).sqrt())

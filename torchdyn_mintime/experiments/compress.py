@@ -1,6 +1,7 @@
 """A trained model made shallow and handed on as plain torchdyn: the ``compress`` command."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torchdyn_mintime import LearnableSpan, trim, unwrap, wrap
+from torchdyn_mintime import LearnableSpan, early_exit, trim, unwrap, wrap
+from torchdyn_mintime.exits import EarlyExit
 from torchdyn_mintime.experiments import measure
 from torchdyn_mintime.experiments.data import Data
 from torchdyn_mintime.experiments.drivers import Search
+from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.images import Source
 from torchdyn_mintime.experiments.methods import METHODS
-from torchdyn_mintime.experiments.models import Classifier
+from torchdyn_mintime.experiments.models import Classifier, NoODE
 from torchdyn_mintime.experiments.progress import bars
 from torchdyn_mintime.experiments.results import Result
 from torchdyn_mintime.experiments.store import Plan, load_model
@@ -28,6 +32,13 @@ __all__ = ["Compressed", "compress"]
 
 SLACK = (0.02, 1e-3)
 """How far above its training loss a model may come out, where no target is given: relative and absolute."""
+
+
+SOLVER_TOL = 0.1
+"""The relative solver error allowed at t_f, trained or not."""
+
+CONFIDENCES = (0.6, 0.7, 0.75, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 0.99, 0.995, 0.999)
+"""Levels at which a sample may leave by itself; the lowest that keeps the accuracy is taken."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,14 @@ def compress(
         only_trim: train nothing, and take away the steps and the time that the loss does not need.
 
     Raises:
-        ValueError: the checkpoint is no finished run's, or its model cannot be compressed.
+        UsageError: the checkpoint is no finished run's, or its model cannot be compressed.
     """
     plan, result = _record_of(checkpoint)
     task, model = TASKS[plan.task], load_model(plan, checkpoint)
     if isinstance(model.node, LearnableSpan):
-        raise ValueError(f"{checkpoint} is a {result.method} model, made shallow by its training; give a vanilla one")
+        raise UsageError(f"{checkpoint} is a {result.method} model, made shallow by its training; give a vanilla one")
+    if isinstance(model.node, NoODE):
+        raise UsageError(f"{checkpoint} has no ODE, so there is nothing to make shallow; give a vanilla one")
     data = task.load(plan.settings, source or Source()).to(torch.device(device))
     settings = plan.settings.but(
         target=result.train_loss * (1 + SLACK[0]) + SLACK[1] if target is None else target,
@@ -91,6 +104,9 @@ def compress(
     )
     before = _figures(model.to(device), data)
     if only_trim:
+        console.print(
+            _by_sample(lambda: load_model(plan, checkpoint).to(device), data, settings.target), highlight=False
+        )
         shallow, seconds, failure = _trimmed(model, data, settings.target)
     else:
         shallow, seconds, failure = _fine_tuned(model, data, plan, settings, device, console)
@@ -125,9 +141,47 @@ def _fine_tuned(
 def _trimmed(model: Classifier, data: Data, target: float) -> tuple[Classifier, float, str]:
     start = clock(data.x.device)
     wrap(model, model.t_span)
-    batches = list(zip(data.x.split(measure.CHUNK), data.y.split(measure.CHUNK), strict=True))
-    trim(model, batches, cross_entropy, target)
+    _trim(model, data, target)
     return model, clock(data.x.device) - start, ""
+
+
+def _trim(model: Classifier, data: Data, target: float, keep_step: bool = False) -> None:
+    batches = list(zip(data.x.split(measure.CHUNK), data.y.split(measure.CHUNK), strict=True))
+    try:
+        trim(model, batches, cross_entropy, target, solver_tol=SOLVER_TOL, keep_step=keep_step)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _by_sample(load: Callable[[], Classifier], data: Data, target: float) -> str:
+    """One end for all samples against an end for each, both at the model's own steps, chosen on the training data."""
+    model, common = load().eval(), load()
+    wrap(model, model.t_span)
+    wrap(common, common.t_span)
+    if model.node.adaptive:
+        return "Samples cannot leave by themselves: the solver chooses its steps for a whole batch."
+
+    def exits(level: float, x: Tensor) -> EarlyExit:
+        return early_exit(model, x, lambda out: out.softmax(1).amax(1) >= level)
+
+    def right(out: Tensor, y: Tensor) -> float:
+        return (out.argmax(1) == y).double().mean().item()
+
+    _trim(common, data, target, keep_step=True)
+    kept = measure.forward(common, data.x)
+    for level in CONFIDENCES:
+        found = exits(level, data.x)
+        if right(found.output, data.y) >= right(kept.logits, data.y):
+            break
+    else:
+        return f"No confidence up to {level:g} keeps the accuracy where each sample leaves by itself."
+    test, own = measure.forward(common, data.x_test), exits(level, data.x_test)
+    return (
+        f"At the model's own steps: one end for all takes {test.nfe} evaluations at "
+        f"{100 * right(test.logits, data.y_test):.2f} % on the test data; where each sample leaves at a confidence of "
+        f"{level:g}, {own.mean_nfe:.1f} in the mean "
+        f"({own.mean_nfe / test.nfe:.2f} of them) at {100 * right(own.output, data.y_test):.2f} %."
+    )
 
 
 def _record_of(checkpoint: Path) -> tuple[Plan, Result]:
@@ -137,7 +191,7 @@ def _record_of(checkpoint: Path) -> tuple[Plan, Result]:
         settings = type(TASKS[plan["task"]].settings)(**plan["settings"])
         return Plan(plan["task"], plan["method"], settings), Result(**record["result"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint} is not the .pt of a finished run with its .json beside it ({error}); train one first: "
             "`python -m torchdyn_mintime run digits --method vanilla` writes it to results/runs"
         ) from error

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from torchdyn_mintime.numerics.integrate import IntegrationError
+
 if TYPE_CHECKING:
     from torchdyn_mintime.experiments.training import Run
 
@@ -38,6 +40,10 @@ class Driver:
 
     def after_step(self, run: "Run", loss: Tensor) -> None:
         """After the optimizer's step."""
+
+    def recovers(self, run: "Run", error: IntegrationError) -> bool:
+        """After a solve that failed: whether training goes on, from another state."""
+        return False
 
     def done(self, run: "Run") -> bool:
         """Whether training is over."""
@@ -143,6 +149,13 @@ class GrowAlone(Grow):
             return False
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.growth.state_dict(), "rescue": self.rescue.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rescue.load_state_dict(state["rescue"])
+
 
 class Search(Driver):
     """The fewest evaluations at which the loss is met and the model is its own ODE.
@@ -166,6 +179,10 @@ class Search(Driver):
 
     def after_step(self, run: "Run", loss: Tensor) -> None:
         self.search.step(loss, run.loss_again)
+
+    def recovers(self, run: "Run", error: IntegrationError) -> bool:
+        self.search.diverged(str(error))
+        return True
 
     def done(self, run: "Run") -> bool:
         return self.search.done or len(run.history.loss) >= self.limit

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchdyn.core import NeuralODE
 
+from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.training import single_thread
 from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF
 from torchdyn_mintime.regularizers import StepDoubling
@@ -282,9 +283,9 @@ def run_flow(
         ValueError: an unknown task or method.
     """
     if task not in FLOW_TASKS:
-        raise ValueError(f"unknown task {task!r}; the flows are {', '.join(FLOW_TASKS)}")
+        raise UsageError(f"unknown task {task!r}; the flows are {', '.join(FLOW_TASKS)}")
     if method != "compare" and method not in FLOW_METHODS:
-        raise ValueError(f"unknown method {method!r}; the methods are compare, {', '.join(FLOW_METHODS)}")
+        raise UsageError(f"unknown method {method!r}; the methods are compare, {', '.join(FLOW_METHODS)}")
     settings = settings or FlowSettings()
     folder = None if out is None else Path(out)
     if folder is not None:

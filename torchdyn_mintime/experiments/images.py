@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchdyn_mintime.experiments.data import Data
+from torchdyn_mintime.experiments.errors import UsageError
 
 __all__ = ["MissingData", "Source", "cifar10", "fashion_mnist", "mnist"]
 
@@ -87,18 +88,18 @@ def _read_idx(path: Path) -> Tensor:
         try:
             raw = gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path.name} cannot be unpacked: {error}; fetch it again") from error
+            raise UsageError(f"{path.name} cannot be unpacked: {error}; fetch it again") from error
     if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
+        raise UsageError(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
     dimensions, begin = raw[3] if len(raw) > 3 else 0, 4
     begin += 4 * dimensions
     # Labels have one dimension, images three; a file that says otherwise has been swapped with another.
     expected = 1 if "labels" in path.name else 3
     if dimensions != expected or len(raw) < begin:
-        raise ValueError(f"{path.name} has {dimensions} dimensions in {len(raw)} bytes, not {expected}; fetch it again")
+        raise UsageError(f"{path.name} has {dimensions} dimensions in {len(raw)} bytes, not {expected}; fetch it again")
     shape = np.frombuffer(raw, ">u4", dimensions, 4).tolist()
     if len(raw) - begin != math.prod(shape):
-        raise ValueError(
+        raise UsageError(
             f"{path.name} has {len(raw) - begin} entries, not the {math.prod(shape)} of {shape}; fetch it again"
         )
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy())

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from torchdyn_mintime import parameter_groups, spans, wrap
 from torchdyn_mintime.experiments.drivers import Driver, Grow, GrowAlone, KeepTarget, Search
+from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.models import Classifier, NoODE, span_of
 from torchdyn_mintime.experiments.optimizers import Together
 from torchdyn_mintime.experiments.tasks import Settings, Task
@@ -80,7 +81,7 @@ class Method:
         if self.skips:
             model.node = NoODE()
             if next(model.parameters(), None) is None:
-                raise ValueError(f"{task.title} has no layers around its NeuralODE: skipped, nothing is left to train")
+                raise UsageError(f"{task.title} has no layers around its NeuralODE: skipped, nothing is left to train")
         if self.span is not None:
             wrap(model, model.t_span, **{"t_f": settings.start, **self.span})  # the one line
         for span in spans(model):
@@ -242,11 +243,11 @@ def find_method(name: str) -> Method:
     """The method of a name: an entry of ``METHODS``, or ``vanilla:12`` for vanilla with 12 equal steps.
 
     Raises:
-        ValueError: there is none.
+        UsageError: there is none.
     """
     base, _, steps = name.partition(":")
     if base == "vanilla" and steps.isdigit() and int(steps) > 0:
         return vanilla_with(int(steps))
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, vanilla:STEPS")
+        raise UsageError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, vanilla:STEPS")
     return METHODS[name]

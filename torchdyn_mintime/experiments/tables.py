@@ -140,6 +140,11 @@ TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
                 others=_IMAGE_CONTROLS,
             ),
             Section(
+                "fashion-mnist-cpu",
+                (Row("vanilla"), Row("minimum-time"), Row("shallowest")),
+                others=_IMAGE_CONTROLS,
+            ),
+            Section(
                 "cifar10",
                 (
                     Row("vanilla", "82.60 %; 404.9 evaluations"),
