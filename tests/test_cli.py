@@ -168,6 +168,44 @@ def test_compress_can_take_away_steps_alone(tmp_path):
     )
 
 
+def test_epochs_are_passes_over_the_data(tmp_path):
+    call("run", "digits", "--method", "vanilla:1", "--epochs", "1")
+    (record,) = (tmp_path / "results/runs").glob("digits-vanilla-1*.json")
+    assert json.loads(record.read_text())["plan"]["settings"]["iterations"] == 1347 // 128
+
+
+@pytest.mark.parametrize(("number", "task"), [("6", "flow-moons"), ("12", "flow-circles")])
+def test_the_figures_of_flows_come_with_their_runs(monkeypatch, number, task):
+    called = []
+    monkeypatch.setattr("torchdyn_mintime.experiments.flows.run_flow", lambda *args, **kw: called.append((args, kw)))
+    call("figure", number, "--iterations", "2", "--seed", "5")
+    ((args, options),) = called
+    assert args == (task, "compare") and options["seeds"] == (5,) and options["settings"].iterations == 2
+
+
+def test_a_damaged_image_file_is_said_where_its_figures_would_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "DEBIAN", tmp_path / "nowhere")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in images.IDX:
+        (folder / name).write_bytes(b"not an IDX file")
+    words = ("--data", str(folder), "--iterations", "1")
+    assert "is not an IDX file" in call("figure", "5", *words, code=1)
+    assert "is not an IDX file" in call("table", "2", "--only", "mnist", "--seeds", "1", "--lrs", "own", *words)
+    assert "is not an IDX file" in call("run", "mnist", *words, code=2)
+
+
+def test_compress_says_that_its_data_is_missing(tmp_path, monkeypatch):
+    call("run", "digits", "--method", "vanilla:1", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("digits-vanilla-1*.pt")
+
+    def missing(*args):
+        raise images.MissingData("data missing: digits")
+
+    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], load=missing))
+    assert "not run: data missing: digits" in call("compress", str(checkpoint), code=1)
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("a defect")

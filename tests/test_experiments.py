@@ -417,7 +417,7 @@ def test_a_table_without_data_says_so_and_runs_the_rest(tmp_path, monkeypatch):
     results = tables.make("2", options, tmp_path, QUIET)
     page = (tmp_path / "table-2.md").read_text()
     assert {r.task for r in results} == {"digits"}
-    assert page.count("Not run: data missing") == 3
+    assert page.count("Not run: data missing") == 4
     assert "the ODE skipped" in page
 
 
@@ -433,6 +433,28 @@ def test_the_learning_rate_is_chosen_by_accuracy_then_by_the_time_to_target(tmp_
     assert tables._as_good([replace(good, accuracy=0.998)], [good])
 
 
+def test_runs_are_saved_on_their_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchdyn_mintime.experiments.runner.CHECKPOINT_SECONDS", -1.0)
+    saved = []
+    store = Store(tmp_path)
+    monkeypatch.setattr(store, "checkpoint", lambda plan, run: saved.append((plan, len(run.history.loss))))
+    carry_out([plan("vanilla:1")], data.moons(0), store, QUIET)
+    assert [n for _, n in saved] == [1, 2]  # of three iterations; the last one is the result itself
+
+
+def test_a_sweep_in_which_nothing_is_good_says_so(tmp_path):
+    section = tables.Section("moons", (tables.Row("vanilla"),), others=())
+    options = tables.Options(seeds=1, rates=(), sweep=(1,))
+    carry_out([plan("vanilla:1")], data.moons(0), Store(tmp_path), QUIET)
+    carried = replace(Store(tmp_path).result(plan("vanilla:1")), accuracy=1.0, reference_accuracy=1.0)
+    bad = replace(carried, accuracy=0.5)
+    found = {(tables.Row("vanilla"), None, 0): carried, (tables.Row("vanilla:1"), None, 0): bad}
+    lines = tables._lines(section, [tables.Row("vanilla"), tables.Row("vanilla:1")], found, [None], options)
+    assert [line.label for line in lines] == [carried.method, "control: best of a sweep"]
+    assert lines[1].note == "no number of steps in the sweep is as good as vanilla"
+    assert tables._row_cells(lines[1])[-1] == lines[1].note
+
+
 def test_every_method_of_the_tables_has_its_entry():
     named = {row.method for _, sections in tables.TABLES.values() for s in sections for row in s.rows}
     assert named <= set(METHODS)
@@ -440,10 +462,22 @@ def test_every_method_of_the_tables_has_its_entry():
         find_method("vanila")
 
 
-@pytest.mark.parametrize("number", ["1", "4", "7", "10"])
-def test_figures_are_drawn(tmp_path, number):
+@pytest.mark.parametrize("number", ["1", "3", "4", "7", "8", "9", "10", "11"])
+def test_figures_are_drawn(tmp_path, monkeypatch, number):
+    for name, task in TASKS.items():
+        if len(task.t_span) > 2:
+            monkeypatch.setitem(TASKS, name, replace(task, t_span=span_of(10)))
     options = figures.Options(iterations=1)
     path = figures.make(number, options, tmp_path, QUIET)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_5_is_drawn_from_images(tmp_path, monkeypatch):
+    d = data.digits(0)
+    small = data.Data(d.x[:20].view(20, 1, 8, 8), d.y[:20], d.x_test[:20].view(20, 1, 8, 8), d.y_test[:20])
+    task = replace(TASKS["mnist"], load=lambda settings, source: small, t_span=span_of(2))
+    monkeypatch.setitem(TASKS, "mnist", replace(task, settings=replace(task.settings, batch=10, width=4)))
+    path = figures.make("5", figures.Options(iterations=1), tmp_path, QUIET)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -354,3 +354,54 @@ def test_a_foreign_state_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"no state of a Shallowest: .*'trials'.* are missing; got the keys \['a'\]"):
         search.load_state_dict({"a": 1})
     assert search.trials == [] and not search.done
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_in_lightning_a_failed_solve_is_gone_back_from_and_a_step_without_loss_is_passed_over():
+    class Stumbling(Learner):
+        calls = 0
+
+        def training_step(self, batch, index):
+            self.calls += 1
+            if self.calls == 2:
+                return None
+            if self.calls == 3:
+                raise tm.IntegrationError("the state is not finite", time=0.0, step=1, solver="rk4")
+            return {"loss": super().training_step(batch, index)}
+
+    torch.manual_seed(0)
+    module, callback = Stumbling(), FindShallowest(target=0.05, solver_tol=0.2)
+    fitting = trainer(callback, 5)
+    fitting.fit(module, loader())
+    assert module.calls == 5 and callback.verdict.iterations == 3
+    assert fitting.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.03 * 0.3)
+
+
+def test_in_lightning_a_search_goes_on_from_its_checkpoint(tmp_path):
+    def fitted(epochs, checkpoint=None):
+        torch.manual_seed(1)
+        module, callback = Learner(), FindShallowest(target=0.05, solver_tol=0.2)
+        fitting = trainer(callback, epochs)
+        fitting.fit(module, loader(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        return module, callback, fitting
+
+    whole, searched, _ = fitted(24)
+    first, stopped, fitting = fitted(12)
+    assert not stopped.search.done and not stopped.verdict.feasible
+    fitting.save_checkpoint(tmp_path / "c.ckpt")
+    second, resumed, _ = fitted(24, tmp_path / "c.ckpt")
+    assert resumed.search.trials == searched.search.trials and resumed.verdict == searched.verdict
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_in_lightning_a_search_that_has_ended_is_not_started_again(tmp_path):
+    torch.manual_seed(0)
+    module, callback = Learner(), FindShallowest(target=0.5, solver_tol=0.5, solvers=[])
+    fitting = trainer(callback, 1500)
+    fitting.fit(module, loader())
+    assert callback.verdict.feasible
+    fitting.save_checkpoint(tmp_path / "c.ckpt")
+    again, other = Learner(), FindShallowest(target=0.5, solver_tol=0.5, solvers=[])
+    trainer(other, 1500).fit(again, loader(), ckpt_path=tmp_path / "c.ckpt", weights_only=True)
+    assert other.verdict == callback.verdict
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))

@@ -268,6 +268,38 @@ def test_the_bench_measures_adaptive_solves_and_few_steps_beside_the_others(tmp_
     assert all(r.ratio > 0 and r.milliseconds > 0 for r in results)
 
 
+@pytest.fixture
+def small_bench(monkeypatch):
+    """Every part on four samples and at most three steps, each contestant once; nothing is compiled."""
+    contestants, alternate = bench.contestants, bench.alternate
+    monkeypatch.setattr(
+        bench, "contestants", lambda net, x, steps, **options: contestants(net, x[:4], min(steps, 3), **options)
+    )
+    monkeypatch.setattr(bench, "alternate", lambda runs, rounds, *rest: alternate(runs, 1, *rest))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("fixed", {"plain loop", "LearnableSpan", "NeuralODE"}),
+        ("memory", {"autograd", "checkpoint=True", "adjoint", "autograd, forward twice"}),
+        ("scaling", {"plain loop", "LearnableSpan", "NeuralODE"}),
+        ("linearity", {"plain loop", "LearnableSpan", "NeuralODE"}),
+        ("compile", {"plain loop", "compiled step", "LearnableSpan, compiled field"}),
+    ],
+)
+def test_every_part_of_the_bench_runs(tmp_path, small_bench, part, names):
+    results = bench.main(["--only", part, "--rounds", "1", "--out", str(tmp_path)])
+    assert {r.part for r in results} == {part} and names <= {r.contestant for r in results}
+    assert all(r.ratio > 0 and r.milliseconds > 0 for r in results)
+    if part == "memory":
+        held = {r.contestant: r.mebibytes for r in results}
+        assert held["adjoint"] < held["checkpoint=True"] < held["autograd"]
+    if part == "linearity":  # NeuralODE's checks grow quadratically: it is left out where they would take minutes
+        assert {r.case for r in results if r.contestant == "NeuralODE"} == {"10", "30", "100", "300", "1000"}
+
+
 def test_the_bench_draws_time_against_steps(tmp_path):
     results = [
         bench.Result("linearity", str(n), name, 1.0, n / 10, n, None) for n in (1, 10, 100) for name in ("a", "b")

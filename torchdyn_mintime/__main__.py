@@ -173,6 +173,7 @@ def figure(
 ) -> None:
     """A figure of the paper, from models trained here. What was trained before is not trained again."""
     from torchdyn_mintime.experiments import figures
+    from torchdyn_mintime.experiments.errors import UsageError
     from torchdyn_mintime.experiments.images import MissingData, Source
 
     if number in _FLOW_FIGURES:
@@ -185,7 +186,7 @@ def figure(
     console = Console()
     try:
         figures.make(number, options, output, console)
-    except MissingData as error:
+    except (MissingData, UsageError) as error:
         console.print(f"figure {number}: not run: {error}")
         raise typer.Exit(1) from error
 

@@ -359,10 +359,12 @@ class Shallowest:
                 self._failed()
 
     def finish(self) -> Verdict:
-        """Ends the search: the best model found is loaded, and its verdict returned. Times may be trained again."""
+        """The verdict so far; the best model found is loaded, and times may be trained again.
+
+        A search that is not :attr:`done` can go on, after another :meth:`start`.
+        """
         if self._model is None:
             raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
-        self.done = True
         passed = [t for t in self.trials if t.passed]
         best = min(passed, key=lambda t: t.evaluations) if passed else self.trials[-1]
         if self._found is not None:

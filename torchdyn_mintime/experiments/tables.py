@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.images import MissingData, Source
-from torchdyn_mintime.experiments.methods import METHODS
 from torchdyn_mintime.experiments.results import Result, print_table, write
 from torchdyn_mintime.experiments.runner import carry_out, time_inference
 from torchdyn_mintime.experiments.store import Plan, Store
@@ -239,7 +239,7 @@ def make(number: str, options: Options, folder: Path, console: Console) -> list[
             continue
         try:
             lines = _run(section, options, store, console)
-        except MissingData as error:
+        except (MissingData, UsageError) as error:
             console.print(f"{TASKS[section.task].title}: not run: {error}")
             texts.append(f"## {TASKS[section.task].title}\n\nNot run: {error}.")
             continue
@@ -267,8 +267,7 @@ def _settings(section: Section, row: Row, options: Options, seed: int, rate: flo
 
 
 def _run(section: Section, options: Options, store: Store, console: Console) -> list[_Line]:
-    rows = [row for row in section.rows if row.method in METHODS]
-    rows += [Row(method) for method in section.others]
+    rows = [*section.rows, *(Row(method) for method in section.others)]
     rows += [Row(f"vanilla:{k}") for k in options.sweep]
     own = TASKS[section.task].settings
     rates: Sequence[float | None] = options.rates if own.optimizer == "adam" and options.rates else [None]
@@ -304,9 +303,6 @@ def _lines(
     base = at_best_rate(rows[0])
     lines: list[_Line] = []
     for row in section.rows:
-        if row.method not in METHODS:
-            lines.append(_Line(row.label or row.method, row.paper, note="not run: not in this package"))
-            continue
         results = at_best_rate(row)
         lines.append(_Line(row.label or results[0].method, row.paper, results, base, _failures(results)))
     if ("twin", rates[0], 0) in found:
