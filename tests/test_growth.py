@@ -647,3 +647,34 @@ def test_a_rescue_goes_on_from_a_checkpoint(tmp_path):
     assert second.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
     with pytest.raises(ValueError, match="no state of a Rescue"):
         second.load_state_dict({})
+
+
+def test_a_good_state_is_kept_at_the_first_look_and_every_fifth_after_it():
+    net = nn.Linear(1, 1, bias=False)
+    rescue = Rescue(net, torch.optim.SGD(net.parameters(), 1.0))
+    for i in range(9):
+        with torch.no_grad():
+            net.weight.fill_(float(i))
+        rescue.look(0.5)
+    assert rescue.look(math.inf) and net.weight.item() == 5.0
+
+
+@pytest.mark.parametrize("jump", [1.0, 0.5, math.nan])
+def test_a_jump_must_be_upwards(jump):
+    net = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="jump must be"):
+        Rescue(net, torch.optim.SGD(net.parameters(), 1.0), jump=jump)
+
+
+def test_growth_says_what_it_is_at(caplog):
+    caplog.set_level(logging.INFO, logger="torchdyn_mintime")
+    span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), torch.linspace(0, 0.1, 3), bounds=(0.01, 0.15))
+    growth = tm.DepthGrowth(span, 0.01, max_t_f=0.15)
+    assert "raised" not in caplog.text  # the bound is there already
+    assert repr(growth) == (
+        "DepthGrowth(growing at t_f=0.1, threshold=0.01, increment=0.05, max_t_f=0.15, patience=0, growths=0)"
+    )
+    growth.step(1.0), growth.step(1.0)
+    assert repr(growth).startswith("DepthGrowth(exhausted at t_f=0.15")
+    growth.step(0.001)
+    assert repr(growth).startswith("DepthGrowth(done at t_f=0.15")

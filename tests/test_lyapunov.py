@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -355,7 +356,20 @@ def test_the_certificate_prints_a_short_table_and_handles_samples_at_the_minimum
     assert certificate.fraction == 1.0 and certificate.rates[-1] == math.inf
     assert certificate.quantiles((0.0, 0.5)) == pytest.approx([2.0, 2.0], rel=1e-4)
     text = str(certificate)
-    assert "4 of 4 samples" in text and "median 2" in text and len(text.splitlines()) == 4
+    assert "4 of 4 samples" in text and "on [0, 1]" in text and len(text.splitlines()) == 4
+    # Five samples of different rates: their least, their middle and their largest stand where they are named.
+    rates = torch.tensor([3.0, 1.0, 5.0, 2.0, 4.0], dtype=torch.float64)
+    spread = replace(certificate, rates=rates)
+    assert spread.quantiles() == pytest.approx([1.0, 1.2, 3.0, 4.8, 5.0])
+    assert "min 1, 5 % 1.2, median 3, 95 % 4.8, max 5" in str(spread)
+
+
+def test_a_bare_node_takes_the_whole_span_that_it_is_given():
+    node, _, x = closed_form("decay", solver="rk4")
+    certificate = LyapunovRegularizer(node, square, 1.0).certificate(x, t_span=T_SPAN[1:])
+    assert certificate.t[0] == T_SPAN[1] and certificate.t[-1] == T_SPAN[-1]
+    with pytest.raises(ValueError, match="t_eval must be .points. and sol .points, batch"):
+        LyapunovRegularizer(node, square, 1.0).penalty(T_SPAN, torch.ones(len(T_SPAN), dtype=torch.float64))
 
 
 def test_the_certificate_at_no_fewer_points_than_the_model_has_and_for_adaptive_solvers():
