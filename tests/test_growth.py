@@ -514,6 +514,22 @@ def test_the_callback_goes_back_from_an_explosion():
     assert [g.metric for g in callback.growth.history] == pytest.approx([0.9, 0.5])
 
 
+def test_the_way_back_is_in_the_checkpoint(tmp_path):
+    """An explosion right after a resumption leads to the state that was good before it."""
+
+    def explodes_at_4():
+        return Classifier(metric=lambda epoch: [0.9, 0.5, 0.95, 0.8, math.inf, 0.05][epoch])
+
+    whole, resumed = explodes_at_4(), explodes_at_4()
+    fit(whole, GrowDepth(threshold=0.1, monitor="metric"), 10)
+    fit(first := explodes_at_4(), GrowDepth(threshold=0.1, monitor="metric"), 4).save_checkpoint(path := tmp_path / "c")
+    callback = GrowDepth(threshold=0.1, monitor="metric")
+    fit(resumed, callback, 10, path)
+    assert callback.growth.done and not torch.equal(first.model.t_f, resumed.model.t_f)
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_callback_gives_up_on_a_loss_that_never_stops_exploding():
     module = Classifier(metric=lambda epoch: 0.5 if epoch < 2 else math.inf)
     callback = GrowDepth(threshold=0.1, monitor="metric")

@@ -545,11 +545,13 @@ class GrowDepth(_SpanCallback):
         """Loads what a checkpoint held, now that the model's own state is loaded."""
         super().on_train_start(trainer, pl_module)
         assert self.growth is not None
-        if self._loaded is not None:
-            self.growth.load_state_dict(self._loaded)
-            self._loaded = None
         if self.rescue and trainer.optimizers:
             self._rescue = Rescue(pl_module, trainer.optimizers[0], every=1)
+        if self._loaded is not None:
+            self.growth.load_state_dict(self._loaded["growth"])
+            if self._rescue is not None and self._loaded["rescue"] is not None:
+                self._rescue.load_state_dict(self._loaded["rescue"])
+            self._loaded = None
         if self.growth.done:
             trainer.should_stop = True
 
@@ -624,11 +626,15 @@ class GrowDepth(_SpanCallback):
         return _mean_over_ranks(trainer, pl_module, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The growth's state and the best model seen, for the checkpoint."""
-        growth = self._loaded if self.growth is None or self._loaded is not None else self.growth.state_dict()
-        return {"growth": growth, "best": self._best, "kept": self._kept, "epochs": self._epochs}
+        """The growth's state, the last good state and the best model seen, for the checkpoint."""
+        own = self._loaded
+        if own is None and self.growth is not None:
+            own = {"growth": self.growth.state_dict(), "rescue": self._rescue and self._rescue.state_dict()}
+        return {**(own or {}), "best": self._best, "kept": self._kept, "epochs": self._epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts: the span is not there yet, or not loaded."""
-        self._loaded, self._best = state_dict.get("growth"), state_dict.get("best", math.inf)
+        if state_dict.get("growth") is not None:
+            self._loaded = {name: state_dict.get(name) for name in ("growth", "rescue")}
+        self._best = state_dict.get("best", math.inf)
         self._kept, self._epochs = state_dict.get("kept"), state_dict.get("epochs", 0)
