@@ -386,7 +386,7 @@ def test_in_lightning_a_search_goes_on_from_its_checkpoint(tmp_path):
         return module, callback, fitting
 
     whole, searched, _ = fitted(24)
-    first, stopped, fitting = fitted(12)
+    _, stopped, fitting = fitted(12)
     assert not stopped.search.done and not stopped.verdict.feasible
     fitting.save_checkpoint(tmp_path / "c.ckpt")
     second, resumed, _ = fitted(24, tmp_path / "c.ckpt")
