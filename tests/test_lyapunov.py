@@ -595,3 +595,38 @@ def test_other_bad_arguments():
         CrossEntropy(nn.Linear(2, 2), classes=2)
     with pytest.raises(TypeError, match="integer labels; got torch.float32"):
         CrossEntropy()(torch.zeros(2, 2), torch.zeros(2))
+
+
+class Slowly(nn.Module):
+    """A field whose dependence on time is a parameter that starts at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, t, x, args=None):
+        return -x + self.c * t * x
+
+
+def test_points_of_a_field_with_time_are_never_put_together_however_equal_they_look():
+    node = NeuralODE(Slowly(), solver="rk4")
+    regularizer = LyapunovRegularizer(node, square, 1.0)
+    x = torch.ones(4, 2, dtype=torch.float64)
+
+    def slopes():
+        t, sol = node(x, T_SPAN)
+        return sol, regularizer.derivatives(t, sol)[1]
+
+    slopes()
+    with torch.no_grad():
+        node.vf.vf.c.fill_(0.5)
+    sol, found = slopes()
+    expected = 2 * (-1 + 0.5 * T_SPAN)[:, None] * sol.square().sum(2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_descending_trajectory_is_refused_with_both_its_ends():
+    node, _, x = closed_form("decay", solver="rk4")
+    t = T_SPAN.flip(0)
+    with pytest.raises(ValueError, match="t_eval must ascend: .* it runs from 1 to 0$"):
+        LyapunovRegularizer(node, square, 1.0).penalty(t, x.expand(len(t), *x.shape))

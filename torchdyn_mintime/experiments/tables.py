@@ -141,7 +141,7 @@ TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
             ),
             Section(
                 "fashion-mnist-cpu",
-                (Row("vanilla"), Row("minimum-time"), Row("shallowest")),
+                (Row("vanilla"), Row("minimum-time"), Row("target", "", (("start", 0.1),)), Row("shallowest")),
                 others=_IMAGE_CONTROLS,
             ),
             Section(
