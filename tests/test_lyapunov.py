@@ -630,3 +630,33 @@ def test_a_descending_trajectory_is_refused_with_both_its_ends():
     t = T_SPAN.flip(0)
     with pytest.raises(ValueError, match="t_eval must ascend: .* it runs from 1 to 0$"):
         LyapunovRegularizer(node, square, 1.0).penalty(t, x.expand(len(t), *x.shape))
+
+
+class Counted(nn.Module):
+    """Counts its calls; `coupled` makes each sample's slope depend on the others."""
+
+    def __init__(self, coupled=False):
+        super().__init__()
+        self.coupled, self.calls = coupled, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.mean(0) - x if self.coupled else -x
+
+
+@pytest.mark.parametrize(("coupled", "calls"), [(False, 1), (True, 6)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 3)])
+def test_points_go_together_in_one_call_unless_samples_are_coupled(coupled, calls, shape, capsys):
+    field = Counted(coupled)
+    node = NeuralODE(field, solver="rk4")
+    regularizer = LyapunovRegularizer(node, square, 1.0)
+    sol = torch.randn(len(T_SPAN), 4, *shape, dtype=torch.float64)
+    regularizer.penalty(T_SPAN, sol)  # the first look compares both ways
+    for _ in range(2):
+        field.calls = 0
+        regularizer.penalty(T_SPAN, sol)
+        assert field.calls == calls
+
+
+def test_a_builtin_function_can_be_a_potential():
+    assert LyapunovRegularizer(closed_form("decay")[0], torch.linalg.vector_norm, 1.0)._takes_time is False
