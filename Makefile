@@ -3,6 +3,7 @@
 #   make demo     train vanilla and minimum-time models, print one table, draw the pictures
 #   make test     all tests, doctests included        make test ARGS="-k span -x"
 #   make coverage lines and branches that the tests reach, an error below 95 %; a quarter of an hour
+#   make mutation small defects in the core that the tests must find; two hours on one core
 #   make lint     ruff: rules and format              make format   mends what it can
 #   make types    mypy over the package
 #   make docs     the documentation, warnings are errors: docs/_build/html/index.html
@@ -17,7 +18,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test coverage lint format types docs bench clean distclean
+.PHONY: demo test coverage mutation lint format types docs bench clean distclean
 
 demo: $(VENV)/.test-installed
 	$(BIN)/python -m torchdyn_mintime demo $(ARGS)
@@ -28,6 +29,10 @@ test: $(VENV)/.test-installed
 # Without the tutorials: their kernels are processes of their own, which are not measured.
 coverage: $(VENV)/.test-installed
 	$(BIN)/python -m pytest --cov --cov-branch --cov-fail-under=95 torchdyn_mintime tests $(ARGS)
+
+mutation: $(VENV)/.test-installed
+	$(PIP_INSTALL) 'cosmic-ray>=8.3'
+	CI=1 OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py $(ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/python -m ruff check

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 # The helpers beside this file (`problems`, `differences`) are imported by name, whichever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
 
+collect_ignore = ["mutation.py"]  # a command of its own, which needs cosmic-ray
+
 # A solve takes as long as it takes on a busy machine: a deadline would only report the load.
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=15, **_COMMON)

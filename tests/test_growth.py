@@ -675,11 +675,14 @@ def test_a_good_state_is_kept_at_the_first_look_and_every_fifth_after_it():
     assert rescue.look(math.inf) and net.weight.item() == 5.0
 
 
-@pytest.mark.parametrize("jump", [1.0, 0.5, math.nan])
-def test_a_jump_must_be_upwards(jump):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jump", 1.0), ("jump", 0.5), ("jump", math.nan), ("factor", 0.0), ("factor", -0.5), ("floor", 0.0)],
+)
+def test_a_rescue_refuses_what_could_not_work(name, value):
     net = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="jump must be"):
-        Rescue(net, torch.optim.SGD(net.parameters(), 1.0), jump=jump)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Rescue(net, torch.optim.SGD(net.parameters(), 1.0), **{name: value})
 
 
 def test_growth_says_what_it_is_at(caplog):

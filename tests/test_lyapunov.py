@@ -660,3 +660,15 @@ def test_points_go_together_in_one_call_unless_samples_are_coupled(coupled, call
 
 def test_a_builtin_function_can_be_a_potential():
     assert LyapunovRegularizer(closed_form("decay")[0], torch.linalg.vector_norm, 1.0)._takes_time is False
+
+
+def test_as_many_states_are_drawn_as_in_lyanet():
+    drawn = []
+
+    def sampler(n, like):
+        drawn.append(n)
+        return torch.zeros(n, *like.shape, dtype=like.dtype)
+
+    node, _, x = closed_form("decay")
+    LyapunovRegularizer(LearnableSpan(node, T_SPAN), square, 1.0).sampled_penalty(x, sampler=sampler)
+    assert drawn == [512]

@@ -1,0 +1,125 @@
+"""Mutation testing: how many small defects in the core do the tests find?
+
+python tests/mutation.py                          a sample of each part; two hours on one core
+python tests/mutation.py --part growth --sample 0     all of one part
+
+cosmic-ray changes one operator, comparison, number or keyword at a time, in a copy of the project, and runs the tests of
+that part. Bit operations, shifts, powers, remainders and floor divisions are left out: put in the place of a sum they end
+in a TypeError at once, and would flatter the figure. Of what is left one change is drawn for each place, and of the places
+a sample. Printed are the share that was found, and every survivor, to be judged: an equivalent change cannot be found.
+"""
+
+import argparse
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import TestOutcome
+
+ROOT = Path(__file__).resolve().parent.parent
+FLATTERING = re.compile(r"Bit|Shift|Mod\b|_Mod|FloorDiv|Pow|Invert")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is changed, which tests must find it, the likeliest first, and how many places are drawn."""
+
+    module: str
+    tests: str
+    sample: int
+
+
+PARTS = {
+    "growth": Part("growth.py", "tests/test_growth.py", 50),
+    "lyapunov": Part("lyapunov.py", "tests/test_lyapunov.py", 60),
+    "span": Part("span.py", "tests/test_span.py tests/test_wrapping.py tests/test_gradients.py", 50),
+    "numerics": Part(
+        "numerics",
+        "--benchmark-skip tests/test_gradients.py tests/test_speed.py tests/upstream/test_u04_to_u10_adjoint.py "
+        "tests/upstream/test_u01_to_u03_solves.py tests/test_span.py",
+        50,
+    ),
+}
+CONFIG = """
+[cosmic-ray]
+module-path = "torchdyn_mintime/{module}"
+timeout = 900.0
+excluded-modules = []
+test-command = "{python} -m pytest -x -q -p no:cacheprovider {tests}"
+[cosmic-ray.distributor]
+name = "local"
+"""
+
+
+def draw(path: Path, sample: int, seed: int) -> tuple[int, int]:
+    """Leaves a sample in the session, and returns how many places there were, and are."""
+    with use_db(path, WorkDB.Mode.open) as session:
+        places: dict[tuple, list] = {}
+        for item in session.work_items:
+            (mutation,) = item.mutations
+            if not FLATTERING.search(mutation.operator_name):
+                kind = mutation.operator_name.split("_")[0]
+                places.setdefault((str(mutation.module_path), mutation.start_pos, kind), []).append(item)
+        chance = random.Random(seed)
+        drawn = sorted(places) if not sample else chance.sample(sorted(places), min(sample, len(places)))
+        kept = [chance.choice(places[place]) for place in drawn]
+        session.clear()
+        session.add_work_items(kept)
+    return len(places), len(kept)
+
+
+def report(name: str, path: Path) -> None:
+    """The share that was found, and the survivors."""
+    with use_db(path, WorkDB.Mode.open) as session:
+        results = dict(session.results)
+        items = {item.job_id: item for item in session.work_items}
+    survived = [job for job, result in results.items() if result.test_outcome == TestOutcome.SURVIVED]
+    found = len(results) - len(survived)
+    print(f"{name}: {found} of {len(results)} found ({100 * found / max(1, len(results)):.0f} %); survivors:")
+    for job in survived:
+        (mutation,) = items[job].mutations
+        changed = [line for line in results[job].diff.splitlines() if re.match(r"[-+](?![-+])", line)]
+        print(f"  {mutation.module_path}:{mutation.start_pos[0]} {mutation.operator_name}")
+        print("\n".join(f"    {line}" for line in changed))
+
+
+def main() -> None:
+    """Runs the parts asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
+    parser.add_argument("--sample", type=int, help="places to draw; 0 is all")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        for name in ("torchdyn_mintime", "tests", "pyproject.toml"):
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, _made(copy) / name)
+        for name in options.part or PARTS:
+            part = PARTS[name]
+            config, session = Path(folder) / f"{name}.toml", Path(folder) / f"{name}.sqlite"
+            config.write_text(CONFIG.format(module=part.module, tests=part.tests, python=sys.executable))
+            _cosmic_ray("init", config, session, cwd=copy)
+            sample = part.sample if options.sample is None else options.sample
+            print("{}: {} places, {} drawn".format(name, *draw(session, sample, options.seed)), flush=True)
+            _cosmic_ray("exec", config, session, cwd=copy)
+            report(name, session)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _cosmic_ray(command: str, *files: Path, cwd: Path) -> None:
+    subprocess.run([Path(sys.executable).parent / "cosmic-ray", command, *files], cwd=cwd, check=True)
+
+
+if __name__ == "__main__":
+    main()
