@@ -1,6 +1,7 @@
 """A trained model made shallow and handed on as plain torchdyn: the ``compress`` command."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,13 +169,12 @@ def _by_sample(load: Callable[[], Classifier], data: Data, target: float) -> str
         return (out.argmax(1) == y).double().mean().item()
 
     _trim(common, data, target, keep_step=True)
-    kept = measure.forward(common, data.x)
-    for level in CONFIDENCES:
-        found = exits(level, data.x)
-        if right(found.output, data.y) >= right(kept.logits, data.y):
-            break
-    else:
-        return f"No confidence up to {level:g} keeps the accuracy where each sample leaves by itself."
+    kept = right(measure.forward(common, data.x).logits, data.y)
+    # The higher the level, the later a sample leaves, and the more are right.
+    first = bisect_left(CONFIDENCES, True, key=lambda level: right(exits(level, data.x).output, data.y) >= kept)
+    if first == len(CONFIDENCES):
+        return f"No confidence up to {CONFIDENCES[-1]:g} keeps the accuracy where each sample leaves by itself."
+    level = CONFIDENCES[first]
     test, own = measure.forward(common, data.x_test), exits(level, data.x_test)
     return (
         f"At the model's own steps: one end for all takes {test.nfe} evaluations at "
