@@ -38,7 +38,11 @@ class Part:
 PARTS = {
     "growth": Part("growth.py", "tests/test_growth.py", 50),
     "lyapunov": Part("lyapunov.py", "tests/test_lyapunov.py", 60),
-    "span": Part("span.py", "tests/test_span.py tests/test_wrapping.py tests/test_gradients.py", 50),
+    "span": Part(
+        "span.py",
+        "tests/test_span.py tests/test_wrapping.py tests/upstream/test_u11_to_u17_use.py tests/test_gradients.py",
+        50,
+    ),
     "numerics": Part(
         "numerics",
         "--benchmark-skip tests/test_gradients.py tests/test_speed.py tests/upstream/test_u04_to_u10_adjoint.py "

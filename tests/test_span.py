@@ -1124,3 +1124,42 @@ def test_alternating_updates_of_algorithm_1():
             assert all(torch.equal(p, q) for p, q in zip(model.parameters, before[1], strict=True))
         else:
             assert float(span.t_f.detach()) == before[0]
+
+
+# ------------------------------------------------------------------------------------- the edges of what is accepted
+
+
+def test_a_step_may_be_as_long_as_the_span_and_longer_than_its_first_spacing():
+    span = _span(torch.linspace(0, 1, 11, dtype=torch.float64))
+    for step, points in ((0.5, 3), (1.0, 2), (1.0 + 1e-7, 2)):
+        span.step_size = step
+        assert len(span.t_span) == points
+    with pytest.raises(ValueError, match="at most the span's length 1; got 1.00001"):
+        span.step_size = 1.00001
+
+
+def test_a_step_that_would_fill_the_memory_is_refused():
+    with pytest.raises(ValueError, match=r"step_size = 1e-09 makes 2e\+09 steps of the span's length 2; give a larger"):
+        _span(torch.linspace(0, 2, 11), step_size=1e-9)
+
+
+@pytest.mark.parametrize(("solver", "least"), [("tsit5", 2e-3), ("rk4", 0.5)])
+def test_how_far_a_span_may_grow_where_nothing_is_said(solver, least):
+    """Eq. (41): 2 T_f - t0 less a step, or less a thousandth of the interval where the solver has none of its own."""
+    span = _span(torch.linspace(1, 3, 5, dtype=torch.float64), solver=solver)
+    assert span.default_max_t_f() == pytest.approx(5 - least, abs=1e-12)
+    assert span.bounds == pytest.approx((1 + least, 3.0), abs=1e-12)
+
+
+def test_far_from_zero_the_lower_bound_keeps_a_distance_that_torchdyn_can_see():
+    span = _span(torch.tensor([100.0, 101.0], dtype=torch.float64), solver="tsit5")
+    assert span.bounds[0] == pytest.approx(100.004, abs=1e-9)
+
+
+def test_a_template_that_starts_behind_the_lower_bound_moves_it():
+    span = _span(torch.linspace(0, 1, 11, dtype=torch.float64), bounds=(0.2, 2.0))
+    span.t_span = torch.linspace(0.5, 1.5, 11, dtype=torch.float64)
+    assert span.bounds == pytest.approx((0.6, 2.0))
+    with pytest.raises(ValueError, match="too late for the upper bound 2; set `bounds` first"):
+        span.t_span = torch.linspace(2, 3, 11, dtype=torch.float64)
+    assert span.t_span[0] == 0.5 and span.bounds == pytest.approx((0.6, 2.0))
