@@ -319,6 +319,15 @@ def test_a_growth_that_explodes_goes_back_with_all_its_data_and_not_with_a_batch
     assert batched.driver.rescue.count == 0
 
 
+def test_a_search_looks_at_all_training_data():
+    run = new_run("digits", "shallowest")
+    run.step()
+    with torch.no_grad():
+        logits = run.model(run.data.x)
+        assert run.loss_again().item() == pytest.approx(measure.evaluate(logits, run.data.y)[0], rel=1e-6)
+    assert len(run.data.x) > run.settings.batch
+
+
 def test_a_search_goes_on_after_a_solve_that_explodes():
     run = new_run("moons", "shallowest")
     for _ in range(2):

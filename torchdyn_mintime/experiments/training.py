@@ -17,7 +17,10 @@ from torchdyn_mintime.experiments.models import Classifier, NoODE
 from torchdyn_mintime.experiments.tasks import Settings, Task
 from torchdyn_mintime.growth import DivergedError
 
-__all__ = ["History", "Run", "Step", "clock", "end_of", "race", "single_thread"]
+__all__ = ["LOOKED_AT", "History", "Run", "Step", "clock", "end_of", "race", "single_thread"]
+
+LOOKED_AT = 2048
+"""Training samples on which a search looks at a model before it believes it."""
 
 
 def clock(device: torch.device) -> float:
@@ -177,7 +180,6 @@ class Run:
         history.loss.append(terminal.item())
         history.accuracy.append((logits.argmax(1) == y).float().mean().item())
         history.nfe.append(int(evaluations))
-        self._x, self._y = x, y
         self._since_renewal += 1
         if not self.driver.owns_rates:
             self._set_rates()
@@ -215,8 +217,11 @@ class Run:
         return terminal.detach(), logits
 
     def loss_again(self) -> Tensor:
-        """The terminal loss of the last batch with the model as it is now."""
-        return cross_entropy(self.model(self._x), self._y)
+        """The terminal loss with the model as it is now, on all training data up to :data:`LOOKED_AT` samples.
+
+        One batch is not enough: at a large learning rate a model is good on one and bad on the next.
+        """
+        return cross_entropy(self.model(self.data.x[:LOOKED_AT]), self.data.y[:LOOKED_AT])
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         size, data = self.settings.batch, self.data
