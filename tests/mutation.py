@@ -40,7 +40,8 @@ PARTS = {
     "lyapunov": Part("lyapunov.py", "tests/test_lyapunov.py", 60),
     "span": Part(
         "span.py",
-        "tests/test_span.py tests/test_wrapping.py tests/upstream/test_u11_to_u17_use.py tests/test_gradients.py",
+        "--benchmark-skip tests/test_span.py tests/test_wrapping.py tests/upstream/test_u11_to_u17_use.py "
+        "tests/test_gradients.py tests/test_speed.py",
         50,
     ),
     "numerics": Part(

@@ -1163,3 +1163,23 @@ def test_a_template_that_starts_behind_the_lower_bound_moves_it():
     with pytest.raises(ValueError, match="too late for the upper bound 2; set `bounds` first"):
         span.t_span = torch.linspace(2, 3, 11, dtype=torch.float64)
     assert span.t_span[0] == 0.5 and span.bounds == pytest.approx((0.6, 2.0))
+
+
+def test_t_f_keeps_its_distance_whatever_the_bounds_say():
+    span = _span(torch.tensor([100.0, 101.0], dtype=torch.float64), bounds=(100.0001, 101.0))
+    _set(span, 100.0002)
+    span.clip_()
+    assert span.t_f.item() == pytest.approx(100.004, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("times", "places"),
+    [
+        ([0.0, 0.5, 0.4, 1.0], "1 and 2 are 0.5 and 0.4"),
+        ([1.0, 0.5, 0.7, 0.0], "1 and 2 are 0.5 and 0.7"),
+        ([0.0, 0.0, 1.0], "0 and 1 are 0 and 0"),
+    ],
+)
+def test_of_a_span_that_turns_back_the_place_is_named(times, places):
+    with pytest.raises(ValueError, match=f"t_span must strictly ascend or descend; its points {places}"):
+        _span(torch.linspace(0, 1, 3))(X, torch.tensor(times, dtype=torch.float64))

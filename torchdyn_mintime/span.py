@@ -703,7 +703,8 @@ def _check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple
         raise ValueError(f"{name} must be finite; got {times if len(times) < 9 else [*times[:4], '..', *times[-4:]]}")
     steps = [b - a for a, b in itertools.pairwise(times)]
     if not (all(s > 0 for s in steps) or (either_direction and all(s < 0 for s in steps))):
-        i = next(i for i, s in enumerate(steps) if s <= 0)
+        along = steps[0] if either_direction else 1.0
+        i = next(i for i, s in enumerate(steps) if s * along <= 0)
         order = "ascend or descend" if either_direction else "ascend"
         raise ValueError(
             f"{name} must strictly {order}; its points {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}"
