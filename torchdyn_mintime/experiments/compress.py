@@ -105,10 +105,11 @@ def compress(
     )
     before = _figures(model.to(device), data)
     if only_trim:
-        console.print(
-            _by_sample(lambda: load_model(plan, checkpoint).to(device), data, settings.target), highlight=False
-        )
-        shallow, seconds, failure = _trimmed(model, data, settings.target)
+        with console.status("taking away what the loss does not need"):
+            shallow, seconds, failure = _trimmed(model, data, settings.target)
+        with console.status("letting each sample leave by itself"):
+            said = _by_sample(lambda: load_model(plan, checkpoint).to(device), data, settings.target)
+        console.print(said, highlight=False)
     else:
         shallow, seconds, failure = _fine_tuned(model, data, plan, settings, device, console)
     after = _figures(shallow, data)
