@@ -85,8 +85,9 @@ def report(name: str, path: Path) -> None:
         results = dict(session.results)
         items = {item.job_id: item for item in session.work_items}
     survived = [job for job, result in results.items() if result.test_outcome == TestOutcome.SURVIVED]
-    found = len(results) - len(survived)
-    print(f"{name}: {found} of {len(results)} found ({100 * found / max(1, len(results)):.0f} %); survivors:")
+    found = sum(result.test_outcome == TestOutcome.KILLED for result in results.values())
+    judged = found + len(survived)
+    print(f"{name}: {found} of {judged} found ({100 * found / max(1, judged):.0f} %); survivors:")
     for job in survived:
         (mutation,) = items[job].mutations
         changed = [line for line in results[job].diff.splitlines() if re.match(r"[-+](?![-+])", line)]
@@ -110,6 +111,7 @@ def main() -> None:
             part = PARTS[name]
             config, session = Path(folder) / f"{name}.toml", Path(folder) / f"{name}.sqlite"
             config.write_text(CONFIG.format(module=part.module, tests=part.tests, python=sys.executable))
+            _cosmic_ray("baseline", config, cwd=copy)  # the tests must pass on what is not changed
             _cosmic_ray("init", config, session, cwd=copy)
             sample = part.sample if options.sample is None else options.sample
             print("{}: {} places, {} drawn".format(name, *draw(session, sample, options.seed)), flush=True)

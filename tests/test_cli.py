@@ -161,11 +161,22 @@ def test_compress_can_take_away_steps_alone(tmp_path):
     out = call("compress", str(checkpoint), "--trim", "--target", "0.65")
     before, after = re.search(r"evaluations\s+(\d+)\s+(\d+)", out).groups()
     assert int(after) < int(before) == 40
-    share = re.search(r"in the mean \(([.\d]+) of them\)", " ".join(out.split()))
-    assert share is None or 0 <= float(share[1]) <= 1
+    (share,) = re.findall(r"in the mean \(([.\d]+) of them\)", " ".join(out.split()))
+    assert 0 <= float(share) <= 1
     assert "error" not in out and "above threshold" in call(
         "compress", str(checkpoint), "--trim", "--target", "1e-9", code=2
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--start", "2"), "moons, minimum-time: t_f = 2 lies outside its bounds"),
+        (("--method", "shallowest", "--target", "0"), "moons, shallowest: target must be positive"),
+    ],
+)
+def test_settings_that_a_method_refuses_are_said_as_such(words, message):
+    assert message in " ".join(call("run", "moons", *words, code=2).replace("│", " ").split())
 
 
 def test_epochs_are_passes_over_the_data(tmp_path):

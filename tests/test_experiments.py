@@ -19,6 +19,7 @@ from torchdyn_mintime.experiments.drivers import Grow
 from torchdyn_mintime.experiments.images import MissingData, Source
 from torchdyn_mintime.experiments.methods import METHODS, Method, find_method
 from torchdyn_mintime.experiments.models import Classifier, FirstDimensions, span_of
+from torchdyn_mintime.experiments.progress import bars
 from torchdyn_mintime.experiments.runner import carry_out, time_inference
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS, Settings
@@ -317,6 +318,36 @@ def test_a_growth_that_explodes_goes_back_with_all_its_data_and_not_with_a_batch
     for _ in range(3):
         batched.step()
     assert batched.driver.rescue.count == 0
+
+
+def test_a_search_that_only_fails_ends_with_its_reason_and_its_seconds(tmp_path):
+    task = replace(TASKS["moons"], settings=replace(TASKS["moons"].settings, iterations=4))
+    run = Run(task, METHODS["shallowest"], task.settings, data.moons(0))
+    run.driver.search.max_steps = 1
+    with bars([run], "moons", QUIET) as show, torch.no_grad():
+        while not run.done:
+            for p in run.model.node.vf.parameters():
+                p.fill_(math.inf)
+            run.step()
+            show(run)  # with nothing in its history yet
+    assert "no number of steps met the target" in run.failure
+    assert not run.history.loss and run._lost > 0
+    assert run.model.node.t_f.requires_grad
+
+
+def test_growth_goes_back_from_a_loss_that_is_not_finite():
+    run = new_run("moons", "growth", target=1e-3)
+    for _ in range(3):
+        run.step()
+    good = run.driver.rescue
+    with torch.no_grad():
+        for p in run.model.node.vf.parameters():
+            p.fill_(math.inf)
+    run.step()
+    assert not run.failure and good.count == 1
+    assert all(p.isfinite().all() for p in run.model.node.vf.parameters())
+    state = {k: v for k, v in run.driver.state_dict().items() if k != "rescue"}
+    new_run("moons", "growth", target=1e-3).driver.load_state_dict(state)  # of a version before
 
 
 def test_a_search_looks_at_all_training_data():

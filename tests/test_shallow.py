@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import math
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -326,10 +327,24 @@ def test_a_check_is_decided_by_all_processes():
         assert search._check(look) is (look is measure and accept is None)
         lengths.append(len(means))
     assert len(set(lengths)) == 1
-    # The others found it fine; the mean of the flags is then below 1.
+    # Flags are means: what one process finds wrong, all do. In their order: nothing broke, fine, solved.
     search.accept = None
+    for wrong in (1, 2):
+        means = []
+        search.reduce = lambda v, means=means, wrong=wrong: means.append(v) or (v - 0.25 * (len(means) == wrong + 1))
+        assert search._check(measure) is False and len(means) == lengths[0]
     search.reduce = lambda v: v - 0.25
-    assert search._check(measure) is False
+    with pytest.raises(RuntimeError, match="failed in another process"):
+        search._check(measure)
+
+    def broken():
+        raise KeyError("a defect")
+
+    told = []
+    search.reduce = lambda v: told.append(v) or v
+    with pytest.raises(KeyError, match="a defect"):
+        search._check(broken)
+    assert told == [0.0]  # the others were told before it was raised
     assert loss.isfinite()
 
 
@@ -347,6 +362,44 @@ def test_a_solve_that_fails_goes_back_and_a_training_that_stalls_does_not():
     search.diverged("the state is not finite")
     assert all(torch.equal(a, b) for a, b in zip(good, span.parameters(), strict=True))
     assert search._optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.3**2)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_without_a_measure_the_last_batch_is_solved_as_the_field_is_now(sensitivity):
+    batch = annuli(32)
+    node = NeuralODE(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)), solver="rk4", sensitivity=sensitivity)
+    span = tm.wrap(node, torch.linspace(0, 1, 11))
+    search = started(span)
+    (criterion(span(batch[0]), batch) + search.penalty()).backward()  # an adjoint counts its way back as well
+    assert search._check(None) is True
+    error = search._current().trial.solver_error
+    with torch.no_grad():
+        for p in span.node.vf.parameters():
+            p.mul_(3.0)
+    search._check(None)
+    assert search._current().trial.solver_error > 2 * error
+
+
+def test_a_search_that_fails_again_and_again_ends_in_every_loop():
+    class Failing(Learner):
+        calls = 0
+
+        def training_step(self, batch, index):
+            self.calls += 1
+            raise tm.IntegrationError("the state is not finite", time=0.0, step=1, solver="rk4")
+
+    def fails(out, batch):
+        raise tm.IntegrationError("the state is not finite", time=0.0, step=1, solver="rk4")
+
+    span, batch = span_of(), annuli(16)
+    search = Shallowest(target=0.1, max_steps=1)
+    verdict = search.fit(span, fails, [batch] * 40, progress=False)
+    assert search.done and not verdict.feasible and len(search.trials) == 1
+    module, callback = Failing(), FindShallowest(target=0.1, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`training_step` returned `None`")
+        trainer(callback, 40).fit(module, loader(16))
+    assert module.calls == 9 and not callback.verdict.feasible
 
 
 def test_a_foreign_state_is_refused_and_changes_nothing():

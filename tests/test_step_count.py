@@ -142,6 +142,15 @@ def test_a_field_too_steep_for_so_few_steps_is_an_integration_error():
         StepCount(span, 1).penalty()
 
 
+def test_half_precision_does_not_overflow():
+    """A state of 400 tolerances, whose square is beyond float16."""
+    node = NeuralODE(nn.Linear(2, 2), solver="tsit5", atol=1e-3, rtol=1e-3)
+    span = tm.LearnableSpan(node, torch.tensor([0.0, 1.0])).to(torch.float16)
+    span(torch.full((4, 2), 400.0, dtype=torch.float16))
+    assert StepCount(span, 2).penalty().isfinite()
+    assert step_count._rms(torch.full((3,), 400.0, dtype=torch.float16)).item() == 400.0
+
+
 def test_it_counts_its_evaluations_and_leaves_no_trace():
     span, x = make("mlp")
     span(x)

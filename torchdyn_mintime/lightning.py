@@ -320,6 +320,8 @@ class Shallowest(_SpanCallback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Looks at the progress, and decides."""
         self._log(pl_module)
+        if self.search.done:  # given up in the step itself
+            trainer.should_stop = True
         if self._loss is None or self.search.done:
             return
         value = _mean_over_ranks(trainer, pl_module, self._loss.item())

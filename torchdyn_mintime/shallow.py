@@ -32,6 +32,7 @@ from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.numerics.steppers import RungeKutta, make_stepper
 from torchdyn_mintime.reference import TOLERANCE, reference_end, relative_error
 from torchdyn_mintime.regularizers import StepDoubling
+from torchdyn_mintime.secondary import last_solve
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.step_count import StepCount
 from torchdyn_mintime.wrapping import spans
@@ -137,7 +138,7 @@ def referenced(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _most_evaluations(found: Sequence[LearnableSpan]) -> Iterator[list[int]]:
+def _evaluations_noted(found: Sequence[LearnableSpan]) -> Iterator[list[int]]:
     """Within it the evaluations of every solve of the spans are noted."""
     counted: list[int] = []
     handles = [span.register_forward_hook(lambda span, _, out: counted.append(span.nfe)) for span in found]
@@ -242,7 +243,7 @@ class Shallowest:
         self._term: StepDoubling | StepCount
         self.solvers = solvers
         self.accept = accept
-        self.reduce: Callable[[float], float] = lambda value: value  # over processes, where several run
+        self.reduce: Callable[[float], float] = lambda value: value
         self.trials: list[Trial] = []
         self.done = False
         self._rung: _Rung | None = None
@@ -345,7 +346,7 @@ class Shallowest:
             if self._check(measure):
                 self._passed()
                 return
-            if not self._spans[0].adaptive:
+            if not self._spans[0].adaptive and math.isfinite(rung.trial.solver_error):
                 self._compare_with_exact(penalty)
             return
         if rung.trial.iterations > MOST_PATIENCE * self._patience():
@@ -361,7 +362,8 @@ class Shallowest:
     def finish(self) -> Verdict:
         """The verdict so far; the best model found is loaded, and times may be trained again.
 
-        A search that is not :attr:`done` can go on, after another :meth:`start`.
+        A search that is not :attr:`done` can go on, after another :meth:`start`: from the model found, if there is one,
+        at the steps it was trying.
         """
         if self._model is None:
             raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
@@ -420,8 +422,8 @@ class Shallowest:
                         optimizer.step()
                     except IntegrationError as error:
                         self.diverged(str(error))
-                        continue
-                    self.step(value, measure)
+                    else:
+                        self.step(value, measure)
                     if self.done or self._iterations >= max_iterations:
                         break
                     bar.update(task, advance=1, description=self.status())
@@ -553,25 +555,33 @@ class Shallowest:
         training = model.training
         model.eval()
         loss = reference_loss = error = 0.0
+        broken: Exception | None = None
         try:
-            with _most_evaluations(self._spans) as counted:
+            with _evaluations_noted(self._spans) as counted:
                 if measure is not None:
                     loss = float(measure())
+                else:  # the last batch, as the field is now
+                    for span in self._spans:
+                        span(last_solve(span).x)
             error = max(relative_error(span) for span in self._spans)
             if measure is not None:
                 with referenced(model):
                     reference_loss = float(measure())
-            most = max(counted, default=max(span.nfe for span in self._spans))
-            fine = most <= trial.evaluations and (self.accept is None or self.accept())
+            fine = max(counted) <= trial.evaluations and (self.accept is None or self.accept())
             solved = True
         except IntegrationError:
             fine = solved = False
+        except Exception as other:  # the other processes wait for this one's word
+            fine, solved, broken = False, False, other
         finally:
             model.train(training)
+        if self.reduce(float(broken is None)) < 1.0:
+            raise broken or RuntimeError("the look at the model failed in another process; see its own error")
         # Means over processes, of which all must decide the same; the first two are 1 only where they are so on each.
         fine, solved = (self.reduce(float(flag)) == 1.0 for flag in (fine, solved))
         error, loss, reference_loss = (self.reduce(value) for value in (error, loss, reference_loss))
         if not solved:
+            trial.solver_error = math.inf
             return False
         trial.solver_error = error
         if measure is not None:
@@ -649,7 +659,7 @@ class Shallowest:
         """The inverse of :meth:`state_dict`; call it before :meth:`start`.
 
         Raises:
-            ValueError: the state is not that of a search, or of one of an older version.
+            ValueError: the state is not that of a search, or is that of an older version.
         """
         if missing := [name for name in self.state_dict() if name not in state]:
             raise ValueError(f"this is no state of a Shallowest: {missing} are missing; got the keys {sorted(state)}")

@@ -2,12 +2,12 @@ r"""How many steps an adaptive solver takes, as something that a field can be tr
 
 The number of steps is an integer, and its gradient is 0. What decides it has one: the size h_1 of the first step (Hairer,
 Norsett and Wanner I, II.4), the error ratio r_k of each step, at most 1 where the step is accepted, and the size that the
-control proposes next, h_{k+1} = h_k min(10, 0.9 r_k^{-1/p}). With n steps asked for, n - 1 are taken as proposed and the last
-one goes to the end, and the penalty is
+control proposes next, h_{k+1} = h_k min(10, 0.9 r_k^{-1/p}), no less than h_k where r_k < 1. With n steps asked for, n - 1
+are taken as proposed and the last one goes to the end, and the penalty is
 
     sum_k r_k^2 + 1.1 ((t_f - t0) / (h_1 + ... + h_n))^2.
 
-Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps.
+Where it is 1 or less, the steps are accepted and reach the end: the solver takes n steps or fewer.
 """
 
 import torch
@@ -120,7 +120,8 @@ class StepCount(OverSpans):
                     h = size * _factor(ratio, stepper.order)
                     x, k1 = x_new, stages[-1]
             self.nfe += bound.nfe - before
-        if not torch.isfinite(cost):
+        penalty = cost + MARGIN * (length / (covered + h)).square()
+        if not torch.isfinite(penalty):
             raise IntegrationError(
                 f"the state is not finite within {self.steps} steps of {stepper.name} from t = {float(start):.6g}; the field "
                 "is too steep for so few: ask for more of them, or lower the learning rate",
@@ -128,7 +129,7 @@ class StepCount(OverSpans):
                 step=self.steps,
                 solver=stepper.name,
             )
-        return cost + MARGIN * (length / (covered + h)).square()
+        return penalty
 
     @staticmethod
     def _first_step(f, x, k1, time, direction, length, order, atol, rtol) -> Tensor:
@@ -154,6 +155,7 @@ def _factor(ratio: Tensor, order: int) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    square = x.square().mean()
+    # A square in half precision overflows soon.
+    square = (x.float() if x.dtype.itemsize < 4 else x).square().mean()
     # The root has no gradient at 0.
-    return torch.where(square == 0, 0.0, square.clamp_min(torch.finfo(x.dtype).tiny).sqrt())
+    return torch.where(square == 0, 0.0, square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()).to(x.dtype)

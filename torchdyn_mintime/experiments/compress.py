@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchdyn_mintime import LearnableSpan, early_exit, trim, unwrap, wrap
-from torchdyn_mintime.exits import EarlyExit
 from torchdyn_mintime.experiments import measure
 from torchdyn_mintime.experiments.data import Data
 from torchdyn_mintime.experiments.drivers import Search
@@ -27,7 +26,7 @@ from torchdyn_mintime.experiments.progress import bars
 from torchdyn_mintime.experiments.results import Result
 from torchdyn_mintime.experiments.store import Plan, load_model
 from torchdyn_mintime.experiments.tasks import TASKS, Settings
-from torchdyn_mintime.experiments.training import Run, clock, race
+from torchdyn_mintime.experiments.training import LOOKED_AT, Run, clock, race
 
 __all__ = ["Compressed", "compress"]
 
@@ -36,10 +35,10 @@ SLACK = (0.02, 1e-3)
 
 
 SOLVER_TOL = 0.1
-"""The relative solver error allowed at t_f, trained or not."""
+"""The relative solver error allowed at t_f where nothing is trained; a search has the same by itself."""
 
 CONFIDENCES = (0.6, 0.7, 0.75, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 0.99, 0.995, 0.999)
-"""Levels at which a sample may leave by itself; the lowest that keeps the accuracy is taken."""
+"""Levels at which a sample may leave by itself; the lowest found by halving that keeps the accuracy is taken."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Compressed:
             with the ODE solved at tolerance 1e-7.
         plain_accuracy: of the model as plain torchdyn solves it; None where nothing was found.
         seconds: (of the training of the model given, of the fine-tuning).
-        path: the file written; None where the target was not met, as a true ODE where the model was fine-tuned.
+        path: the file written; None where the target was not met as a true ODE.
     """
 
     evaluations: tuple[int, int]
@@ -98,12 +97,15 @@ def compress(
     if isinstance(model.node, NoODE):
         raise UsageError(f"{checkpoint} has no ODE, so there is nothing to make shallow; give a vanilla one")
     data = task.load(plan.settings, source or Source()).to(torch.device(device))
-    settings = plan.settings.but(
-        target=result.train_loss * (1 + SLACK[0]) + SLACK[1] if target is None else target,
-        lr=plan.settings.lr / 10 if lr is None else lr,
-        iterations=iterations,
-    )
     before = _figures(model.to(device), data)
+    if target is None:
+        own = before["train_loss"]
+        if only_trim:
+            seen = measure.forward(model, data.x[:LOOKED_AT]).logits
+            own = max(own, measure.evaluate(seen, data.y[:LOOKED_AT])[0])
+        target = own * (1 + SLACK[0]) + SLACK[1]
+    lr = plan.settings.lr / 10 if lr is None else lr
+    settings = plan.settings.but(target=target, lr=lr, iterations=iterations)
     if only_trim:
         with console.status("taking away what the loss does not need"):
             shallow, seconds, failure = _trimmed(model, data, settings.target)
@@ -148,11 +150,12 @@ def _trimmed(model: Classifier, data: Data, target: float) -> tuple[Classifier, 
 
 
 def _trim(model: Classifier, data: Data, target: float, keep_step: bool = False) -> None:
-    batches = list(zip(data.x.split(measure.CHUNK), data.y.split(measure.CHUNK), strict=True))
+    """Judged on as many training samples as a search looks at: a march looks at the rest of the model at every step."""
+    x, y = data.x[:LOOKED_AT].split(measure.CHUNK), data.y[:LOOKED_AT].split(measure.CHUNK)
     try:
-        trim(model, batches, cross_entropy, target, solver_tol=SOLVER_TOL, keep_step=keep_step)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        trim(model, list(zip(x, y, strict=True)), cross_entropy, target, solver_tol=SOLVER_TOL, keep_step=keep_step)
+    except ValueError as error:  # the model is above the target, or no true ODE, as it is
+        raise UsageError(f"{error} (--target)") from error
 
 
 def _by_sample(load: Callable[[], Classifier], data: Data, target: float) -> str:
@@ -163,25 +166,30 @@ def _by_sample(load: Callable[[], Classifier], data: Data, target: float) -> str
     if model.node.adaptive:
         return "Samples cannot leave by themselves: the solver chooses its steps for a whole batch."
 
-    def exits(level: float, x: Tensor) -> EarlyExit:
-        return early_exit(model, x, lambda out: out.softmax(1).amax(1) >= level)
+    def exits(level: float, x: Tensor) -> tuple[Tensor, float]:
+        """The outputs, and the evaluations per sample."""
+        parts = [
+            early_exit(model, part, lambda out: out.softmax(1).amax(1) >= level) for part in x.split(measure.CHUNK)
+        ]
+        return torch.cat([p.output for p in parts]), torch.cat([p.nfe for p in parts]).double().mean().item()
 
     def right(out: Tensor, y: Tensor) -> float:
         return (out.argmax(1) == y).double().mean().item()
 
     _trim(common, data, target, keep_step=True)
-    kept = right(measure.forward(common, data.x).logits, data.y)
-    # The higher the level, the later a sample leaves, and the more are right.
-    first = bisect_left(CONFIDENCES, True, key=lambda level: right(exits(level, data.x).output, data.y) >= kept)
+    x, y = data.x[:LOOKED_AT], data.y[:LOOKED_AT]
+    kept = right(measure.forward(common, x).logits, y)
+    # The higher the level, the later a sample leaves, and as a rule the more are right.
+    first = bisect_left(CONFIDENCES, True, key=lambda level: right(exits(level, x)[0], y) >= kept)
     if first == len(CONFIDENCES):
-        return f"No confidence up to {CONFIDENCES[-1]:g} keeps the accuracy where each sample leaves by itself."
+        return f"A confidence of {CONFIDENCES[-1]:g} does not keep the accuracy where each sample leaves by itself."
     level = CONFIDENCES[first]
-    test, own = measure.forward(common, data.x_test), exits(level, data.x_test)
+    test, (own, nfe) = measure.forward(common, data.x_test), exits(level, data.x_test)
     return (
         f"At the model's own steps: one end for all takes {test.nfe} evaluations at "
         f"{100 * right(test.logits, data.y_test):.2f} % on the test data; where each sample leaves at a confidence of "
-        f"{level:g}, {own.mean_nfe:.1f} in the mean "
-        f"({own.mean_nfe / test.nfe:.2f} of them) at {100 * right(own.output, data.y_test):.2f} %."
+        f"{level:g}, {nfe:.1f} in the mean "
+        f"({nfe / test.nfe:.2f} of them) at {100 * right(own, data.y_test):.2f} %."
     )
 
 

@@ -1,5 +1,6 @@
 """Who moves t_f, and when training is over."""
 
+import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ class Driver:
     def after_step(self, run: "Run", loss: Tensor) -> None:
         """After the optimizer's step."""
 
-    def recovers(self, run: "Run", error: IntegrationError) -> bool:
-        """After a solve that failed: whether training goes on, from another state."""
+    def recovers(self, run: "Run", error: Exception) -> bool:
+        """After an iteration that failed: whether another state was found to go on from, or to end with."""
         return False
 
     def done(self, run: "Run") -> bool:
@@ -149,12 +150,20 @@ class GrowAlone(Grow):
             return False
         return True
 
+    def recovers(self, run: "Run", error: Exception) -> bool:
+        if run.per_pass > 1 or not isinstance(error, IntegrationError | FloatingPointError):
+            return False
+        self.rescue.look(math.inf)
+        self.growth.restart()
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         return {**self.growth.state_dict(), "rescue": self.rescue.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.rescue.load_state_dict(state["rescue"])
+        if "rescue" in state:  # not in those of older versions
+            self.rescue.load_state_dict(state["rescue"])
 
 
 class Search(Driver):
@@ -180,7 +189,9 @@ class Search(Driver):
     def after_step(self, run: "Run", loss: Tensor) -> None:
         self.search.step(loss, run.loss_again)
 
-    def recovers(self, run: "Run", error: IntegrationError) -> bool:
+    def recovers(self, run: "Run", error: Exception) -> bool:
+        if not isinstance(error, IntegrationError | FloatingPointError):
+            return False
         self.search.diverged(str(error))
         return True
 

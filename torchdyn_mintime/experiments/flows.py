@@ -280,7 +280,7 @@ def run_flow(
         One result per method and seed.
 
     Raises:
-        ValueError: an unknown task or method.
+        UsageError: an unknown task or method.
     """
     if task not in FLOW_TASKS:
         raise UsageError(f"unknown task {task!r}; the flows are {', '.join(FLOW_TASKS)}")

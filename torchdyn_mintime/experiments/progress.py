@@ -31,7 +31,9 @@ def bars(runs: Sequence[Run], title: str, console: Console) -> Iterator[Callable
 
         def advanced(run: Run) -> None:
             history, bar = run.history, made[id(run)]
-            state = run.failure[:60] or f"loss {history.loss[-1]:.3f}  t_f {history.t_f[-1]:.3f}"
+            state = run.failure[:60]
+            if history.loss and not state:
+                state = f"loss {history.loss[-1]:.3f}  t_f {history.t_f[-1]:.3f}"
             # A second stage goes on beyond the iterations of the first.
             total = max(run.settings.iterations, len(history.loss)) if not run.done else max(len(history.loss), 1)
             progress.update(bar, total=total, completed=len(history.loss), state=state)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from torchdyn_mintime.experiments import measure
 from torchdyn_mintime.experiments.data import Data
+from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.methods import find_method
 from torchdyn_mintime.experiments.progress import bars
 from torchdyn_mintime.experiments.results import Result
@@ -31,7 +32,7 @@ def carry_out(plans: Sequence[Plan], data: Data, store: Store, console: Console,
         device: where to train.
     """
     missing = [plan for plan in plans if not store.has(plan)]
-    runs = {plan: Run(TASKS[plan.task], find_method(plan.method), plan.settings, data, device) for plan in missing}
+    runs = {plan: _begun(plan, data, device) for plan in missing}
     for plan, run in runs.items():
         store.resume(plan, run, console)
     saved = time.monotonic()
@@ -53,6 +54,13 @@ def carry_out(plans: Sequence[Plan], data: Data, store: Store, console: Console,
     for plan, run in runs.items():
         store.save(plan, run)
     return [store.result(plan) for plan in plans]
+
+
+def _begun(plan: Plan, data: Data, device: str) -> Run:
+    try:
+        return Run(TASKS[plan.task], find_method(plan.method), plan.settings, data, device)
+    except (TypeError, ValueError) as error:  # settings that a span, a method or a search refuses
+        raise UsageError(f"{plan.task}, {plan.method}: {error}") from error
 
 
 def time_inference(plans: Sequence[Plan], data: Data, store: Store, *, calls: int = 11) -> list[Result]:

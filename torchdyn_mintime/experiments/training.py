@@ -130,6 +130,7 @@ class Run:
         self.terms = method.loss_terms(self.model, settings)
         self.history = History()
         self.failure = ""
+        self._lost = 0.0  # seconds of iterations that failed, counted with the next one
         self.renew_optimizer()
         self.driver = method.driver()
         self.driver.start(self)
@@ -170,9 +171,8 @@ class Run:
             for span in self.spans:
                 span.clip_()  # eq. (14)
         except (IntegrationError, FloatingPointError, ValueError, DivergedError) as error:
-            if not (isinstance(error, IntegrationError) and self.driver.recovers(self, error)):
-                # One method that breaks must not end a table; its row says why.
-                self.failure = str(error)
+            self._after_failure(error)
+            self._lost += clock(self.device) - start
             torch.set_rng_state(outside)
             return
         evaluations, seconds = self.model.node.vf.nfe - nfe, clock(self.device) - start
@@ -187,10 +187,22 @@ class Run:
         self.driver.after_step(self, terminal)
         seconds += clock(self.device) - start
         history.t_f.append(end_of(self.model))
-        history.seconds.append(seconds + (history.seconds[-1] if history.seconds else 0.0))
+        history.seconds.append(seconds + self._lost + (history.seconds[-1] if history.seconds else 0.0))
+        self._lost = 0.0
         self._random = torch.get_rng_state()
         torch.set_rng_state(outside)
         if self.done:
+            self.driver.finish(self)
+
+    def _after_failure(self, error: Exception) -> None:
+        """Goes on from another state if the driver knows one. One method that breaks must not end a table."""
+        try:
+            recovered = self.driver.recovers(self, error)
+        except (ValueError, DivergedError) as last:
+            recovered, error = False, last
+        if not recovered:
+            self.failure = str(error)
+        elif self.done:
             self.driver.finish(self)
 
     def _forward_backward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +229,7 @@ class Run:
         return terminal.detach(), logits
 
     def loss_again(self) -> Tensor:
-        """The terminal loss with the model as it is now, on all training data up to :data:`LOOKED_AT` samples.
+        """The terminal loss with the model as it is now, on the first :data:`LOOKED_AT` training samples.
 
         One batch is not enough: at a large learning rate a model is good on one and bad on the next.
         """
