@@ -614,6 +614,11 @@ class LearnableSpan(nn.Module):
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
         # Looked at before anything is taken over.
+        for name in ("t0", "t_f"):
+            if prefix + name in own and own[prefix + name].dim():  # of a vector, torch 2.9 takes the first entry
+                raise ValueError(
+                    f"{prefix}{name} must be one time; the state has the shape {tuple(own[prefix + name].shape)}"
+                )
         loaded = self._template if template is None else _check_span(template, f"{prefix}template")[0]
         given = self._given_bounds
         if bounds is not None:

@@ -147,7 +147,8 @@ def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
 
 @contextmanager
 def _autocast(device: str, enabled: bool, dtype: torch.dtype) -> Iterator[None]:
-    with torch.autocast(device, dtype=dtype, enabled=enabled):
+    # Without the cache: a cast that was made without gradient would be taken where one is asked for (torch 2.9).
+    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
         yield
 
 
