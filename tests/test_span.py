@@ -1183,3 +1183,33 @@ def test_t_f_keeps_its_distance_whatever_the_bounds_say():
 def test_of_a_span_that_turns_back_the_place_is_named(times, places):
     with pytest.raises(ValueError, match=f"t_span must strictly ascend or descend; its points {places}"):
         _span(torch.linspace(0, 1, 3))(X, torch.tensor(times, dtype=torch.float64))
+
+
+def test_an_upper_bound_that_is_the_end_but_for_the_rounding_of_float32_is_the_end():
+    end = torch.linspace(0, 0.1, 11)
+    assert end[-1].item() > 0.1
+    span = _span(end, bounds=(0.01, 0.1))
+    assert span.t_f.item() == pytest.approx(0.1, abs=1e-8)
+
+
+def test_times_follow_the_model_to_float32():
+    span = _span(torch.linspace(0, 1, 11, dtype=torch.float64))
+    assert span.t_f.dtype == torch.float64
+    assert span.float().t_f.dtype == torch.float32 and span.double().t_f.dtype == torch.float64
+
+
+def test_a_point_within_a_thousandth_of_a_step_of_one_asked_for_makes_room_for_it():
+    span = _span(torch.linspace(0, 1, 11, dtype=torch.float64))
+    for t, steps in ((0.5 + 9e-5, 10), (0.5 + 2e-4, 11)):  # a thousandth of .1 is 1e-4
+        t_eval, _ = span(X, save_at=(t,))
+        assert t_eval.tolist() == pytest.approx([t]) and span.steps == steps
+
+
+def test_another_solver_leaves_one_that_was_chosen_for_the_adjoint():
+    span = _span(torch.linspace(0, 1, 11), node_options={"sensitivity": "adjoint", "solver_adjoint": "tsit5"})
+    chosen = span.node.solver_adjoint
+    span.solver = "euler"
+    assert span.node.solver_adjoint is chosen
+    span = _span(torch.linspace(0, 1, 11), node_options={"sensitivity": "adjoint"})
+    span.solver = "euler"
+    assert span.node.solver_adjoint is span.node.solver
