@@ -672,3 +672,13 @@ def test_as_many_states_are_drawn_as_in_lyanet():
     node, _, x = closed_form("decay")
     LyapunovRegularizer(LearnableSpan(node, T_SPAN), square, 1.0).sampled_penalty(x, sampler=sampler)
     assert drawn == [512]
+
+
+def test_one_drawn_state_is_enough():
+    node, _, x = closed_form("decay")
+    regularizer = LyapunovRegularizer(LearnableSpan(node, T_SPAN), square, 3.0)
+    # V = |z|^2 falls at the rate 2, so the violation of 3 is V itself.
+    value = regularizer.sampled_penalty(
+        x[:1], sampler=lambda n, like: torch.full((n, *like.shape), 0.5, dtype=like.dtype), samples=1
+    )
+    assert value.item() == pytest.approx(0.25 * x.shape[1])

@@ -4,7 +4,9 @@ import contextlib
 import io
 import logging
 import math
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import pytorch_lightning as pl
@@ -308,44 +310,58 @@ def test_evaluations_are_counted_over_all_that_is_measured():
     assert search._check(over(fast, still)) is False
 
 
+def check_in_two(looks):
+    """`_check` of two processes, as threads that meet at every mean: the results, or the errors."""
+    meeting, said = threading.Barrier(2, timeout=60), [0.0, 0.0]
+
+    def mean(rank, value):
+        said[rank] = value
+        meeting.wait()
+        result = sum(said) / 2
+        meeting.wait()  # nobody says the next one before both have heard this one
+        return result
+
+    def process(rank, search, look):
+        search.reduce = lambda value: mean(rank, value)
+        with torch.no_grad():
+            try:
+                return search._check(look)
+            except (KeyError, RuntimeError) as error:
+                return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, range(2), *zip(*looks, strict=True)))
+
+
 def test_a_check_is_decided_by_all_processes():
-    """What one finds alone, a failed solve among it, must reach the others in as many means as they take."""
-    batch, span = annuli(), span_of()
-    search = started(span)
-    loss = criterion(span(batch[0]), batch)
+    """What one finds alone, a failed solve or a defect among it, all decide, and none waits for ever."""
+    batch = annuli(32)
+
+    def fine():
+        span = span_of()
+        search = started(span)
+        criterion(span(batch[0]), batch)
+        return search, lambda: criterion(span(batch[0]), batch)
 
     def failing():
         raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
 
-    def measure():
-        return criterion(span(batch[0]), batch)
-
-    lengths = []
-    for look, accept in ((measure, None), (failing, None), (measure, lambda: False)):
-        means = []
-        search.reduce, search.accept = lambda v, means=means: means.append(v) or v, accept
-        assert search._check(look) is (look is measure and accept is None)
-        lengths.append(len(means))
-    assert len(set(lengths)) == 1
-    # Flags are means: what one process finds wrong, all do. In their order: nothing broke, fine, solved.
-    search.accept = None
-    for wrong in (1, 2):
-        means = []
-        search.reduce = lambda v, means=means, wrong=wrong: means.append(v) or (v - 0.25 * (len(means) == wrong + 1))
-        assert search._check(measure) is False and len(means) == lengths[0]
-    search.reduce = lambda v: v - 0.25
-    with pytest.raises(RuntimeError, match="failed in another process"):
-        search._check(measure)
-
     def broken():
         raise KeyError("a defect")
 
-    told = []
-    search.reduce = lambda v: told.append(v) or v
-    with pytest.raises(KeyError, match="a defect"):
-        search._check(broken)
-    assert told == [0.0]  # the others were told before it was raised
-    assert loss.isfinite()
+    assert check_in_two([fine(), fine()]) == [True, True]
+    assert check_in_two([fine(), (fine()[0], failing)]) == [False, False]
+    assert check_in_two([fine(), (fine()[0], lambda: 1e12)]) == [False, False]
+    refusing = fine()
+    refusing[0].accept = lambda: False
+    other = fine()
+    other[0].accept = lambda: True
+    assert check_in_two([refusing, other]) == [False, False]
+    costly = fine()
+    costly[0]._current().trial.evaluations = 1
+    assert check_in_two([fine(), costly]) == [False, False]
+    first, second = check_in_two([fine(), (fine()[0], broken)])
+    assert isinstance(second, KeyError) and "failed in another process" in str(first)
 
 
 def test_a_solve_that_fails_goes_back_and_a_training_that_stalls_does_not():

@@ -1213,3 +1213,14 @@ def test_another_solver_leaves_one_that_was_chosen_for_the_adjoint():
     span = _span(torch.linspace(0, 1, 11), node_options={"sensitivity": "adjoint"})
     span.solver = "euler"
     assert span.node.solver_adjoint is span.node.solver
+
+
+def test_graphs_that_the_bare_node_left_in_its_layers_do_not_hinder_a_copy():
+    timed = DepthCat(1)
+    node = NeuralODE(nn.Sequential(timed, nn.Linear(3, 2)), solver="rk4")
+    x, end = torch.randn(3, 2), torch.ones((), requires_grad=True)
+    node(x, torch.linspace(0, 1, 3) * end)  # the time is kept with the graph that leads to its end
+    assert timed.t.grad_fn is not None
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, 3))
+    twin = copy.deepcopy(span)
+    assert torch.equal(twin(x)[1], span(x)[1])

@@ -549,44 +549,50 @@ class Shallowest:
 
     @torch.no_grad()
     def _check(self, measure: Callable[[], float | Tensor] | None) -> bool:
-        """Whether the model as it is now is within all bounds."""
+        """Whether the model as it is now is within all bounds, the cheap ones first."""
         trial, model = self._current().trial, self._model
         assert model is not None
         training = model.training
         model.eval()
-        loss = reference_loss = error = 0.0
-        broken: Exception | None = None
+        trial.solver_error = math.inf
         try:
             with _evaluations_noted(self._spans) as counted:
-                if measure is not None:
-                    loss = float(measure())
-                else:  # the last batch, as the field is now
-                    for span in self._spans:
-                        span(last_solve(span).x)
-            error = max(relative_error(span) for span in self._spans)
+                loss = self._of_all(measure or self._solve_again)
+            if not loss <= self.target:
+                return False
+            if measure is not None:
+                trial.loss = loss
+            few = self._of_all(lambda: max(counted) <= trial.evaluations) == 1.0
+            trial.solver_error = self._of_all(lambda: max(relative_error(span) for span in self._spans))
+            if not (few and trial.solver_error <= self.solver_tol):
+                return False
             if measure is not None:
                 with referenced(model):
-                    reference_loss = float(measure())
-            fine = max(counted) <= trial.evaluations and (self.accept is None or self.accept())
-            solved = True
-        except IntegrationError:
-            fine = solved = False
-        except Exception as other:  # the other processes wait for this one's word
-            fine, solved, broken = False, False, other
+                    trial.reference_loss = self._of_all(measure)
+                if not trial.reference_loss <= self.target:
+                    return False
+            return self.accept is None or self._of_all(self.accept) == 1.0
         finally:
             model.train(training)
+
+    def _solve_again(self) -> float:
+        """The last batch, with the field as it is now."""
+        for span in self._spans:
+            span(last_solve(span).x)
+        return 0.0
+
+    def _of_all(self, figure: Callable[[], Any]) -> float:
+        """The mean of a figure over the processes, which must decide the same; infinite where a solve failed."""
+        value, broken = math.inf, None
+        try:
+            value = float(figure())
+        except IntegrationError:
+            pass
+        except Exception as other:  # the other processes wait for this one's word
+            broken = other
         if self.reduce(float(broken is None)) < 1.0:
             raise broken or RuntimeError("the look at the model failed in another process; see its own error")
-        # Means over processes, of which all must decide the same; the first two are 1 only where they are so on each.
-        fine, solved = (self.reduce(float(flag)) == 1.0 for flag in (fine, solved))
-        error, loss, reference_loss = (self.reduce(value) for value in (error, loss, reference_loss))
-        if not solved:
-            trial.solver_error = math.inf
-            return False
-        trial.solver_error = error
-        if measure is not None:
-            trial.loss, trial.reference_loss = loss, reference_loss
-        return fine and error <= self.solver_tol and max(loss, reference_loss) <= self.target
+        return self.reduce(value)
 
     def _passed(self) -> None:
         rung = self._current()

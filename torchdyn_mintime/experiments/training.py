@@ -19,7 +19,7 @@ from torchdyn_mintime.growth import DivergedError
 
 __all__ = ["LOOKED_AT", "History", "Run", "Step", "clock", "end_of", "race", "single_thread"]
 
-LOOKED_AT = 2048
+LOOKED_AT = 1024
 """Training samples on which a search looks at a model before it believes it."""
 
 
