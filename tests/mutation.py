@@ -56,7 +56,7 @@ CONFIG = """
 module-path = "torchdyn_mintime/{module}"
 timeout = 900.0
 excluded-modules = []
-test-command = "{python} -m pytest -x -q -p no:cacheprovider {tests}"
+test-command = "{python} -m pytest -x -q --timeout 120 -p no:cacheprovider {tests}"
 [cosmic-ray.distributor]
 name = "local"
 """
