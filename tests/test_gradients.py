@@ -640,3 +640,13 @@ def test_the_reference_step_has_order_four():
             z = rk4_step(lambda t, x: -x, torch.zeros(()), z, dt)
         errors.append(abs(float(z) - math.exp(-1)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_a_gradient_of_zero_stays_zero_and_is_not_nan(sensitivity):
+    model = random_model("mlp", solver="rk4", sensitivity=sensitivity)
+    span = tm.LearnableSpan(model.node, torch.linspace(0, 1, 5, dtype=torch.float64))
+    x = model.x.requires_grad_()
+    (0.0 * span(x)[1][-1].sum()).backward()
+    grads = [x.grad, span.t_f.grad, *(p.grad for p in span.vf.parameters() if p.grad is not None)]
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
