@@ -6,6 +6,7 @@ code with torchdyn or with the package.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import CLOSED_FORMS, FIELDS, closed_form, random_model, reference, rk4_step
 from torch import nn
+from torchdyn.numerics.solvers.templates import DiffEqSolver
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.numerics.steppers import make_stepper
 
 FIXED = {"euler": 1, "midpoint": 2, "rk4": 4}
 ADAPTIVE = ("dopri5", "tsit5")
@@ -650,3 +653,43 @@ def test_a_gradient_of_zero_stays_zero_and_is_not_nan(sensitivity):
     (0.0 * span(x)[1][-1].sum()).backward()
     grads = [x.grad, span.t_f.grad, *(p.grad for p in span.vf.parameters() if p.grad is not None)]
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+class Heun(DiffEqSolver):
+    """A solver of a user's own."""
+
+    def __init__(self, stepping_class="fixed"):
+        super().__init__(order=2, stepping_class=stepping_class)
+
+    def step(self, f, x, t, dt, k1=None, args=None):
+        k1 = f(t, x)
+        k2 = f(t + dt, x + dt * k1)
+        return None, x + dt / 2 * (k1 + k2), dt / 2 * (k2 - k1)
+
+
+def test_a_users_own_solver_takes_its_steps_and_has_its_gradients():
+    model = random_model("depthcat", solver="rk4")
+    model.node.solver = Heun()
+    span = tm.LearnableSpan(model.node, torch.linspace(0, 1, 5, dtype=torch.float64), t_f=0.6)
+    x, f = model.x, span.vf
+
+    def end():
+        return span(x)[1][-1]
+
+    by_hand, times = x, [0.0, 0.25, 0.5, 0.6]
+    for a, b in pairwise(times):
+        t, u = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
+        k1 = f(t, by_hand)
+        by_hand = by_hand + (u - t) / 2 * (k1 + f(u, by_hand + (u - t) * k1))
+    torch.testing.assert_close(end(), by_hand)
+    end().sum().backward()
+    slope = difference(lambda: end().sum(), [span.t_f], [torch.ones_like(span.t_f)])
+    assert span.t_f.grad.item() == pytest.approx(slope, rel=1e-7)
+
+
+def test_what_is_no_solver_is_refused():
+    with pytest.raises(ValueError, match="stepping_class is 'fixed' or 'adaptive'; got 'own'"):
+        make_stepper(Heun("own"))
+    with pytest.raises(TypeError, match="Linear is not a torchdyn solver: it has no step, order"):
+        make_stepper(nn.Linear(2, 2))
+    assert make_stepper(Heun("adaptive")).adaptive and not make_stepper(Heun()).adaptive
