@@ -18,6 +18,7 @@ from torch import nn
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.numerics.integrate import _first_step
 from torchdyn_mintime.numerics.steppers import make_stepper
 
 FIXED = {"euler": 1, "midpoint": 2, "rk4": 4}
@@ -693,3 +694,13 @@ def test_what_is_no_solver_is_refused():
     with pytest.raises(TypeError, match="Linear is not a torchdyn solver: it has no step, order"):
         make_stepper(nn.Linear(2, 2))
     assert make_stepper(Heun("adaptive")).adaptive and not make_stepper(Heun()).adaptive
+
+
+def test_the_first_step_is_that_of_hairer_norsett_and_wanner():
+    """II.4, (4.14), by hand for z' = -3 z: with s = atol + rtol |z|, d_0 = |z / s|, d_1 = 3 d_0, d_2 = 9 d_0."""
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    d0 = ((x / (1e-3 + 1e-3 * x)).square().mean().sqrt()).item()
+    h0 = 0.01 / 3
+    h1 = (0.01 / (9 * d0)) ** (1 / 6)
+    found = _first_step(lambda t, z: -3 * z, -3 * x, x, 0.0, 1.0, 5, 1e-3, 1e-3, None, True, 1.0)
+    assert found == pytest.approx(min(100 * h0, h1), rel=1e-10) and h1 < 100 * h0
