@@ -104,9 +104,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
+        copy.mkdir()
         for name in ("torchdyn_mintime", "tests", "pyproject.toml"):
             source = ROOT / name
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, _made(copy) / name)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
         for name in options.part or PARTS:
             part = PARTS[name]
             config, session = Path(folder) / f"{name}.toml", Path(folder) / f"{name}.sqlite"
@@ -117,11 +118,6 @@ def main() -> None:
             print("{}: {} places, {} drawn".format(name, *draw(session, sample, options.seed)), flush=True)
             _cosmic_ray("exec", config, session, cwd=copy)
             report(name, session)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _cosmic_ray(command: str, *files: Path, cwd: Path) -> None:

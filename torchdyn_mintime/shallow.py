@@ -491,10 +491,14 @@ class Shallowest:
     def diverged(self, why: str) -> None:
         """Back to the last good state, with a lower learning rate: after a loss or a solve that failed."""
         if self._slower(why) and self._good is not None:
-            assert self._model is not None
-            self._model.load_state_dict(self._good)
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
+            self._go_back(self._good)
+
+    def _go_back(self, state: dict[str, Any] | None) -> None:
+        """The model as it was, and optimizers that know nothing of what came after."""
+        assert self._model is not None and state is not None
+        self._model.load_state_dict(state)
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
 
     def _slower(self, why: str) -> bool:
         """Lowers the learning rate; False where that was done too often, and the number of steps is given up instead."""
@@ -532,15 +536,12 @@ class Shallowest:
     def _begin_again(self, slower: float, why: str) -> None:
         """The model as it was when this search, or its way down, began; ``slower`` stays on the learning rate."""
         rung, start = self._current(), self._initial if self._found is None else self._found
-        assert self._model is not None and start is not None
         self._restarts += 1
-        self._model.load_state_dict(start)
+        self._go_back(start)
         # The state holds the steps and the solver that it was saved with.
         for span in self._spans:
             set_steps(span, rung.trial.steps, rung.trial.solver)
         self._base_lr = [[rate * slower for rate in rates] for rates in self._base_lr]
-        for optimizer in self._optimizers:
-            optimizer.state.clear()
         self._reset_rates()
         rung.smooth, rung.best, rung.since, rung.weight = None, math.inf, 0, self._first_weight
         rung.mean_loss = None
@@ -611,10 +612,7 @@ class Shallowest:
             self.done = True
         else:
             # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
-            assert self._model is not None and self._initial is not None
-            self._model.load_state_dict(self._initial)
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
+            self._go_back(self._initial)
             self._enter(rung.trial.solver, steps)
 
     def _next(self) -> None:
@@ -623,10 +621,7 @@ class Shallowest:
         if option is None:
             self.done = True
             return
-        if self._found is not None and self._model is not None:
-            self._model.load_state_dict(self._found)
-        for optimizer in self._optimizers:
-            optimizer.state.clear()
+        self._go_back(self._found)
         self._enter(*option)
 
     def _cheaper(self) -> tuple[str, int] | None:

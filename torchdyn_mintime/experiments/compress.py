@@ -33,7 +33,6 @@ __all__ = ["Compressed", "compress"]
 SLACK = (0.02, 1e-3)
 """How far above its training loss a model may come out, where no target is given: relative and absolute."""
 
-
 SOLVER_TOL = 0.1
 """The relative solver error allowed at t_f where nothing is trained; a search has the same by itself."""
 
@@ -173,23 +172,20 @@ def _by_sample(load: Callable[[], Classifier], data: Data, target: float) -> str
         ]
         return torch.cat([p.output for p in parts]), torch.cat([p.nfe for p in parts]).double().mean().item()
 
-    def right(out: Tensor, y: Tensor) -> float:
-        return (out.argmax(1) == y).double().mean().item()
-
     _trim(common, data, target, keep_step=True)
     x, y = data.x[:LOOKED_AT], data.y[:LOOKED_AT]
-    kept = right(measure.forward(common, x).logits, y)
+    kept = measure.evaluate(measure.forward(common, x).logits, y)[1]
     # The higher the level, the later a sample leaves, and as a rule the more are right.
-    first = bisect_left(CONFIDENCES, True, key=lambda level: right(exits(level, x)[0], y) >= kept)
+    first = bisect_left(CONFIDENCES, True, key=lambda level: measure.evaluate(exits(level, x)[0], y)[1] >= kept)
     if first == len(CONFIDENCES):
         return f"A confidence of {CONFIDENCES[-1]:g} does not keep the accuracy where each sample leaves by itself."
     level = CONFIDENCES[first]
     test, (own, nfe) = measure.forward(common, data.x_test), exits(level, data.x_test)
+    right = [100 * measure.evaluate(out, data.y_test)[1] for out in (test.logits, own)]
     return (
-        f"At the model's own steps: one end for all takes {test.nfe} evaluations at "
-        f"{100 * right(test.logits, data.y_test):.2f} % on the test data; where each sample leaves at a confidence of "
-        f"{level:g}, {nfe:.1f} in the mean "
-        f"({nfe / test.nfe:.2f} of them) at {100 * right(own, data.y_test):.2f} %."
+        f"At the model's own steps: one end for all takes {test.nfe} evaluations at {right[0]:.2f} % on the test data; where "
+        f"each sample leaves at a confidence of {level:g}, {nfe:.1f} in the mean ({nfe / test.nfe:.2f} of them) at "
+        f"{right[1]:.2f} %."
     )
 
 
