@@ -152,7 +152,30 @@ def test_the_flow_tutorial_runs_bare_and_wrapped(monkeypatch, tmp_path):
     assert [r["way"] for r in results] == list(flow_tutorial.WAYS)
     # One step of training has not taken them apart yet: the same start, the same batches, the same noise.
     assert results[1]["nll"] == pytest.approx(results[0]["nll"], rel=1e-2)
-    assert "leave --method and --lr out" in call("run", "flow-tutorial", "--lr", ".1", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "flow-tutorial", "--lr", ".1"), "flow-tutorial has no use for --lr: leave it out"),
+        (("run", "flow-moons", "--start", ".1", "--data", "x"), "flow-moons has no use for --start, --data"),
+        (("run", "flow-moons", "--method", "target"), "flows have no method 'target'"),
+        (("run", "flow-stars"), "there is no flow 'flow-stars'"),
+        (("table", "flows", "--lrs", ".1"), "table flows has no use for --lrs"),
+        (("table", "flows", "--only", "moons"), "there is no flow 'moons'"),
+        (("figure", "6", "--width", "4"), "flow-moons has no use for --width"),
+    ],
+)
+def test_flows_refuse_what_they_would_ignore(words, said):
+    assert said in " ".join(call(*words, code=2).replace("│", " ").split())
+
+
+def test_the_table_of_flows(tmp_path):
+    out = call("table", "flows", "--only", "flow-moons", "--seeds", "1", "--iterations", "1")
+    for label in ("over 18 min", "as in the paper", "as many steps", "best of a"):
+        assert label in out
+    assert (tmp_path / "results/flow-moons.gif").exists()
+    assert (tmp_path / "results/table-flows.md").read_text().startswith("# Flows")
 
 
 def test_compress_can_take_away_steps_alone(tmp_path):
@@ -188,10 +211,10 @@ def test_epochs_are_passes_over_the_data(tmp_path):
 @pytest.mark.parametrize(("number", "task"), [("6", "flow-moons"), ("12", "flow-circles")])
 def test_the_figures_of_flows_come_with_their_runs(monkeypatch, number, task):
     called = []
-    monkeypatch.setattr("torchdyn_mintime.experiments.flows.run_flow", lambda *args, **kw: called.append((args, kw)))
+    monkeypatch.setattr("torchdyn_mintime.experiments.flow_table.run", lambda *args: called.append(args))
     call("figure", number, "--iterations", "2", "--seed", "5")
-    ((args, options),) = called
-    assert args == (task, "compare") and options["seeds"] == (5,) and options["settings"].iterations == 2
+    ((own, methods, settings, seeds, *_),) = called
+    assert (own, methods, settings.iterations, list(seeds)) == (task, ("vanilla", "minimum-time"), 2, [5])
 
 
 def test_a_damaged_image_file_is_said_where_its_figures_would_be(tmp_path, monkeypatch):

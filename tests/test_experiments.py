@@ -1,6 +1,7 @@
 """Data, models, methods, training, storage and tables, each on a few iterations."""
 
 import gzip
+import json
 import math
 import pickle
 import struct
@@ -17,6 +18,7 @@ from torchdyn_mintime import plots
 from torchdyn_mintime.experiments import data, figures, images, measure, tables
 from torchdyn_mintime.experiments.drivers import Grow
 from torchdyn_mintime.experiments.images import MissingData, Source
+from torchdyn_mintime.experiments.lines import show
 from torchdyn_mintime.experiments.methods import METHODS, Method, find_method
 from torchdyn_mintime.experiments.models import Classifier, FirstDimensions, span_of
 from torchdyn_mintime.experiments.progress import bars
@@ -444,9 +446,15 @@ def test_a_table_has_its_rows_the_controls_and_the_files(tmp_path):
         assert f"{label}" in page
     assert ".0819; 27 s" in page
     assert (tmp_path / "table-3.csv").read_text().count("\n") == len(results) + 1
-    # Each row is at one learning rate, for both seeds.
-    assert {len({r.lr for r in results if r.method == "vanilla"})} == {1}
     assert sorted(r.seed for r in results if r.method == "combined") == [0, 1]
+    # Each row is at the learning rate that did best on the seed that is not in the table.
+    tried = [json.loads(p.read_text())["result"] for p in (tmp_path / "runs").glob("*seed1000*.json")]
+    for label in ("vanilla", "combined", "vanilla, 1 steps"):
+        own = [tables.Result(**r) for r in tried if r["method"] == label]
+        assert sorted(r.lr for r in own) == [0.03, 0.1]
+        best = min(own, key=lambda r: tables._quality([r]))
+        assert {r.lr for r in results if r.method == label} <= {best.lr}
+    assert {r.seed for r in results} == {0, 1}
 
 
 def test_a_table_without_data_says_so_and_runs_the_rest(tmp_path, monkeypatch):
@@ -488,11 +496,13 @@ def test_a_sweep_in_which_nothing_is_good_says_so(tmp_path):
     carry_out([plan("vanilla:1")], data.moons(0), Store(tmp_path), QUIET)
     carried = replace(Store(tmp_path).result(plan("vanilla:1")), accuracy=1.0, reference_accuracy=1.0)
     bad = replace(carried, accuracy=0.5)
-    found = {(tables.Row("vanilla"), None, 0): carried, (tables.Row("vanilla:1"), None, 0): bad}
-    lines = tables._lines(section, [tables.Row("vanilla"), tables.Row("vanilla:1")], found, [None], options)
-    assert [line.label for line in lines] == [carried.method, "control: best of a sweep"]
-    assert lines[1].note == "no number of steps in the sweep is as good as vanilla"
-    assert tables._row_cells(lines[1])[-1] == lines[1].note
+    found = {tables.Row("vanilla"): [carried], tables.Row("vanilla:1"): [bad], tables._TWIN: []}
+    lines = tables._lines(section, found, options)
+    assert [line.label for line in lines] == [carried.method, "best of a sweep"]
+    text = show("title", "heading", lines, tables.KIND, QUIET)
+    (row,) = [r for r in text.splitlines() if "control" in r]
+    assert row.startswith("| control: best of a sweep | ")
+    assert row.endswith("| no number of steps in the sweep is as good as vanilla |")
 
 
 def test_every_method_of_the_tables_has_its_entry():

@@ -1,13 +1,16 @@
 """Continuous flows: gradients of their times, densities against closed forms and grids, both directions, bad input."""
 
 import copy
+import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from differences import assert_close, difference
+from rich.console import Console
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torchdyn.core import NeuralODE
@@ -15,8 +18,10 @@ from torchdyn.models import CNF, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
-from torchdyn_mintime.experiments import flow_pictures
+from torchdyn_mintime.experiments import flow_pictures, flow_table
 from torchdyn_mintime.experiments import flows as experiment
+from torchdyn_mintime.experiments.errors import UsageError
+from torchdyn_mintime.experiments.store import Plan
 from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
 from torchdyn_mintime.lightning import MinimumTime
 from torchdyn_mintime.regularizers import JacobianNorm, KineticEnergy, StepDoubling
@@ -498,20 +503,90 @@ def test_pictures_are_written(tmp_path):
     assert [p.suffix for p in paths] == [".png", ".gif"] and all(p.stat().st_size > 1000 for p in paths)
 
 
-def test_the_experiment_runs_and_writes(tmp_path):
-    settings = experiment.FlowSettings(iterations=2, batch=32, test=64)
-    lines = []
-    results = experiment.run_flow(
-        "flow-circles", seeds=(0,), settings=settings, out=tmp_path, pictures=False, say=lines.append
+TINY = {"iterations": 2, "batch": 32, "test": 64}
+
+
+def printed(*args, **kw):
+    text = io.StringIO()
+    flow_table.run(*args, console=Console(file=text, width=500), **kw)
+    return " ".join(text.getvalue().split())
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(flow_table, "draw_flows", lambda models, draw, stem: [])
+
+
+def test_the_experiment_runs_beside_its_controls_and_is_not_run_twice(tmp_path, no_pictures):
+    settings = flow_table.flow_settings("flow-circles", **TINY)
+    assert settings.weight == 0.1
+    words = ("flow-circles", ("vanilla", "minimum-time", "default-adaptive"), settings, (0, 1), tmp_path)
+    text = printed(*words, sweep=(2, 3))
+    for label in ("minimum-time", "control: vanilla, default tsit5", "as many steps", "control: best of a sweep"):
+        assert label in text
+    rows = json.loads((tmp_path / "flow-circles.json").read_text())
+    vanilla, ours, _, control, _ = rows[::2]
+    assert [r["seed"] for r in rows] == [0, 1] * 5
+    assert vanilla["steps"] == 100 and control["steps"] == ours["steps"] < 100
+    assert all(math.isfinite(r["reference"]) and r["iterations"] == 2 for r in rows)
+    assert (tmp_path / "flow-circles.md").read_text().count("\n| ") >= 6
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(experiment.FlowRun, "step", lambda run: pytest.fail("trained again"))
+        assert text.endswith(printed(*words, sweep=(2, 3)))
+
+
+@pytest.mark.parametrize("name", ["vanilla", "minimum-time", "minimum-time-doubling", "default-adaptive"])
+def test_a_stopped_flow_goes_on_where_it_was(tmp_path, name):
+    """Bit for bit as one that was not stopped."""
+    settings = flow_table.flow_settings("flow-moons", iterations=6, batch=32, test=64)
+    plan, store = Plan("flow-moons", name, settings), flow_table.FlowStore(tmp_path)
+
+    def begun():
+        return experiment.FlowRun(experiment.FLOW_TASKS["flow-moons"], experiment.find_flow_method(name), settings)
+
+    whole, stopped, again = begun(), begun(), begun()
+    for _ in range(6):
+        whole.step()
+    for _ in range(3):
+        stopped.step()
+    store.checkpoint(plan, stopped)
+    store.resume(plan, again, Console(file=io.StringIO()))
+    while not again.done:
+        again.step()
+    assert again.history.loss == whole.history.loss and again.history.t_f == whole.history.t_f
+    result = store.save(plan, again)
+    assert not list(tmp_path.glob("*.checkpoint"))
+    x = experiment.moons(50, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(store.model(plan).log_prob(x), whole.model.eval().log_prob(x))
+    assert result.iterations == 6 and result.training == again.history.seconds[-1]
+
+
+def test_a_flow_that_breaks_says_so_and_ends_no_table(tmp_path, no_pictures, monkeypatch):
+    real = experiment.FlowRun._nll
+
+    def nll(run, x):
+        return real(run, x) * (math.nan if run.method.learn and len(run.history.loss) == 1 else 1)
+
+    monkeypatch.setattr(experiment.FlowRun, "_nll", nll)
+    settings = flow_table.flow_settings("flow-moons", **TINY)
+    text = printed("flow-moons", ("vanilla", "minimum-time"), settings, (0,), tmp_path)
+    assert "1 of 1 failed: the loss is not finite after 1 iterations" in text
+
+
+def test_the_best_of_a_sweep_is_as_good_solved_exactly_too():
+    good = experiment.FlowResult(
+        "flow-moons", "m", 0, 0.05, 1, 1.0, 4, 16, nll=0.5, reference=0.5, training=1, sampling=1
     )
-    assert [r.method for r in results] == ["vanilla", "minimum-time", "adaptive", "vanilla, as many steps"]
-    vanilla, ours, _, control = results
-    assert vanilla.steps == 100 and control.steps == ours.steps < 100
-    assert all(math.isfinite(r.reference) for r in results)
-    saved = json.loads((tmp_path / "flow-circles.json").read_text())
-    assert len(saved) == 4 and len(saved[0]["history"]) == 2
-    assert any("times fewer steps" in line for line in lines)
-    with pytest.raises(ValueError, match="flow-moons"):
-        experiment.run_flow("moons")
-    with pytest.raises(ValueError, match="minimum-time"):
-        experiment.run_flow("flow-moons", "fast")
+    base = [replace(good, nll=0.49)]
+    assert flow_table._as_good([good], base)
+    for bad in (replace(good, reference=0.52), replace(good, nll=0.52), replace(good, failure="broke")):
+        assert not flow_table._as_good([bad], base)
+
+
+def test_unknown_flows_and_methods_are_named():
+    with pytest.raises(UsageError, match="flow-moons"):
+        flow_table.flow_settings("moons")
+    with pytest.raises(UsageError, match="minimum-time"):
+        experiment.find_flow_method("fast")
+    assert experiment.find_flow_method("vanilla:7").steps == 7

@@ -165,7 +165,7 @@ def test_points_together_equal_points_one_by_one():
     sol = torch.randn(7, 16, 2, dtype=torch.float64)
     t_eval = torch.linspace(0, 1, 7, dtype=torch.float64)
     first = regularizer.derivatives(t_eval, sol)
-    assert list(regularizer._equal.values()) == [True]
+    assert list(regularizer._points._equal.values()) == [True]
     with_all = regularizer.derivatives(t_eval, sol)
     for a, b in zip(first, with_all, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)

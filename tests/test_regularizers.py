@@ -259,15 +259,53 @@ def regularizer_of(kind, model):
     seed=st.integers(0, 100),
 )
 def test_trajectory_regularizers_have_exact_gradients(regularizer, kind, t_f, seed):
+    """On the first trajectory, whose points are evaluated one by one, and on later ones, where they may go together."""
     span, model = make_span(kind, "rk4", seed, t_f=t_f)
-    x = model.x.clone().requires_grad_()
+    x, later = model.x.clone().requires_grad_(), regularizer_of(regularizer, span)
 
-    def value():
+    def first():
         span(x)
         return regularizer_of(regularizer, span).penalty()
 
+    def again():
+        span(x)
+        if regularizer == "jacobian":
+            later.generator.manual_seed(3)  # the same draw
+        return later.penalty()
+
     tensors = {"t_f": [span.t_f], "t0": [span.t0], "x": [x], "theta": model.parameters}
-    assert_gradients(value, value, tensors, 1e-6)
+    assert_gradients(first, first, tensors, 1e-6)
+    one_by_one, evaluations = again().item(), later.nfe
+    assert again().item() == pytest.approx(one_by_one, rel=1e-10)
+    assert later.nfe == evaluations == len(span.grid())
+    assert_gradients(again, first, tensors, 1e-6)
+
+
+@pytest.mark.parametrize("regularizer", ["kinetic", "jacobian", "taylor 2", "taylor 3"])
+def test_points_go_together_where_the_field_ignores_time_and_looks_at_each_sample_alone(regularizer):
+    class Coupled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.layer(x - x.mean(0)).tanh()
+
+    def evaluations(node):
+        span = tm.LearnableSpan(node, torch.linspace(0, 1, 5, dtype=torch.float64))
+        reg, seen = regularizer_of(regularizer, span), []
+        layer = next(m for m in node.modules() if isinstance(m, nn.Linear))
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+        for _ in range(2):
+            span(torch.randn(6, 2, dtype=torch.float64))
+            seen.clear()
+            reg.penalty()
+            assert reg.nfe == 5
+        return seen
+
+    assert evaluations(random_model("mlp", solver="rk4").node) == [30]
+    assert evaluations(random_model("depthcat", solver="rk4").node) == [6] * 5
+    assert evaluations(NeuralODE(Coupled(), solver="rk4")) == [6] * 5
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

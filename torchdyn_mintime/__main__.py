@@ -1,7 +1,7 @@
 """The command line: ``python -m torchdyn_mintime --help``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -33,6 +33,7 @@ def demo(
 
 @app.command()
 def run(
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help="moons, annuli, digits, ...")],
     method: Annotated[list[str] | None, typer.Option(help="May be given several times. Default: minimum-time.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed on.")] = 1,
@@ -62,7 +63,8 @@ def run(
     from torchdyn_mintime.experiments.tasks import TASKS
 
     if task.startswith("flow-"):
-        _flow(task, method, range(first_seed, first_seed + seeds), iterations, lr, output)
+        seeds_ = range(first_seed, first_seed + seeds)
+        _flow(context, task, method, seeds_, output, iterations=iterations, lr=lr, weight=weight)
         return
     if task not in TASKS:
         names = [*TASKS, "flow-moons", "flow-circles", "flow-tutorial"]
@@ -100,34 +102,42 @@ _FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
 
 
 def _flow(
-    task: str, methods: list[str] | None, seeds: range, iterations: int | None, lr: float | None, output: Path
+    context: typer.Context, task: str, methods: list[str] | None, seeds: range, output: Path, **given: float | None
 ) -> None:
     """Flows have a protocol of their own: likelihood on fresh samples."""
+    from torchdyn_mintime.experiments import flow_table
     from torchdyn_mintime.experiments.errors import UsageError
     from torchdyn_mintime.experiments.flow_tutorial import run_tutorial
-    from torchdyn_mintime.experiments.flows import FlowSettings, run_flow
 
     if task == "flow-tutorial":
-        if methods or lr is not None:
-            raise typer.BadParameter(
-                "flow-tutorial has its methods and learning rate of its own: leave --method and --lr out"
-            )
-        run_tutorial(seeds, iterations, output, Console().print)
+        _only(context, task, "iterations", "first_seed")
+        run_tutorial(seeds, given["iterations"], output, Console().print)  # type: ignore[arg-type]
         return
-    given: dict[str, Any] = {k: v for k, v in {"iterations": iterations, "lr": lr}.items() if v is not None}
-    for name in methods or ["compare"]:
-        try:
-            run_flow(task, name, seeds=tuple(seeds), settings=FlowSettings(**given), out=output, say=Console().print)
-        except UsageError as error:
-            raise typer.BadParameter(str(error)) from error
+    _only(context, task, "iterations", "first_seed", "seed", "method", "lr", "weight")
+    try:
+        settings = flow_table.flow_settings(task, **given)
+        flow_table.run(task, tuple(methods or flow_table.METHODS), settings, seeds, output, Console())
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _only(context: typer.Context, what: str, *names: str) -> None:
+    """Refuses options that were given and that ``what`` would ignore."""
+    known = {*names, "task", "number", "seeds", "output"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in known]
+    if wrong:
+        raise typer.BadParameter(f"{what} has no use for {', '.join(wrong)}: leave it out")
 
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="1 to 6, as in the paper.")],
+    context: typer.Context,
+    number: Annotated[str, typer.Argument(help="1 to 6, as in the paper; 'flows' for section 4.2's.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
     lrs: Annotated[
-        str, typer.Option(help="Learning rates to try every method with; 'own': the task's.")
+        str, typer.Option(help="Learning rates to try every method with, on a seed of its own; 'own': the task's.")
     ] = ".01,.03,.1",
     only: Annotated[list[str] | None, typer.Option(help="Of the table's tasks; may be given several times.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of each task's own.")] = None,
@@ -143,8 +153,11 @@ def table(
     from torchdyn_mintime.experiments import tables
     from torchdyn_mintime.experiments.images import Source
 
+    if number == "flows":
+        _flow_table(context, seeds, iterations, only, output)
+        return
     if number not in tables.TABLES:
-        raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}")
+        raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}, flows")
     options = tables.Options(
         seeds=seeds,
         rates=() if lrs == "own" else _numbers(lrs, float),
@@ -159,8 +172,24 @@ def table(
     tables.make(number, options, output, Console())
 
 
+def _flow_table(
+    context: typer.Context, seeds: int, iterations: int | None, only: list[str] | None, output: Path
+) -> None:
+    from torchdyn_mintime.experiments import flow_table
+    from torchdyn_mintime.experiments.errors import UsageError
+    from torchdyn_mintime.experiments.flows import FLOW_TASKS
+
+    _only(context, "table flows", "only", "iterations")
+    try:
+        settings = {task: flow_table.flow_settings(task, iterations=iterations) for task in only or FLOW_TASKS}
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+    flow_table.make(settings, seeds, output, Console())
+
+
 @app.command()
 def figure(
+    context: typer.Context,
     number: Annotated[str, typer.Argument(help="1, 3 to 12, as in the paper; 2 is a drawing, in the docs.")],
     iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of each task's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of data, initialisation and batches.")] = 0,
@@ -177,7 +206,8 @@ def figure(
     from torchdyn_mintime.experiments.images import MissingData, Source
 
     if number in _FLOW_FIGURES:
-        _flow(_FLOW_FIGURES[number], None, range(seed, seed + 1), iterations, None, output)
+        methods = ["vanilla", "minimum-time"]
+        _flow(context, _FLOW_FIGURES[number], methods, range(seed, seed + 1), output, iterations=iterations)
         return
     if number not in figures.FIGURES:
         names = sorted([*figures.FIGURES, *_FLOW_FIGURES], key=int)

@@ -28,6 +28,7 @@ from torchdyn_mintime import checks
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.numerics.integrate import Grid, integrate
 from torchdyn_mintime.numerics.steppers import make_stepper
+from torchdyn_mintime.points import AtPoints
 from torchdyn_mintime.secondary import last_solve
 from torchdyn_mintime.span import LearnableSpan
 
@@ -288,7 +289,7 @@ class LyapunovRegularizer(nn.Module):
         self._takes_time = _takes_time(potential)
         self._args: Mapping[str, Any] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
-        self._equal: dict[tuple, bool] = {}
+        self._points = AtPoints()
         self._depends: bool | None = None
 
     def forward(self, x: Tensor, *inputs: Any, **options: Any) -> Any:
@@ -395,44 +396,14 @@ class LyapunovRegularizer(nn.Module):
         return self.model._field if isinstance(self.model, LearnableSpan) else Field(self.model)
 
     def _along(self, bound: BoundField, t: Tensor, sol: Tensor, target: tuple) -> list[Tensor]:
-        """The terms at every point: all points in one evaluation where that is known to be equal, else one by one (U11)."""
-        key = self._batching_key(bound, sol, target)
-        if key is not None and self._equal.get(key):
-            return self._flat(bound, t, sol, target)
-        terms = [self._at(bound.function, t[i], sol[i], target) for i in range(len(t))]
-        stacked = [torch.stack(column) for column in zip(*terms, strict=True)]
-        if key is not None and key not in self._equal:
-            self._equal[key] = self._check_batching(bound, t, sol, target, stacked)
-        return stacked
+        """The terms at every point."""
 
-    def _flat(self, bound: BoundField, t: Tensor, sol: Tensor, target: tuple) -> list[Tensor]:
-        points = len(t)
-        terms = self._at(bound.function, t[0], sol.flatten(0, 1), tuple(_repeat(v, points) for v in target))
-        return [term.reshape(points, -1) for term in terms]
+        def at(t: Tensor, z: Tensor, copies: int) -> list[Tensor]:
+            return self._at(bound.function, t, z, target if copies == 1 else tuple(_repeat(v, copies) for v in target))
 
-    def _batching_key(self, bound: BoundField, sol: Tensor, target: tuple) -> tuple | None:
-        """What the check of equality is remembered by; None where points must not be put together at all."""
-        modules = [m for m in (bound.node.vf, self.potential) if isinstance(m, nn.Module)]
-        if self._takes_time or getattr(bound.function, "timed", True) or bound._captured or sol.dim() < 3:
-            return None
-        if not all(isinstance(v, Tensor) for v in target):
-            return None
-        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-        if any(isinstance(m, kinds) and m.training for module in modules for m in module.modules()):
-            return None
-        return id(bound.node.vf), sol.shape[2:], sol.dtype, sol.device, tuple(m.training for m in modules)
-
-    @torch.no_grad()
-    def _check_batching(self, bound: BoundField, t: Tensor, sol: Tensor, target: tuple, stacked: list[Tensor]) -> bool:
-        try:
-            flat = self._flat(bound, t.detach(), sol.detach(), target)
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        tolerance = 64 * torch.finfo(sol.dtype).eps
-        return all(
-            bool(((a - b).abs().max() <= tolerance * (1 + b.abs().max())).item())
-            for a, b in zip(flat, stacked, strict=True)
-        )
+        others = [self.potential] if isinstance(self.potential, nn.Module) else []
+        together = not self._takes_time and all(isinstance(v, Tensor) for v in target)
+        return self._points(at, bound, t, sol, others, together)
 
     def _at(self, function: Callable, t: Tensor, z: Tensor, target: tuple) -> list[Tensor]:
         """The terms at one time, for states ``[batch, ...]``: each ``[batch]``."""
@@ -589,7 +560,7 @@ class LyapunovRegularizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled.
-        return {**self.__dict__, "_last": None, "_equal": {}}
+        return {**self.__dict__, "_last": None}
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}, order={self.order}, detach_potential={self.detach_potential}"

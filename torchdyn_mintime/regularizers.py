@@ -15,6 +15,9 @@ of a mean over the batch and all dimensions of the sample (running costs and log
     KineticEnergy        int mean f^2 / 2 dt                    Finlay et al., 2020 (RNODE)
     JacobianNorm         int mean (J^T eps)^2 dt, eps ~ N(0, I)  the same
     LocalError           sum_i dt_i |local error of step i|      Pal et al., 2021 (ERNODE), and 2022 (one random step)
+
+The points of a field that ignores time are evaluated as one batch, once the first trajectory has shown that this gives the same.
+It takes the time of a few evaluations instead of one a point; ``nfe`` counts them as if they were made one by one.
 """
 
 import math
@@ -27,6 +30,7 @@ from torchdyn_mintime import checks
 from torchdyn_mintime.field import BoundField, Field
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, integrate
 from torchdyn_mintime.numerics.steppers import RungeKutta, Stepper
+from torchdyn_mintime.points import AtPoints
 from torchdyn_mintime.secondary import LastSolve, last_solve, refine, solve_again, undisturbed, untraced
 from torchdyn_mintime.span import LearnableSpan
 from torchdyn_mintime.wrapping import spans
@@ -176,6 +180,7 @@ class _AlongTrajectory:
         self.model = model
         self.weight = checks.number(weight, "weight", least=0)
         self.nfe = 0
+        self._points = AtPoints()
 
     def penalty(self, t_eval: Tensor | None = None, sol: Tensor | None = None) -> Tensor:
         """The weighted integral, with its gradient in everything that the trajectory depends on.
@@ -229,15 +234,18 @@ class _AlongTrajectory:
             )
         before = bound.nfe
         self._prepare(bound, sol[0])
-        values = torch.stack([self._at(bound, t, z) for t, z in zip(t_eval, sol, strict=True)])
-        self.nfe += bound.nfe - before
-        sizes = t_eval.diff().abs().to(values)
-        return (sizes * (values[1:] + values[:-1]) / 2).sum()
+        (values,) = self._points(lambda t, z, copies: [self._at(bound, t, z, copies)], bound, t_eval, sol)
+        # One of all points counts as many.
+        self.nfe += (bound.nfe - before) * (len(t_eval) if self._points.together else 1)
+        means = values.mean(1)
+        sizes = t_eval.diff().abs().to(means)
+        return (sizes * (means[1:] + means[:-1]) / 2).sum()
 
     def _prepare(self, bound: BoundField, z: Tensor) -> None:
         """Called once before a trajectory, with its first state."""
 
-    def _at(self, bound: BoundField, t: Tensor, z: Tensor) -> Tensor:
+    def _at(self, bound: BoundField, t: Tensor, z: Tensor, copies: int) -> Tensor:
+        """The integrand of each sample, ``[batch]``, at one time; in z the batch stands ``copies`` times."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -265,9 +273,9 @@ class KineticEnergy(_AlongTrajectory):
         0.216
     """
 
-    def _at(self, bound: BoundField, t: Tensor, z: Tensor) -> Tensor:
+    def _at(self, bound: BoundField, t: Tensor, z: Tensor, copies: int) -> Tensor:
         velocity = bound.function(t.to(z), z)
-        return _sample(bound, velocity).square().mean() / 2
+        return _mean_square(bound, velocity) / 2
 
 
 class JacobianNorm(_AlongTrajectory):
@@ -311,11 +319,12 @@ class JacobianNorm(_AlongTrajectory):
             found = torch.randn(sample.shape, generator=self.generator, dtype=sample.dtype, device=device)
         self.noise = found.detach().to(sample)
 
-    def _at(self, bound: BoundField, t: Tensor, z: Tensor) -> Tensor:
+    def _at(self, bound: BoundField, t: Tensor, z: Tensor, copies: int) -> Tensor:
         z = z if z.requires_grad else z.detach().requires_grad_()
         velocity = _sample(bound, bound.function(t.to(z), z))
-        (product,) = _gradients(velocity, (z,), self.noise)
-        return _sample(bound, product).square().mean()
+        assert self.noise is not None
+        (product,) = _gradients(velocity, (z,), self.noise.repeat(copies, *[1] * (self.noise.dim() - 1)))
+        return _mean_square(bound, product)
 
 
 class TaylorRegularizer(_AlongTrajectory):
@@ -347,14 +356,14 @@ class TaylorRegularizer(_AlongTrajectory):
         super().__init__(model, weight)
         self.derivative = checks.count(derivative, "derivative", 1)
 
-    def _at(self, bound: BoundField, t: Tensor, z: Tensor) -> Tensor:
+    def _at(self, bound: BoundField, t: Tensor, z: Tensor, copies: int) -> Tensor:
         z = z if z.requires_grad else z.detach().requires_grad_()
         t = t.to(z)
         t = t if t.requires_grad else t.detach().requires_grad_()
         velocity = value = bound.function(t, z)
         for _ in range(self.derivative - 1):
             value = _rate_of_change(value, t, z, velocity)
-        return _sample(bound, value).square().mean()
+        return _mean_square(bound, value)
 
 
 class LocalError(OverSpans):
@@ -479,6 +488,11 @@ def _sample(bound: BoundField, z: Tensor) -> Tensor:
     excess = sum(hasattr(m, "trace_estimator") for m in bound._modules)
     excess += 1 if node.integral_loss is not None and node.sensitivity == "autograd" else 0
     return z[:, excess:] if excess else z
+
+
+def _mean_square(bound: BoundField, z: Tensor) -> Tensor:
+    """``[batch]``: of each sample's own entries."""
+    return _sample(bound, z).reshape(len(z), -1).square().mean(1)  # a state may be a number
 
 
 def _gradients(output: Tensor, inputs: tuple[Tensor, ...], weights: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """What a trained model is worth: accuracy, evaluations, seconds, and the same model solved exactly."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ __all__ = ["CHUNK", "Pass", "evaluate", "forward", "inference_times", "reference
 
 CHUNK = 1000
 """Samples solved at once, so that memory suffices."""
+
+PATIENCE = 60.0
+"""Seconds after which no new round of timing is begun, once there were three."""
 
 
 @torch.no_grad()
@@ -86,10 +90,16 @@ class _Timed(torch.nn.Module):
 
 @torch.no_grad()
 def inference_times(models: Sequence[Classifier], x: Tensor, calls: int = 11) -> list[float]:
-    """Median seconds (see ``clock``) of one forward pass of each model, in turn on one thread, after one to warm up."""
+    """Median seconds (see ``clock``) of one forward pass of each model, in turn on one thread, after one to warm up.
+
+    Large models are called less often: no round is begun after :data:`PATIENCE` seconds, once there were three.
+    """
     seconds: list[list[float]] = [[] for _ in models]
+    began = time.monotonic()
     with single_thread():
         for call in range(calls + 1):
+            if call > 3 and time.monotonic() - began > PATIENCE:
+                break
             for model, own in zip(models, seconds, strict=True):
                 model.eval()
                 start = clock(x.device)

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from torchdyn_mintime.experiments.training import Run
 
 __all__ = ["bars"]
 
 
 @contextmanager
-def bars(runs: Sequence[Run], title: str, console: Console) -> Iterator[Callable[[Run], None]]:
+def bars(runs: Sequence[Any], title: str, console: Console) -> Iterator[Callable[[Any], None]]:
     """One bar for each run; gives a function to call after each of a run's iterations."""
     columns = (
         TextColumn("{task.description}"),
@@ -29,7 +28,7 @@ def bars(runs: Sequence[Run], title: str, console: Console) -> Iterator[Callable
             for run in runs
         }
 
-        def advanced(run: Run) -> None:
+        def advanced(run: Any) -> None:
             history, bar = run.history, made[id(run)]
             state = run.failure[:60]
             if history.loss and not state:

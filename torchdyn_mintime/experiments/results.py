@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -90,12 +91,12 @@ def print_table(table: Table, console: Console, width: int = WIDTH) -> None:
     Console(width=max(console.width, width), file=console.file).print(table)
 
 
-def write(results: Sequence[Result], folder: Path, name: str) -> list[Path]:
-    """Writes ``name.csv`` and ``name.json``."""
+def write(results: Sequence[Any], folder: Path, name: str) -> list[Path]:
+    """Writes ``name.csv`` and ``name.json``, of one record or more, all of one kind."""
     folder.mkdir(parents=True, exist_ok=True)
     table, record = folder / f"{name}.csv", folder / f"{name}.json"
     with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Result)])
+        writer = csv.DictWriter(file, [f.name for f in fields(results[0])])
         writer.writeheader()
         writer.writerows(asdict(r) for r in results)
     record.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Carries out plans: trains what is missing, side by side, and measures inference in turn."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import Run, race
 
-__all__ = ["carry_out", "time_inference"]
+__all__ = ["carry_out", "side_by_side", "time_inference"]
 
 CHECKPOINT_SECONDS = 20.0
 
@@ -31,8 +32,13 @@ def carry_out(plans: Sequence[Plan], data: Data, store: Store, console: Console,
         console: for progress bars.
         device: where to train.
     """
+    return side_by_side(plans, lambda plan: _begun(plan, data, device), store, console)
+
+
+def side_by_side(plans: Sequence[Plan], begin: Callable[[Plan], Any], store: Store, console: Console) -> list[Any]:
+    """The same for runs of any kind, which ``begin`` makes."""
     missing = [plan for plan in plans if not store.has(plan)]
-    runs = {plan: _begun(plan, data, device) for plan in missing}
+    runs = {plan: begin(plan) for plan in missing}
     for plan, run in runs.items():
         store.resume(plan, run, console)
     saved = time.monotonic()
@@ -41,7 +47,7 @@ def carry_out(plans: Sequence[Plan], data: Data, store: Store, console: Console,
         title = f"{missing[0].task} {missing[0].settings.seed}"
         with bars(list(runs.values()), title, console) as show:
 
-            def advanced(run: Run) -> None:
+            def advanced(run: Any) -> None:
                 nonlocal saved
                 show(run)
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,19 +12,19 @@ from rich.console import Console
 from torchdyn_mintime.experiments.methods import find_method
 from torchdyn_mintime.experiments.models import Classifier
 from torchdyn_mintime.experiments.results import Result, measured
-from torchdyn_mintime.experiments.tasks import TASKS, Settings
-from torchdyn_mintime.experiments.training import History, Run
+from torchdyn_mintime.experiments.tasks import TASKS
+from torchdyn_mintime.experiments.training import History
 
 __all__ = ["Plan", "Store", "load_model"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run to be made: names of ``TASKS`` and of ``find_method``, and the settings, the seed among them."""
+    """One run to be made: names of ``TASKS`` and of ``find_method``, or a flow's, and the settings, the seed among them."""
 
     task: str
     method: str
-    settings: Settings
+    settings: Any
 
     @property
     def key(self) -> str:
@@ -48,9 +49,13 @@ def load_model(plan: Plan, path: Path) -> Classifier:
 class Store:
     """A folder with a JSON record (figures and history) and a model for each finished plan.
 
+    What is kept of a model is up to its kind: see ``FlowStore`` for another than classifiers.
+
     Args:
         folder: made when something is written.
     """
+
+    result_type: type = Result
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -59,23 +64,31 @@ class Store:
         """Whether the plan was finished."""
         return self._record(plan).exists()
 
-    def result(self, plan: Plan) -> Result:
+    def result(self, plan: Plan) -> Any:
         """The figures of a finished plan."""
-        return Result(**json.loads(self._record(plan).read_text(encoding="utf-8"))["result"])
+        return self.result_type(**json.loads(self._record(plan).read_text(encoding="utf-8"))["result"])
 
     def history(self, plan: Plan) -> History:
         """The history of a finished plan."""
         return History(**json.loads(self._record(plan).read_text(encoding="utf-8"))["history"])
 
-    def model(self, plan: Plan) -> Classifier:
+    def model(self, plan: Plan) -> Any:
         """The trained model of a finished plan."""
         return load_model(plan, self._path(plan, ".pt"))
 
-    def save(self, plan: Plan, run: Run) -> Result:
+    def measure(self, plan: Plan, run: Any) -> Any:
+        """The figures of a finished run."""
+        return measured(plan.task, run)
+
+    def structure(self, run: Any) -> dict[str, Any]:
+        """What of a finished run's model its state_dict does not hold."""
+        return run.driver.structure(run)
+
+    def save(self, plan: Plan, run: Any) -> Any:
         """Measures a finished run and writes it; its checkpoint goes."""
-        result = measured(plan.task, run)
+        result = self.measure(plan, run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {"model": run.model.cpu().state_dict(), **run.driver.structure(run)}
+        kept = {"model": run.model.cpu().state_dict(), **self.structure(run)}
         torch.save(kept, self._path(plan, ".pt"))
         record = {"plan": asdict(plan), "result": asdict(result), "history": asdict(run.history)}
         self._write(self._record(plan), json.dumps(record))
@@ -89,14 +102,14 @@ class Store:
         self._write(self._record(plan), json.dumps({**record, "result": asdict(result)}))
         return result
 
-    def checkpoint(self, plan: Plan, run: Run) -> None:
+    def checkpoint(self, plan: Plan, run: Any) -> None:
         """Writes what a stopped run needs to go on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(plan, ".checkpoint")
         torch.save(run.state_dict(), path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)  # never half a file
 
-    def resume(self, plan: Plan, run: Run, console: Console) -> None:
+    def resume(self, plan: Plan, run: Any, console: Console) -> None:
         """Takes up the checkpoint of a stopped run, where there is one."""
         path = self._path(plan, ".checkpoint")
         if path.exists():

@@ -1,19 +1,18 @@
 """The paper's tables, with ours and the controls beside each of its rows."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from torchdyn_mintime.experiments.data import Data
 from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.images import MissingData, Source
-from torchdyn_mintime.experiments.results import Result, print_table, write
+from torchdyn_mintime.experiments.lines import Kind, Line, failures, show, spread
+from torchdyn_mintime.experiments.results import Result, write
 from torchdyn_mintime.experiments.runner import carry_out, time_inference
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS, Settings
@@ -25,6 +24,9 @@ SWEEP = (1, 2, 3, 4, 6, 8, 12, 16)
 
 GRID = (0.01, 0.03, 0.1)
 """Learning rates that every method is tried with, but for images, where the paper's is taken."""
+
+TRIAL_SEED = 1000
+"""Learning rates are chosen on it, so that no seed of a table has had a say in them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Options:
 
     Attributes:
         seeds: how many of them, from 0 on.
-        rates: learning rates that every method is tried with; empty is the task's own alone.
+        rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty is the task's own alone.
         iterations: optimizer steps instead of each task's own.
         subset, width: of image tasks.
         tasks: only these; empty is all.
@@ -214,17 +216,6 @@ TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
 }
 
 
-@dataclass
-class _Line:
-    """A row as it came out: the results of all seeds at the learning rate chosen, and each seed's baseline."""
-
-    label: str
-    paper: str
-    results: list[Result] = field(default_factory=list)
-    base: list[Result] = field(default_factory=list)
-    note: str = ""
-
-
 def make(number: str, options: Options, folder: Path, console: Console) -> list[Result]:
     """Runs a table's rows and their controls, prints it, and writes it as CSV, JSON and Markdown.
 
@@ -243,12 +234,8 @@ def make(number: str, options: Options, folder: Path, console: Console) -> list[
             console.print(f"{TASKS[section.task].title}: not run: {error}")
             texts.append(f"## {TASKS[section.task].title}\n\nNot run: {error}.")
             continue
-        heads, cells = _cells(lines)
-        print_table(_printed(f"{title}: {TASKS[section.task].title}", heads, cells), console, width=170)
-        remarks = _remarks(lines)
-        for remark in remarks:
-            console.print(remark, highlight=False)
-        texts.append(_markdown(TASKS[section.task].title, heads, cells, remarks))
+        task = TASKS[section.task].title
+        texts.append(show(f"{title}: {task}", task, lines, KIND, console))
         results += [r for line in lines for r in line.results]
     if results:
         files = write(results, folder, f"table-{number}")
@@ -266,59 +253,95 @@ def _settings(section: Section, row: Row, options: Options, seed: int, rate: flo
     return own.but(iterations=options.iterations, subset=options.subset, width=options.width, lr=rate)
 
 
-def _run(section: Section, options: Options, store: Store, console: Console) -> list[_Line]:
+_TWIN = Row("vanilla, as many steps")
+"""The control that only a finished run can name: as many equal steps on the whole interval."""
+
+
+def _run(section: Section, options: Options, store: Store, console: Console) -> list[Line]:
     rows = [*section.rows, *(Row(method) for method in section.others)]
     rows += [Row(f"vanilla:{k}") for k in options.sweep]
     own = TASKS[section.task].settings
-    rates: Sequence[float | None] = options.rates if own.optimizer == "adam" and options.rates else [None]
-    found: dict[tuple[Row | str, float | None, int], Result] = {}
-    for rate in rates:
-        for seed in range(options.seeds):
-            plans = {row: Plan(section.task, row.method, _settings(section, row, options, seed, rate)) for row in rows}
-            data = TASKS[section.task].load(next(iter(plans.values())).settings, options.source)
-            finished = carry_out(list(plans.values()), data, store, console, options.device)
-            results = dict(zip(plans, finished, strict=True))
-            learned = next((row for row in rows if row.method == section.learned), None)
-            if learned is not None:
-                # The control that only a finished run can name: as many equal steps on the whole interval.
-                twin = Row(f"vanilla:{results[learned].steps}")
-                settings = _settings(section, twin, options, seed, rate)
-                plans[twin] = Plan(section.task, twin.method, settings)
-                carry_out([plans[twin]], data, store, console, options.device)
-            timed = time_inference(list(plans.values()), data, store)
-            found.update({(row, rate, seed): r for row, r in zip(plans, timed, strict=True)})
-            if learned is not None:
-                found["twin", rate, seed] = found[twin, rate, seed]
-    return _lines(section, rows, found, rates, options)
+    rates = options.rates if own.optimizer == "adam" else ()
+    chosen: dict[Row, float | None] = dict.fromkeys([*rows, _TWIN], rates[0] if rates else None)
+    if len(rates) > 1:
+        chosen = _best_rates(section, rows, rates, options, store, console)
+    found: dict[Row, list[Result]] = {row: [] for row in [*rows, _TWIN]}
+    for seed in range(options.seeds):
+        plans, data = _finished(section, [(row, chosen[row]) for row in rows], options, seed, store, console)
+        twin = _twin(section, {row: store.result(plan) for (row, _), plan in plans.items()})
+        if twin is not None:
+            plan = Plan(section.task, twin, _settings(section, _TWIN, options, seed, chosen[_TWIN]))
+            carry_out([plan], data, store, console, options.device)
+            plans[_TWIN, chosen[_TWIN]] = plan
+        timed = time_inference(list(plans.values()), data, store)
+        for (row, _), result in zip(plans, timed, strict=True):
+            found[row].append(result)
+    return _lines(section, found, options)
 
 
-def _lines(
-    section: Section, rows: list[Row], found: dict, rates: Sequence[float | None], options: Options
-) -> list[_Line]:
-    seeds = range(options.seeds)
+def _best_rates(
+    section: Section, rows: Sequence[Row], rates: Sequence[float], options: Options, store: Store, console: Console
+) -> dict[Row, float | None]:
+    """The learning rate of each row that does best on a seed of its own."""
+    console.print(f"{TASKS[section.task].title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
+    tried = [(row, rate) for row in rows for rate in rates]
+    plans, data = _finished(section, tried, options, TRIAL_SEED, store, console)
 
-    def at_best_rate(row: Row | str) -> list[Result]:
-        return min(([found[row, rate, seed] for seed in seeds] for rate in rates), key=_quality)
+    def best(plans: dict[float, Plan]) -> float:
+        return min(plans, key=lambda rate: _quality([store.result(plans[rate])]))
 
-    base = at_best_rate(rows[0])
-    lines: list[_Line] = []
-    for row in section.rows:
-        results = at_best_rate(row)
-        lines.append(_Line(row.label or results[0].method, row.paper, results, base, _failures(results)))
-    if ("twin", rates[0], 0) in found:
-        label = f"control: vanilla, as many steps as {section.learned}"
-        lines.append(_Line(label, "", at_best_rate("twin"), base))
-    sweep = [at_best_rate(Row(f"vanilla:{k}")) for k in options.sweep]
+    chosen: dict[Row, float | None] = {row: best({r: plans[row, r] for r in rates}) for row in rows}
+    twin = _twin(section, {row: store.result(plans[row, chosen[row]]) for row in rows})
+    if twin is not None:
+        own = {r: Plan(section.task, twin, _settings(section, _TWIN, options, TRIAL_SEED, r)) for r in rates}
+        carry_out(list(own.values()), data, store, console, options.device)
+        chosen[_TWIN] = best(own)
+    return chosen
+
+
+def _finished(
+    section: Section,
+    wanted: Sequence[tuple[Row, float | None]],
+    options: Options,
+    seed: int,
+    store: Store,
+    console: Console,
+) -> tuple[dict[tuple[Row, float | None], Plan], Data]:
+    """Trains rows at learning rates, side by side; with the data of the seed."""
+    plans = {
+        (row, rate): Plan(section.task, row.method, _settings(section, row, options, seed, rate))
+        for row, rate in wanted
+    }
+    data = TASKS[section.task].load(next(iter(plans.values())).settings, options.source)
+    carry_out(list(plans.values()), data, store, console, options.device)
+    return plans, data
+
+
+def _twin(section: Section, results: dict[Row, Result]) -> str | None:
+    learned = next((row for row in section.rows if row.method == section.learned), None)
+    return None if learned is None else f"vanilla:{results[learned].steps}"
+
+
+def _lines(section: Section, found: dict[Row, list[Result]], options: Options) -> list[Line]:
+    base = found[section.rows[0]]
+    lines = [
+        Line(row.label or found[row][0].method, row.paper, found[row], base, failures(found[row]))
+        for row in section.rows
+    ]
+    if found[_TWIN]:
+        label = f"vanilla, as many steps as {section.learned}"
+        lines.append(Line(label, "", found[_TWIN], base, control=True))
+    sweep = [found[Row(f"vanilla:{k}")] for k in options.sweep]
     good = [results for results in sweep if _as_good(results, base)]
     if good:
         best = min(good, key=lambda results: results[0].nfe)
-        lines.append(_Line(f"control: best of a sweep ({best[0].steps} steps)", "", best, base))
+        lines.append(Line(f"best of a sweep ({best[0].steps} steps)", "", best, base, control=True))
     elif sweep:
         note = "no number of steps in the sweep is as good as vanilla"
-        lines.append(_Line("control: best of a sweep", "", note=note))
+        lines.append(Line("best of a sweep", "", note=note, control=True))
     for method in section.others:
-        results = at_best_rate(Row(method))
-        lines.append(_Line(f"control: {results[0].method}", "", results, base, _failures(results)))
+        results = found[Row(method)]
+        lines.append(Line(results[0].method, "", results, base, failures(results), control=True))
     return lines
 
 
@@ -341,112 +364,43 @@ def _as_good(results: Sequence[Result], base: Sequence[Result]) -> bool:
     )
 
 
-def _failures(results: Sequence[Result]) -> str:
-    failed = [r.failure for r in results if r.failure]
-    return f"{len(failed)} of {len(results)} failed: {failed[0]}" if failed else ""
-
-
 # ----------------------------------------------------------------------------------------------------------- printing
 
-HEADS = ("", "paper", "t_f", "evals", "training s", "inference ms", "to target s", "test %", "at 1e-7 %", "lr", "note")
+
+def _training(line: Line) -> str:
+    text = line.spread(lambda r: r.training, "{:.2f}")
+    if line.results[0].pretraining is not None:
+        text += f" (first {statistics.median(r.pretraining or 0.0 for r in line.results):.2f})"
+    return text + line.ratio(lambda r: r.training)
 
 
-def _cells(lines: Sequence[_Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    return HEADS, [_row_cells(line) for line in lines]
-
-
-def _row_cells(line: _Line) -> tuple[str, ...]:
-    if not line.results:
-        return (line.label, line.paper, *[""] * (len(HEADS) - 3), line.note)
-    results, base = line.results, line.base
-    training = _spread([r.training for r in results], "{:.2f}")
-    if results[0].pretraining is not None:
-        first = statistics.median(r.pretraining or 0.0 for r in results)
-        training += f" (first {first:.2f})"
-    return (
-        line.label,
-        line.paper,
-        _spread([r.t_f for r in results], "{:.4g}"),
-        _spread([r.nfe for r in results], "{:g}"),
-        training + _ratio(results, base, lambda r: r.training),
-        _spread([1e3 * (r.inference or 0.0) for r in results], "{:.2f}") + _ratio(results, base, lambda r: r.inference),
-        _to_target(results) + _ratio(results, base, lambda r: r.to_target),
-        _spread([100 * r.accuracy for r in results], "{:.1f}"),
-        _spread([100 * r.reference_accuracy for r in results], "{:.1f}"),
-        f"{results[0].lr:g}",
-        line.note,
-    )
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    """The median, and the range where the values differ as printed."""
-    low, high = form.format(min(values)), form.format(max(values))
-    return form.format(statistics.median(values)) + (f" [{low}, {high}]" if low != high else "")
-
-
-def _to_target(results: Sequence[Result]) -> str:
-    reached = [r.to_target for r in results if r.to_target is not None]
+def _to_target(line: Line) -> str:
+    reached = [r.to_target for r in line.results if r.to_target is not None]
     if not reached:
         return "never"
-    return _spread(reached, "{:.2f}") + (f" ({len(reached)} of {len(results)})" if len(reached) < len(results) else "")
+    some = f" ({len(reached)} of {len(line.results)})" if len(reached) < len(line.results) else ""
+    return spread(reached, "{:.2f}") + some + line.ratio(lambda r: r.to_target)
 
 
-def _median_ratio(
-    results: Sequence[Result], base: Sequence[Result], value: Callable[[Result], float | None]
-) -> float | None:
-    pairs = [(value(b), value(r)) for r, b in zip(results, base, strict=True)]
-    ratios = [b / r for b, r in pairs if b and r]
-    return statistics.median(ratios) if len(ratios) == len(results) else None
-
-
-def _ratio(results: Sequence[Result], base: Sequence[Result], value: Callable[[Result], float | None]) -> str:
-    ratio = _median_ratio(results, base, value)
-    return "" if ratio is None or results is base else f" {ratio:.1f}x"
-
-
-def _remarks(lines: Sequence[_Line]) -> list[str]:
-    """For each learned row: what of its gain the controls have too."""
-    controls = [line for line in lines if line.label.startswith("control") and line.results]
-    return [_remark(line, controls) for line in lines[1:] if line.results and line not in controls]
-
-
-def _remark(line: _Line, controls: Sequence[_Line]) -> str:
-    parts = []
-    for what, value in GAINS.items():
-        gain = _median_ratio(line.results, line.base, value)
-        if gain is not None:
-            others = [
-                f"{c.label.removeprefix('control: ')} {other:.1f}x"
-                for c in controls
-                if (other := _median_ratio(c.results, c.base, value)) is not None
-            ]
-            parts.append(f"{what} {gain:.1f}x ({', '.join(others)})" if others else f"{what} {gain:.1f}x")
-    worst = 100 * min(r.reference_accuracy for r in line.results)
-    return f"{line.label}, and the controls in brackets: {'; '.join([*parts, f'at 1e-7 at least {worst:.1f} %'])}."
-
-
-GAINS: dict[str, Callable[[Result], float | None]] = {
-    "training": lambda r: r.training,
-    "time to target": lambda r: r.to_target,
-    "inference": lambda r: r.inference,
-}
-
-
-def _printed(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    table = Table(
-        title=title,
-        box=box.SIMPLE_HEAD,
-        caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
-        "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. Times of one thread, in turn.",
-    )
-    for head in heads:
-        table.add_column(head)
-    for row in cells:
-        table.add_row(*map(Text, row))  # as it is: brackets are no markup here
-    return table
-
-
-def _markdown(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
-    rows = [heads, ["---"] * len(heads), *cells]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"## {title}\n\n{table}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
+KIND = Kind(
+    columns={
+        "t_f": lambda line: line.spread(lambda r: r.t_f, "{:.4g}"),
+        "evals": lambda line: line.spread(lambda r: r.nfe, "{:g}"),
+        "training s": _training,
+        "inference ms": lambda line: (
+            line.spread(lambda r: 1e3 * (r.inference or 0.0), "{:.2f}") + line.ratio(lambda r: r.inference)
+        ),
+        "to target s": _to_target,
+        "test %": lambda line: line.spread(lambda r: 100 * r.accuracy, "{:.1f}"),
+        "at 1e-7 %": lambda line: line.spread(lambda r: 100 * r.reference_accuracy, "{:.1f}"),
+        "lr": lambda line: f"{line.results[0].lr:g}",
+    },
+    gains={
+        "training": lambda r: r.training,
+        "time to target": lambda r: r.to_target,
+        "inference": lambda r: r.inference,
+    },
+    honest=lambda line: f"at 1e-7 at least {100 * min(r.reference_accuracy for r in line.results):.1f} %",
+    caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
+    "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. Times of one thread, in turn.",
+)

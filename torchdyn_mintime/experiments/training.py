@@ -276,11 +276,11 @@ def end_of(model: Classifier) -> float:
     return model.node.t_f.item() if hasattr(model.node, "t_f") else model.t_span[-1].item()
 
 
-def race(runs: Sequence[Run], advanced: Callable[[Run], None] = lambda run: None) -> None:
+def race(runs: Sequence[Any], advanced: Callable[[Any], None] = lambda run: None) -> None:
     """Trains all runs to their ends, one iteration of each in turn.
 
     Args:
-        runs: the models in training.
+        runs: the models in training: what has ``done`` and ``step``.
         advanced: called after each iteration, for progress bars and checkpoints.
     """
     with single_thread():

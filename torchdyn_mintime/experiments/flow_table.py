@@ -1,0 +1,207 @@
+"""Flows as a table: minimum-time, the paper's way and ours, with the controls beside them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from torchdyn_mintime.experiments.errors import UsageError
+from torchdyn_mintime.experiments.flow_pictures import draw_flows
+from torchdyn_mintime.experiments.flows import (
+    FLOW_TASKS,
+    FlowResult,
+    FlowRun,
+    FlowSettings,
+    find_flow_method,
+    untrained,
+)
+from torchdyn_mintime.experiments.lines import Kind, Line, failures, show
+from torchdyn_mintime.experiments.results import write
+from torchdyn_mintime.experiments.runner import side_by_side
+from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.flows import FlowModel
+
+__all__ = ["FIRST_SEED", "METHODS", "SWEEP", "FlowStore", "flow_settings", "make", "run"]
+
+METHODS = ("vanilla", "minimum-time-paper", "minimum-time", "default-adaptive")
+"""Trained side by side where none are named."""
+
+SWEEP = (4, 6, 8, 12, 16)
+"""Steps of the control that a user without this package would try."""
+
+FIRST_SEED = 3
+"""Of the table; seeds 0 to 2 were used to choose its settings."""
+
+CLOSE = 0.02
+"""Nats that the best of a sweep may lose, by its steps and solved exactly."""
+
+PAPER = {
+    ("flow-moons", "vanilla"): "100 steps; over 18 min",
+    ("flow-moons", "minimum-time-paper"): "20 steps; about 6 min (3x)",
+}
+
+
+class FlowStore(Store):
+    """Finished and unfinished flows on disk."""
+
+    result_type = FlowResult
+
+    def measure(self, plan: Plan, run: Any) -> FlowResult:
+        """The figures of a finished run."""
+        return run.judge(plan.task)
+
+    def structure(self, run: Any) -> dict[str, Any]:
+        """Nothing: a flow keeps its solver and its number of steps."""
+        return {}
+
+    def model(self, plan: Plan) -> FlowModel:
+        """The trained flow of a finished plan."""
+        with torch.random.fork_rng(devices=[]):
+            model = untrained(find_flow_method(plan.method), plan.settings)
+        model.load_state_dict(torch.load(self._path(plan, ".pt"))["model"])
+        return model
+
+
+def flow_settings(task: str, **given: Any) -> FlowSettings:
+    """The settings of a flow's task, but for those that are given.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    if task not in FLOW_TASKS:
+        raise UsageError(f"there is no flow {task!r}; choose among {', '.join(FLOW_TASKS)}, flow-tutorial")
+    own = {"weight": FLOW_TASKS[task].weight, **{k: v for k, v in given.items() if v is not None}}
+    return FlowSettings(**own)
+
+
+def run(
+    task: str,
+    methods: Sequence[str],
+    settings: FlowSettings,
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    sweep: Sequence[int] = (),
+) -> list[FlowResult]:
+    """Trains every method on every seed and the controls beside them, prints a table and draws the first seed's flows.
+
+    What an earlier call has finished is not trained again; what it was stopped at goes on.
+
+    Args:
+        task: one of ``FLOW_TASKS``.
+        methods: names for ``find_flow_method``. Where minimum-time is among them, vanilla with as many steps stands beside it.
+        settings: of all, but for the seed.
+        seeds: of initialisation and batches.
+        folder: for the table, the runs and the pictures.
+        console: where to print.
+        sweep: steps of another control.
+
+    Raises:
+        UsageError: there is no such task or method.
+    """
+    lines = _train(task, methods, settings, seeds, folder, console, sweep)
+    title = FLOW_TASKS[task].title
+    text = show(title, title, lines, KIND, console)
+    results = [r for line in lines for r in line.results]
+    _written(results, [text], folder, task, console)
+    return results
+
+
+def make(settings: dict[str, FlowSettings], seeds: int, folder: Path, console: Console) -> list[FlowResult]:
+    """The table of all flows: ``settings`` by task, on ``seeds`` seeds from ``FIRST_SEED`` on."""
+    results, texts = [], ["# Flows"]
+    for task, own in settings.items():
+        lines = _train(task, METHODS, own, range(FIRST_SEED, FIRST_SEED + seeds), folder, console, SWEEP)
+        title = FLOW_TASKS[task].title
+        texts.append(show(f"Flows: {title}", title, lines, KIND, console))
+        results += [r for line in lines for r in line.results]
+    _written(results, texts, folder, "table-flows", console)
+    return results
+
+
+def _written(results: list[FlowResult], texts: Sequence[str], folder: Path, name: str, console: Console) -> None:
+    files = write(results, folder, name)
+    page = folder / f"{name}.md"
+    page.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    console.print(f"The table as data: {', '.join(map(str, [*files, page]))}")
+
+
+def _train(
+    task: str,
+    methods: Sequence[str],
+    settings: FlowSettings,
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    sweep: Sequence[int],
+) -> list[Line]:
+    store, twin = FlowStore(folder / "runs"), "minimum-time" if "minimum-time" in methods else None
+    names = [*methods, *(f"vanilla:{k}" for k in sweep if f"vanilla:{k}" not in methods)]
+    found: dict[str, list[FlowResult]] = {name: [] for name in [*names, "twin"]}
+    first: dict[str, Plan] = {}
+
+    def begin(plan: Plan) -> FlowRun:
+        return FlowRun(FLOW_TASKS[plan.task], find_flow_method(plan.method), plan.settings)
+
+    for seed in seeds:
+        own = replace(settings, seed=seed)
+        plans = {name: Plan(task, name, own) for name in names}
+        for name, result in zip(plans, side_by_side(list(plans.values()), begin, store, console), strict=True):
+            found[name].append(result)
+        if twin is not None:
+            plan = Plan(task, f"vanilla:{found[twin][-1].steps}", own)
+            found["twin"] += side_by_side([plan], begin, store, console)
+        first = first or plans
+    models = {find_flow_method(n).label: store.model(first[n]) for n in methods[:3]}
+    for path in draw_flows(models, FLOW_TASKS[task].draw, folder / task):
+        console.print(f"What it looks like: {path}", highlight=False)
+    return _lines(task, methods, found, sweep)
+
+
+def _lines(task: str, methods: Sequence[str], found: dict[str, list[FlowResult]], sweep: Sequence[int]) -> list[Line]:
+    base = found[methods[0]]
+
+    def line(name: str, control: bool, label: str = "") -> Line:
+        own = found[name]
+        return Line(label or own[0].method, PAPER.get((task, name), ""), own, base, failures(own), control)
+
+    lines = [line(name, name == "default-adaptive") for name in methods]
+    if found["twin"]:
+        lines.append(line("twin", True, "vanilla, as many steps as minimum-time"))
+    good = [k for k in sweep if _as_good(found[f"vanilla:{k}"], base)]
+    if good:
+        lines.append(line(f"vanilla:{min(good)}", True, f"best of a sweep ({min(good)} steps)"))
+    elif sweep:
+        lines.append(Line("best of a sweep", "", note=f"none within {CLOSE} nats of vanilla", control=True))
+    return lines
+
+
+def _as_good(results: Sequence[FlowResult], base: Sequence[FlowResult]) -> bool:
+    return all(max(r.nll, r.reference) <= b.nll + CLOSE and not r.failure for r, b in zip(results, base, strict=True))
+
+
+KIND = Kind(
+    columns={
+        "t_f": lambda line: line.spread(lambda r: r.t_f, "{:.3g}"),
+        "steps": lambda line: line.spread(lambda r: r.steps, "{:g}") + line.ratio(lambda r: r.steps),
+        "evals": lambda line: line.spread(lambda r: r.nfe, "{:g}") + line.ratio(lambda r: r.nfe),
+        "training s": lambda line: line.spread(lambda r: r.training, "{:.1f}") + line.ratio(lambda r: r.training),
+        "sampling ms": lambda line: (
+            line.spread(lambda r: 1e3 * r.sampling, "{:.0f}") + line.ratio(lambda r: r.sampling)
+        ),
+        "nll": lambda line: line.spread(lambda r: r.nll, "{:.3f}"),
+        "nll at 1e-7": lambda line: line.spread(lambda r: r.reference, "{:.3f}"),
+    },
+    gains={
+        "steps": lambda r: r.steps,
+        "evaluations": lambda r: r.nfe,
+        "training": lambda r: r.training,
+        "sampling": lambda r: r.sampling,
+    },
+    honest=lambda line: f"nll at 1e-7 at most {max(r.reference for r in line.results):.3f}",
+    caption="Medians over seeds (and ranges); ratios to the first row, by seed. nll: negative log-likelihood of fresh samples, "
+    "nats, by the steps of the training; at 1e-7: of the same model, its ODE solved at that tolerance. Times of one thread.",
+)
