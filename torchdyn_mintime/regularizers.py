@@ -16,7 +16,7 @@ of a mean over the batch and all dimensions of the sample (running costs and log
     JacobianNorm         int mean (J^T eps)^2 dt, eps ~ N(0, I)  the same
     LocalError           sum_i dt_i |local error of step i|      Pal et al., 2021 (ERNODE), and 2022 (one random step)
 
-The points of a field that ignores time are evaluated as one batch, once the first trajectory has shown that this gives the same.
+The points of a field that ignores time are evaluated as one batch, once the first trajectory has shown that it gives the same.
 It takes the time of a few evaluations instead of one a point; ``nfe`` counts them as if they were made one by one.
 """
 
