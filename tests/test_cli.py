@@ -174,7 +174,7 @@ def test_the_table_of_flows(tmp_path):
     out = call("table", "flows", "--only", "flow-moons", "--seeds", "1", "--iterations", "1")
     for label in ("over 18 min", "as in the paper", "as many steps", "best of a"):
         assert label in out
-    assert (tmp_path / "results/flow-moons.gif").exists()
+    assert (tmp_path / "results/table-flow-moons.gif").exists()
     assert (tmp_path / "results/table-flows.md").read_text().startswith("# Flows")
 
 
@@ -213,8 +213,9 @@ def test_the_figures_of_flows_come_with_their_runs(monkeypatch, number, task):
     called = []
     monkeypatch.setattr("torchdyn_mintime.experiments.flow_table.run", lambda *args: called.append(args))
     call("figure", number, "--iterations", "2", "--seed", "5")
-    ((own, methods, settings, seeds, *_),) = called
+    ((own, methods, settings, seeds, *_, name),) = called
     assert (own, methods, settings.iterations, list(seeds)) == (task, ("vanilla", "minimum-time"), 2, [5])
+    assert name == f"figure-{number}"
 
 
 def test_a_damaged_image_file_is_said_where_its_figures_would_be(tmp_path, monkeypatch):

@@ -508,7 +508,7 @@ TINY = {"iterations": 2, "batch": 32, "test": 64}
 
 def printed(*args, **kw):
     text = io.StringIO()
-    flow_table.run(*args, console=Console(file=text, width=500), **kw)
+    flow_table.run(*args, console=Console(file=text, width=500), name="flows", **kw)
     return " ".join(text.getvalue().split())
 
 
@@ -524,12 +524,12 @@ def test_the_experiment_runs_beside_its_controls_and_is_not_run_twice(tmp_path, 
     text = printed(*words, sweep=(2, 3))
     for label in ("minimum-time", "control: vanilla, default tsit5", "as many steps", "control: best of a sweep"):
         assert label in text
-    rows = json.loads((tmp_path / "flow-circles.json").read_text())
+    rows = json.loads((tmp_path / "flows.json").read_text())
     vanilla, ours, _, control, _ = rows[::2]
     assert [r["seed"] for r in rows] == [0, 1] * 5
     assert vanilla["steps"] == 100 and control["steps"] == ours["steps"] < 100
     assert all(math.isfinite(r["reference"]) and r["iterations"] == 2 for r in rows)
-    assert (tmp_path / "flow-circles.md").read_text().count("\n| ") >= 6
+    assert (tmp_path / "flows.md").read_text().count("\n| ") >= 6
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(experiment.FlowRun, "step", lambda run: pytest.fail("trained again"))
         assert text.endswith(printed(*words, sweep=(2, 3)))

@@ -64,7 +64,7 @@ def run(
 
     if task.startswith("flow-"):
         seeds_ = range(first_seed, first_seed + seeds)
-        _flow(context, task, method, seeds_, output, iterations=iterations, lr=lr, weight=weight)
+        _flow(context, f"run-{task}", task, method, seeds_, output, iterations=iterations, lr=lr, weight=weight)
         return
     if task not in TASKS:
         names = [*TASKS, "flow-moons", "flow-circles", "flow-tutorial"]
@@ -102,7 +102,13 @@ _FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
 
 
 def _flow(
-    context: typer.Context, task: str, methods: list[str] | None, seeds: range, output: Path, **given: float | None
+    context: typer.Context,
+    name: str,
+    task: str,
+    methods: list[str] | None,
+    seeds: range,
+    output: Path,
+    **given: float | None,
 ) -> None:
     """Flows have a protocol of their own: likelihood on fresh samples."""
     from torchdyn_mintime.experiments import flow_table
@@ -116,7 +122,7 @@ def _flow(
     _only(context, task, "iterations", "first_seed", "seed", "method", "lr", "weight")
     try:
         settings = flow_table.flow_settings(task, **given)
-        flow_table.run(task, tuple(methods or flow_table.METHODS), settings, seeds, output, Console())
+        flow_table.run(task, tuple(methods or flow_table.METHODS), settings, seeds, output, Console(), name)
     except UsageError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -207,7 +213,15 @@ def figure(
 
     if number in _FLOW_FIGURES:
         methods = ["vanilla", "minimum-time"]
-        _flow(context, _FLOW_FIGURES[number], methods, range(seed, seed + 1), output, iterations=iterations)
+        _flow(
+            context,
+            f"figure-{number}",
+            _FLOW_FIGURES[number],
+            methods,
+            range(seed, seed + 1),
+            output,
+            iterations=iterations,
+        )
         return
     if number not in figures.FIGURES:
         names = sorted([*figures.FIGURES, *_FLOW_FIGURES], key=int)

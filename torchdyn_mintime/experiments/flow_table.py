@@ -84,6 +84,7 @@ def run(
     seeds: Sequence[int],
     folder: Path,
     console: Console,
+    name: str,
     sweep: Sequence[int] = (),
 ) -> list[FlowResult]:
     """Trains every method on every seed and the controls beside them, prints a table and draws the first seed's flows.
@@ -97,16 +98,17 @@ def run(
         seeds: of initialisation and batches.
         folder: for the table, the runs and the pictures.
         console: where to print.
+        name: of the files with the table and the pictures.
         sweep: steps of another control.
 
     Raises:
         UsageError: there is no such task or method.
     """
-    lines = _train(task, methods, settings, seeds, folder, console, sweep)
+    lines = _train(task, methods, settings, seeds, folder, console, name, sweep)
     title = FLOW_TASKS[task].title
     text = show(title, title, lines, KIND, console)
     results = [r for line in lines for r in line.results]
-    _written(results, [text], folder, task, console)
+    _written(results, [text], folder, name, console)
     return results
 
 
@@ -114,7 +116,9 @@ def make(settings: dict[str, FlowSettings], seeds: int, folder: Path, console: C
     """The table of all flows: ``settings`` by task, on ``seeds`` seeds from ``FIRST_SEED`` on."""
     results, texts = [], ["# Flows"]
     for task, own in settings.items():
-        lines = _train(task, METHODS, own, range(FIRST_SEED, FIRST_SEED + seeds), folder, console, SWEEP)
+        lines = _train(
+            task, METHODS, own, range(FIRST_SEED, FIRST_SEED + seeds), folder, console, f"table-{task}", SWEEP
+        )
         title = FLOW_TASKS[task].title
         texts.append(show(f"Flows: {title}", title, lines, KIND, console))
         results += [r for line in lines for r in line.results]
@@ -136,11 +140,12 @@ def _train(
     seeds: Sequence[int],
     folder: Path,
     console: Console,
+    name: str,
     sweep: Sequence[int],
 ) -> list[Line]:
     store, twin = FlowStore(folder / "runs"), "minimum-time" if "minimum-time" in methods else None
-    names = [*methods, *(f"vanilla:{k}" for k in sweep if f"vanilla:{k}" not in methods)]
-    found: dict[str, list[FlowResult]] = {name: [] for name in [*names, "twin"]}
+    trained = [*methods, *(f"vanilla:{k}" for k in sweep if f"vanilla:{k}" not in methods)]
+    found: dict[str, list[FlowResult]] = {method: [] for method in [*trained, "twin"]}
     first: dict[str, Plan] = {}
 
     def begin(plan: Plan) -> FlowRun:
@@ -148,15 +153,15 @@ def _train(
 
     for seed in seeds:
         own = replace(settings, seed=seed)
-        plans = {name: Plan(task, name, own) for name in names}
-        for name, result in zip(plans, side_by_side(list(plans.values()), begin, store, console), strict=True):
-            found[name].append(result)
+        plans = {method: Plan(task, method, own) for method in trained}
+        for method, result in zip(plans, side_by_side(list(plans.values()), begin, store, console), strict=True):
+            found[method].append(result)
         if twin is not None:
             plan = Plan(task, f"vanilla:{found[twin][-1].steps}", own)
             found["twin"] += side_by_side([plan], begin, store, console)
         first = first or plans
-    models = {find_flow_method(n).label: store.model(first[n]) for n in methods[:3]}
-    for path in draw_flows(models, FLOW_TASKS[task].draw, folder / task):
+    models = {find_flow_method(m).label: store.model(first[m]) for m in methods[:3]}
+    for path in draw_flows(models, FLOW_TASKS[task].draw, folder / name):
         console.print(f"What it looks like: {path}", highlight=False)
     return _lines(task, methods, found, sweep)
 
@@ -164,11 +169,11 @@ def _train(
 def _lines(task: str, methods: Sequence[str], found: dict[str, list[FlowResult]], sweep: Sequence[int]) -> list[Line]:
     base = found[methods[0]]
 
-    def line(name: str, control: bool, label: str = "") -> Line:
-        own = found[name]
-        return Line(label or own[0].method, PAPER.get((task, name), ""), own, base, failures(own), control)
+    def line(method: str, control: bool, label: str = "") -> Line:
+        own = found[method]
+        return Line(label or own[0].method, PAPER.get((task, method), ""), own, base, failures(own), control)
 
-    lines = [line(name, name == "default-adaptive") for name in methods]
+    lines = [line(method, method == "default-adaptive") for method in methods]
     if found["twin"]:
         lines.append(line("twin", True, "vanilla, as many steps as minimum-time"))
     good = [k for k in sweep if _as_good(found[f"vanilla:{k}"], base)]
