@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torchdyn.core import NeuralODE
 from typer.testing import CliRunner
 
 from torchdyn_mintime.__main__ import app
-from torchdyn_mintime.experiments import flow_tutorial, images
+from torchdyn_mintime.experiments import flow_table, flow_tutorial, images
 from torchdyn_mintime.experiments.images import Source
 from torchdyn_mintime.experiments.models import span_of
 from torchdyn_mintime.experiments.tasks import TASKS
@@ -170,7 +171,8 @@ def test_flows_refuse_what_they_would_ignore(words, said):
     assert said in " ".join(call(*words, code=2).replace("│", " ").split())
 
 
-def test_the_table_of_flows(tmp_path):
+def test_the_table_of_flows(tmp_path, monkeypatch):
+    monkeypatch.setattr(flow_table, "flow_settings", partial(flow_table.flow_settings, test=64, batch=32))
     out = call("table", "flows", "--only", "flow-moons", "--seeds", "1", "--iterations", "1")
     for label in ("over 18 min", "as in the paper", "as many steps", "best of a"):
         assert label in out

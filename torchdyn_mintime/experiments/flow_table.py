@@ -190,15 +190,13 @@ def _as_good(results: Sequence[FlowResult], base: Sequence[FlowResult]) -> bool:
 
 KIND = Kind(
     columns={
-        "t_f": lambda line: line.spread(lambda r: r.t_f, "{:.3g}"),
-        "steps": lambda line: line.spread(lambda r: r.steps, "{:g}") + line.ratio(lambda r: r.steps),
-        "evals": lambda line: line.spread(lambda r: r.nfe, "{:g}") + line.ratio(lambda r: r.nfe),
-        "training s": lambda line: line.spread(lambda r: r.training, "{:.1f}") + line.ratio(lambda r: r.training),
-        "sampling ms": lambda line: (
-            line.spread(lambda r: 1e3 * r.sampling, "{:.0f}") + line.ratio(lambda r: r.sampling)
-        ),
-        "nll": lambda line: line.spread(lambda r: r.nll, "{:.3f}"),
-        "nll at 1e-7": lambda line: line.spread(lambda r: r.reference, "{:.3f}"),
+        "t_f": lambda line: line.figure(lambda r: r.t_f, "{:.3g}"),
+        "steps": lambda line: line.figure(lambda r: r.steps, "{:g}", ratio=True),
+        "evals": lambda line: line.figure(lambda r: r.nfe, "{:g}", ratio=True),
+        "training s": lambda line: line.figure(lambda r: r.training, "{:.1f}", ratio=True),
+        "sampling ms": lambda line: line.figure(lambda r: r.sampling, "{:.0f}", scale=1e3, ratio=True),
+        "nll": lambda line: line.figure(lambda r: r.nll, "{:.3f}"),
+        "nll at 1e-7": lambda line: line.figure(lambda r: r.reference, "{:.3f}"),
     },
     gains={
         "steps": lambda r: r.steps,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from torchdyn_mintime.experiments.results import print_table
 
-__all__ = ["Kind", "Line", "failures", "gain", "show", "spread"]
+__all__ = ["Kind", "Line", "failures", "gain", "show"]
 
 Value = Callable[[Any], float | None]
 """A figure of one result; None where there is none."""
@@ -29,14 +29,25 @@ class Line:
     note: str = ""
     control: bool = False
 
-    def spread(self, value: Callable[[Any], float], form: str) -> str:
-        """The median, and the range where the values differ as printed."""
-        return spread([value(r) for r in self.results], form)
+    def figure(self, value: Value, form: str, *, scale: float = 1.0, ratio: bool = False, note: str = "") -> str:
+        """The median, how many times less than the baseline that is, and the range where values differ as printed.
 
-    def ratio(self, value: Value) -> str:
-        """How many times less than the baseline, as printed after a figure."""
-        times = None if self.results is self.base else gain(self, value)
-        return "" if times is None else f" {times:.1f}x"
+        Args:
+            value: of one result. Results that have none are left out, and counted.
+            form: of a number.
+            scale: factor on every value.
+            ratio: whether the baseline is compared with.
+            note: set behind the median.
+        """
+        values = [scale * v for r in self.results if (v := value(r)) is not None]
+        if not values:
+            return "never"
+        times = gain(self, value) if ratio and self.results is not self.base else None
+        text = form.format(statistics.median(values)) + note + ("" if times is None else f" {times:.1f}x")
+        if len(values) < len(self.results):
+            text += f" ({len(values)} of {len(self.results)})"
+        low, high = form.format(min(values)), form.format(max(values))
+        return text + (f"\n[{low}, {high}]" if low != high else "")
 
 
 @dataclass(frozen=True)
@@ -69,19 +80,14 @@ def show(title: str, heading: str, lines: Sequence[Line], kind: Kind, console: C
     remarks = _remarks(lines, kind)
     for remark in remarks:
         console.print(remark, highlight=False)
-    text = "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *cells])
+    rows = [heads, ["---"] * len(heads), *cells]
+    text = "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
     return f"## {heading}\n\n{text}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
 
 
 def _cells(line: Line, kind: Kind) -> list[str]:
     own = [cell(line) if line.results else "" for cell in kind.columns.values()]
     return [f"control: {line.label}" if line.control else line.label, line.paper, *own, line.note]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """The median, and the range where the values differ as printed."""
-    low, high = form.format(min(values)), form.format(max(values))
-    return form.format(statistics.median(values)) + (f" [{low}, {high}]" if low != high else "")
 
 
 def gain(line: Line, value: Value) -> float | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from torchdyn_mintime.experiments.data import Data
 from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.images import MissingData, Source
-from torchdyn_mintime.experiments.lines import Kind, Line, failures, show, spread
+from torchdyn_mintime.experiments.lines import Kind, Line, failures, show
 from torchdyn_mintime.experiments.results import Result, write
 from torchdyn_mintime.experiments.runner import carry_out, time_inference
 from torchdyn_mintime.experiments.store import Plan, Store
@@ -368,31 +368,20 @@ def _as_good(results: Sequence[Result], base: Sequence[Result]) -> bool:
 
 
 def _training(line: Line) -> str:
-    text = line.spread(lambda r: r.training, "{:.2f}")
-    if line.results[0].pretraining is not None:
-        text += f" (first {statistics.median(r.pretraining or 0.0 for r in line.results):.2f})"
-    return text + line.ratio(lambda r: r.training)
-
-
-def _to_target(line: Line) -> str:
-    reached = [r.to_target for r in line.results if r.to_target is not None]
-    if not reached:
-        return "never"
-    some = f" ({len(reached)} of {len(line.results)})" if len(reached) < len(line.results) else ""
-    return spread(reached, "{:.2f}") + some + line.ratio(lambda r: r.to_target)
+    first = [r.pretraining for r in line.results if r.pretraining is not None]
+    note = f" (first {statistics.median(first):.2f})" if first else ""
+    return line.figure(lambda r: r.training, "{:.2f}", ratio=True, note=note)
 
 
 KIND = Kind(
     columns={
-        "t_f": lambda line: line.spread(lambda r: r.t_f, "{:.4g}"),
-        "evals": lambda line: line.spread(lambda r: r.nfe, "{:g}"),
+        "t_f": lambda line: line.figure(lambda r: r.t_f, "{:.4g}"),
+        "evals": lambda line: line.figure(lambda r: r.nfe, "{:g}"),
         "training s": _training,
-        "inference ms": lambda line: (
-            line.spread(lambda r: 1e3 * (r.inference or 0.0), "{:.2f}") + line.ratio(lambda r: r.inference)
-        ),
-        "to target s": _to_target,
-        "test %": lambda line: line.spread(lambda r: 100 * r.accuracy, "{:.1f}"),
-        "at 1e-7 %": lambda line: line.spread(lambda r: 100 * r.reference_accuracy, "{:.1f}"),
+        "inference ms": lambda line: line.figure(lambda r: r.inference, "{:.2f}", scale=1e3, ratio=True),
+        "to target s": lambda line: line.figure(lambda r: r.to_target, "{:.2f}", ratio=True),
+        "test %": lambda line: line.figure(lambda r: r.accuracy, "{:.1f}", scale=100),
+        "at 1e-7 %": lambda line: line.figure(lambda r: r.reference_accuracy, "{:.1f}", scale=100),
         "lr": lambda line: f"{line.results[0].lr:g}",
     },
     gains={
