@@ -19,7 +19,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # MathJax is copied beside the pages
 ]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints", "tables"]  # tables are included by pages
 # intersphinx stays off: it fetches other projects' inventories at every build.
 
 nb_execution_mode = "off"  # notebooks are shown as they were stored; the tests run them

@@ -117,7 +117,7 @@ def _flow(
 
     if task == "flow-tutorial":
         _only(context, task, "iterations", "first_seed")
-        run_tutorial(seeds, given["iterations"], output, Console().print)  # type: ignore[arg-type]
+        run_tutorial(seeds, given["iterations"], output, Console())  # type: ignore[arg-type]
         return
     _only(context, task, "iterations", "first_seed", "seed", "method", "lr", "weight")
     try:

@@ -21,7 +21,7 @@ from torchdyn_mintime.experiments.flows import (
 from torchdyn_mintime.experiments.lines import Kind, Line, failures, show
 from torchdyn_mintime.experiments.results import write
 from torchdyn_mintime.experiments.runner import side_by_side
-from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.experiments.store import JudgedStore, Plan
 from torchdyn_mintime.flows import FlowModel
 
 __all__ = ["FIRST_SEED", "METHODS", "SWEEP", "FlowStore", "flow_settings", "make", "run"]
@@ -44,18 +44,10 @@ PAPER = {
 }
 
 
-class FlowStore(Store):
+class FlowStore(JudgedStore):
     """Finished and unfinished flows on disk."""
 
     result_type = FlowResult
-
-    def measure(self, plan: Plan, run: Any) -> FlowResult:
-        """The figures of a finished run."""
-        return run.judge(plan.task)
-
-    def structure(self, run: Any) -> dict[str, Any]:
-        """Nothing: a flow keeps its solver and its number of steps."""
-        return {}
 
     def model(self, plan: Plan) -> FlowModel:
         """The trained flow of a finished plan."""

@@ -5,32 +5,64 @@ data. Likelihoods are those of the ODE, by the exact trace, on samples kept asid
 """
 
 import copy
-import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+from torchdyn.core import NeuralODE
 from torchdyn.datasets import ToyDataset
 from torchdyn.models.cnf import CNF, autograd_trace, hutch_trace
 
 from torchdyn_mintime.experiments.data import seeded
 from torchdyn_mintime.experiments.flows import bare_nll
+from torchdyn_mintime.experiments.lines import Kind, Line, failures, show
 from torchdyn_mintime.experiments.models import quiet_node
-from torchdyn_mintime.experiments.training import single_thread
+from torchdyn_mintime.experiments.results import write
+from torchdyn_mintime.experiments.runner import side_by_side
+from torchdyn_mintime.experiments.store import JudgedStore, Plan
+from torchdyn_mintime.experiments.training import History, clock
+from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.span import LearnableSpan
 
-__all__ = ["TutorialResult", "run_tutorial"]
+__all__ = ["TutorialResult", "TutorialRun", "TutorialSettings", "run_tutorial"]
 
-BATCH, TEST, LR, ITERATIONS = 512, 4000, 5e-3, 500
-WAYS = {"vanilla": 0.0, "minimum-time": 1.0}
-"""The price of time, chosen on seed 0."""
+BATCH, TEST, LR = 512, 4000, 5e-3
+T_SPAN = torch.tensor([0.0, 1.0])
+
+
+@dataclass(frozen=True)
+class TutorialMethod:
+    """Bare or wrapped.
+
+    Attributes:
+        label: as printed.
+        weight: the price of time, eq. (13); None is torchdyn's bare NeuralODE.
+    """
+
+    label: str
+    weight: float | None = None
+
+
+METHODS = {"vanilla": TutorialMethod("vanilla"), "minimum-time": TutorialMethod("minimum-time", 1.0)}
+"""The price of time was chosen on seed 0."""
+
+
+@dataclass(frozen=True)
+class TutorialSettings:
+    """What both share.
+
+    Attributes:
+        iterations: optimizer steps.
+        seed: of the initialisation, the noise and the batches.
+    """
+
+    iterations: int = 500
+    seed: int = 0
 
 
 @dataclass
@@ -40,84 +72,143 @@ class TutorialResult:
     Attributes:
         nfe: evaluations of one pass over the test samples at the tolerance of the training.
         nll: negative log-likelihood at that tolerance; ``reference`` at 1e-7 (nats, exact trace).
-        cpu: seconds of training.
+        training: CPU seconds.
+        failure: why training stopped early, or an empty text.
     """
 
-    way: str
+    method: str
     seed: int
+    iterations: int
     t_f: float
     nfe: int
     nll: float
     reference: float
-    cpu: float
+    training: float
+    failure: str = ""
 
 
-def run_tutorial(
-    seeds: Sequence[int], iterations: int | None, out: Path, say: Callable[[str], None]
-) -> list[TutorialResult]:
-    """Trains the tutorial's model bare and wrapped, and says what each is worth.
+class TutorialRun:
+    """One model in training.
 
-    Args:
-        seeds: of initialisation, noise and batches.
-        iterations: optimizer steps; default 500.
-        out: a folder for ``flow-tutorial.json``.
-        say: what to call with each line of the report.
+    Attributes:
+        model: the NeuralODE, or its span.
+        history: what happened so far; its loss is the batch's negative log-likelihood, and there are no accuracies.
+        failure: why it stopped early, or an empty text.
     """
-    results = []
-    with single_thread():
-        for seed in seeds:
-            for way in WAYS:
-                results.append(_train(way, seed, iterations or ITERATIONS))
-                r = results[-1]
-                say(
-                    f"flow-tutorial seed {seed} {way}: t_f {r.t_f:.3f}, {r.nfe} evaluations, nll {r.nll:.4f} "
-                    f"(at 1e-7: {r.reference:.4f}), training {r.cpu:.1f} s CPU"
-                )
-    for way in WAYS:
-        own = [r for r in results if r.way == way]
-        nfe, nll, reference = (statistics.fmean(getattr(r, k) for r in own) for k in ("nfe", "nll", "reference"))
-        say(f"{way}: {nfe:.1f} evaluations, nll {nll:.4f}, at 1e-7 {reference:.4f}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "flow-tutorial.json").write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")
-    return results
+
+    device = torch.device("cpu")
+
+    def __init__(self, method: TutorialMethod, settings: TutorialSettings):
+        self.method, self.settings = method, settings
+        self.x = _spiral(settings.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = untrained(method)
+            self._random = torch.get_rng_state()  # what one draws must not depend on the other
+        groups: list[dict[str, Any]] = [{"params": list(self.model.vf.parameters())}]
+        if isinstance(self.model, LearnableSpan):
+            groups.append({"params": [self.model.t_f], "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=1e-5)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.iterations)
+        self.history, self.failure = History(), ""
+
+    @property
+    def done(self) -> bool:
+        """Whether training is over."""
+        return bool(self.failure) or len(self.history.loss) >= self.settings.iterations
+
+    def step(self) -> None:
+        """One iteration. Only forward, backward and update are timed."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            self._step()
+        except IntegrationError as error:
+            self.failure = str(error)
+        self._random = torch.get_rng_state()
+        torch.set_rng_state(outside)
+
+    def _step(self) -> None:
+        batch, model, history = self.x[torch.randint(len(self.x) - TEST, (BATCH,))], self.model, self.history
+        counter: Any = model.vf
+        nfe, start = counter.nfe, clock(self.device)
+        if isinstance(model, LearnableSpan):
+            nll = bare_nll(model, base(), batch)
+            loss = nll + (self.method.weight or 0.0) * model.duration  # eq. (13)
+        else:
+            loss = nll = bare_nll(model, base(), batch, T_SPAN)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if isinstance(model, LearnableSpan):
+            model.clip_()
+        seconds = clock(self.device) - start
+        self.scheduler.step()
+        history.seconds.append(seconds + (history.seconds[-1] if history.seconds else 0.0))
+        history.loss.append(nll.item())
+        history.t_f.append(_end(model))
+        history.nfe.append(int(counter.nfe - nfe))
+
+    def judge(self) -> TutorialResult:
+        """The figures of the trained model."""
+        (nll, nfe), (reference, _) = (self._judged(tolerance) for tolerance in (1e-4, 1e-7))
+        return TutorialResult(
+            method=self.method.label,
+            seed=self.settings.seed,
+            iterations=len(self.history.loss),
+            t_f=_end(self.model),
+            nfe=nfe,
+            nll=nll,
+            reference=reference,
+            training=self.history.seconds_at(len(self.history.seconds)),
+            failure=self.failure,
+        )
+
+    @torch.no_grad()
+    def _judged(self, tolerance: float) -> tuple[float, int]:
+        """Negative log-likelihood by the exact trace in float64, and the evaluations that it took."""
+        counter: Any = self.model.vf
+        exact = copy.deepcopy(counter.vf.vf).double()
+        exact.trace_estimator = autograd_trace
+        node = quiet_node(exact, solver="dopri5", atol=tolerance, rtol=tolerance)
+        span = LearnableSpan(node, torch.tensor([0.0, _end(self.model)], dtype=torch.float64))
+        return bare_nll(span, base(torch.float64), self.x[-TEST:].double()).item(), span.nfe
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a stopped run needs to go on as if it had not been stopped."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": asdict(self.history),
+            "random": self._random,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a stopped run."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history, self._random = History(**state["history"]), state["random"]
 
 
-def _train(way: str, seed: int, iterations: int) -> TutorialResult:
-    weight = WAYS[way]
-    with torch.random.fork_rng(devices=[]):
-        x = _spiral(seed)
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = [nn.Linear(2, 64), nn.Softplus()]
-        for _ in range(2):
-            layers += [nn.Linear(64, 64), nn.Softplus()]
-        base = MultivariateNormal(torch.zeros(2), torch.eye(2))
-        cnf = CNF(nn.Sequential(*layers, nn.Linear(64, 2)), trace_estimator=hutch_trace, noise_dist=base)
-        node = quiet_node(cnf, solver="dopri5", sensitivity="adjoint", atol=1e-4, rtol=1e-4)
-        t_span = torch.tensor([0.0, 1.0])
-        span = None if way == "vanilla" else LearnableSpan(node, t_span)  # the one line
-        groups: list[dict[str, Any]] = [{"params": list(cnf.parameters())}]
-        if span is not None:
-            groups.append({"params": [span.t_f], "lr": LR, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=1e-5)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        start = time.process_time()
-        for _ in track(range(iterations), f"flow-tutorial {seed}: {way}", transient=True):
-            batch = x[torch.randint(len(x) - TEST, (BATCH,))]
-            if span is None:
-                loss = bare_nll(node, base, batch, t_span)
-            else:
-                loss = bare_nll(span, base, batch)
-                loss = loss + weight * span.duration
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            if span is not None:
-                span.clip_()
-        cpu = time.process_time() - start
-    t_f = 1.0 if span is None else span.t_f.item()
-    nll, nfe = _judge(cnf, t_f, x[-TEST:], 1e-4)
-    return TutorialResult(way, seed, t_f, nfe, nll, _judge(cnf, t_f, x[-TEST:], 1e-7)[0], cpu)
+def base(dtype: torch.dtype = torch.float32) -> MultivariateNormal:
+    """The distribution at t_f, and that of Hutchinson's noise."""
+    return MultivariateNormal(torch.zeros(2, dtype=dtype), torch.eye(2, dtype=dtype))
+
+
+def untrained(method: TutorialMethod) -> NeuralODE | LearnableSpan:
+    """A new model; its initialisation follows torch's seed."""
+    layers: list[nn.Module] = [nn.Linear(2, 64), nn.Softplus()]
+    for _ in range(2):
+        layers += [nn.Linear(64, 64), nn.Softplus()]
+    cnf = CNF(nn.Sequential(*layers, nn.Linear(64, 2)), trace_estimator=hutch_trace, noise_dist=base())
+    node = quiet_node(cnf, solver="dopri5", sensitivity="adjoint", atol=1e-4, rtol=1e-4)
+    return node if method.weight is None else LearnableSpan(node, T_SPAN)  # the one line
+
+
+def _end(model: NeuralODE | LearnableSpan) -> float:
+    return model.t_f.item() if isinstance(model, LearnableSpan) else T_SPAN[-1].item()
 
 
 def _spiral(seed: int) -> Tensor:
@@ -129,12 +220,53 @@ def _spiral(seed: int) -> Tensor:
     return (x - x.mean(0)) / x.std(0)
 
 
-@torch.no_grad()
-def _judge(cnf: CNF, t_f: float, x: Tensor, tolerance: float) -> tuple[float, int]:
-    """Negative log-likelihood by the exact trace in float64, and the evaluations that it took."""
-    exact = copy.deepcopy(cnf).double()
-    exact.trace_estimator = autograd_trace
-    node = quiet_node(exact, solver="dopri5", atol=tolerance, rtol=tolerance)
-    span = LearnableSpan(node, torch.tensor([0.0, t_f], dtype=torch.float64))
-    base = MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
-    return bare_nll(span, base, x.double()).item(), span.nfe
+class _TutorialStore(JudgedStore):
+    result_type = TutorialResult
+
+
+def run_tutorial(seeds: Sequence[int], iterations: int | None, folder: Path, console: Console) -> list[TutorialResult]:
+    """Trains the tutorial's model bare and wrapped, side by side, and prints what each is worth.
+
+    What an earlier call has finished is not trained again; what it was stopped at goes on.
+
+    Args:
+        seeds: of initialisation, noise and batches.
+        iterations: optimizer steps; default 500.
+        folder: for the table and the runs.
+        console: where to print.
+    """
+    store = _TutorialStore(folder / "runs")
+    found: dict[str, list[TutorialResult]] = {name: [] for name in METHODS}
+    for seed in seeds:
+        settings = TutorialSettings(iterations or TutorialSettings.iterations, seed)
+        plans = [Plan("flow-tutorial", name, settings) for name in METHODS]
+        for plan, result in zip(plans, side_by_side(plans, _begun, store, console), strict=True):
+            found[plan.method].append(result)
+    lines = [Line(own[0].method, "", own, found["vanilla"], failures(own)) for own in found.values()]
+    title = "torchdyn's tutorial on continuous normalizing flows"
+    text = show(title, title, lines, KIND, console)
+    results = [r for own in found.values() for r in own]
+    files = write(results, folder, "run-flow-tutorial")
+    page = folder / "run-flow-tutorial.md"
+    page.write_text(text + "\n", encoding="utf-8")
+    console.print(f"The table as data: {', '.join(map(str, [*files, page]))}")
+    return results
+
+
+def _begun(plan: Plan) -> TutorialRun:
+    return TutorialRun(METHODS[plan.method], plan.settings)
+
+
+KIND = Kind(
+    columns={
+        "t_f": lambda line: line.figure(lambda r: r.t_f, "{:.3g}"),
+        "evals": lambda line: line.figure(lambda r: r.nfe, "{:g}", ratio=True),
+        "training s": lambda line: line.figure(lambda r: r.training, "{:.1f}", ratio=True),
+        "nll": lambda line: line.figure(lambda r: r.nll, "{:.3f}"),
+        "nll at 1e-7": lambda line: line.figure(lambda r: r.reference, "{:.3f}"),
+    },
+    gains={"evaluations": lambda r: r.nfe, "training": lambda r: r.training},
+    honest=lambda line: f"nll at 1e-7 at most {max(r.reference for r in line.results):.3f}",
+    caption="Medians over seeds (and ranges); ratios to vanilla, by seed. nll: negative log-likelihood of samples kept aside, "
+    "nats, at the tolerance of the training, 1e-4; at 1e-7: of the same model, its ODE solved at that tolerance.",
+)

@@ -15,7 +15,7 @@ from torchdyn_mintime.experiments.results import Result, measured
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import History
 
-__all__ = ["Plan", "Store", "load_model"]
+__all__ = ["JudgedStore", "Plan", "Store", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_model(plan: Plan, path: Path) -> Classifier:
 class Store:
     """A folder with a JSON record (figures and history) and a model for each finished plan.
 
-    What is kept of a model is up to its kind: see ``FlowStore`` for another than classifiers.
+    Of classifiers; for others see :class:`JudgedStore`.
 
     Args:
         folder: made when something is written.
@@ -127,3 +127,15 @@ class Store:
         part = path.with_suffix(".part")
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
+
+
+class JudgedStore(Store):
+    """Of runs that judge themselves, into the ``result_type`` of a subclass, and whose models need only their state."""
+
+    def measure(self, plan: Plan, run: Any) -> Any:
+        """The figures of a finished run."""
+        return run.judge()
+
+    def structure(self, run: Any) -> dict[str, Any]:
+        """Nothing."""
+        return {}
