@@ -308,6 +308,55 @@ def test_points_go_together_where_the_field_ignores_time_and_looks_at_each_sampl
     assert evaluations(NeuralODE(Coupled(), solver="rk4")) == [6] * 5
 
 
+@pytest.mark.parametrize("first", [0.0, 1e-3], ids=["zero", "slow"])
+@pytest.mark.parametrize("make", [KineticEnergy, TaylorRegularizer, JacobianNorm])
+def test_a_field_that_starts_small_does_not_hide_that_it_looks_across_the_batch(make, first):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(first))
+
+        def forward(self, x):
+            return self.scale * (x - x.mean(0)).tanh()
+
+    span = tm.LearnableSpan(NeuralODE(Scaled(), solver="rk4"), torch.linspace(0, 1, 5))
+    regularizer, x = make(span), torch.randn(6, 2)
+    span(x)
+    regularizer.penalty()
+    with torch.no_grad():
+        span.vf.vf.vf.scale.fill_(2.0)
+    span(x)
+    regularizer.penalty()
+    assert not regularizer._points.together
+
+
+def test_a_field_that_refuses_another_batch_is_seen_point_by_point():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.context = nn.Linear(2, 2), torch.ones(1, 2)
+
+        def forward(self, x):
+            assert len(self.context) in (1, len(x)), "a context for each sample"
+            return self.layer(x) * self.context
+
+    span = tm.LearnableSpan(NeuralODE(Picky(), solver="rk4"), torch.linspace(0, 1, 5))
+    kinetic, field = KineticEnergy(span), span.vf.vf.vf
+    for batch in (1, 4, 4, 1):
+        field.context = torch.full((batch, 2), 0.5)
+        span(torch.randn(batch, 2))
+        assert kinetic.penalty() > 0
+    field.context = torch.ones(1, 2)
+    span(torch.randn(0, 2))
+    assert math.isnan(kinetic.penalty().item())  # the mean over no sample, as torch has it
+
+
+def test_a_state_of_one_number():
+    span = tm.LearnableSpan(NeuralODE(lambda t, z, args: -z, solver="rk4"), torch.linspace(0, 1, 101))
+    span(torch.tensor(1.0))
+    assert KineticEnergy(span).penalty().item() == pytest.approx((1 - math.exp(-2)) / 4, rel=1e-4)
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_trajectory_regularizers_in_closed_form(wrapped):
     """z' = A z: d^K z / dt^K = A^K z, along z(t) = exp(A t) x."""

@@ -16,7 +16,10 @@ from torchdyn.core import NeuralODE
 from torchdyn.core.defunc import DEFuncBase
 from torchdyn.nn.galerkin import GalLayer
 
-__all__ = ["BoundField", "Field"]
+__all__ = ["STATEFUL", "BoundField", "Field"]
+
+STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+"""Modules whose evaluations in training mode do not repeat, or depend on the batch."""
 
 
 def _takes_args(function: Callable) -> bool:
@@ -251,8 +254,7 @@ class BoundField:
 
     def random_or_stateful(self) -> list[str]:
         """Names of the kinds of modules in training mode whose evaluations do not repeat."""
-        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-        return sorted({type(m).__name__ for m in self._modules if isinstance(m, kinds) and m.training})
+        return sorted({type(m).__name__ for m in self._modules if isinstance(m, STATEFUL) and m.training})
 
 
 class _Core:

@@ -401,9 +401,8 @@ class LyapunovRegularizer(nn.Module):
         def at(t: Tensor, z: Tensor, copies: int) -> list[Tensor]:
             return self._at(bound.function, t, z, target if copies == 1 else tuple(_repeat(v, copies) for v in target))
 
-        others = [self.potential] if isinstance(self.potential, nn.Module) else []
         together = not self._takes_time and all(isinstance(v, Tensor) for v in target)
-        return self._points(at, bound, t, sol, others, together)
+        return self._points(at, bound, t, sol, [self.potential], together)
 
     def _at(self, function: Callable, t: Tensor, z: Tensor, target: tuple) -> list[Tensor]:
         """The terms at one time, for states ``[batch, ...]``: each ``[batch]``."""

@@ -491,8 +491,9 @@ def _sample(bound: BoundField, z: Tensor) -> Tensor:
 
 
 def _mean_square(bound: BoundField, z: Tensor) -> Tensor:
-    """``[batch]``: of each sample's own entries."""
-    return _sample(bound, z).reshape(len(z), -1).square().mean(1)  # a state may be a number
+    """``[batch]``: of each sample's own entries. A state may be one number a sample, or one number."""
+    square = _sample(bound, z).square()
+    return square.flatten(1).mean(1) if square.dim() > 1 else square.reshape(-1)
 
 
 def _gradients(output: Tensor, inputs: tuple[Tensor, ...], weights: Tensor | None) -> tuple[Tensor, ...]:
