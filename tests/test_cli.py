@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -155,6 +156,21 @@ def test_the_flow_tutorial_runs_bare_and_wrapped(monkeypatch, tmp_path):
     call("run", "flow-tutorial", "--iterations", "1")
 
 
+def test_a_flow_tutorial_that_breaks_ends_and_says_so(monkeypatch, tmp_path):
+    """A bare model would not come back from weights that are NaN."""
+    real = flow_tutorial.TutorialRun.losses
+
+    def losses(run, x):
+        nll, loss = real(run, x)
+        return nll, loss * math.nan if run.history.loss else loss
+
+    monkeypatch.setattr(flow_tutorial, "BATCH", 16)
+    monkeypatch.setattr(flow_tutorial.TutorialRun, "losses", losses)
+    out = " ".join(call("run", "flow-tutorial", "--iterations", "3").split())
+    assert "failed on every seed" in out
+    assert all(math.isnan(r["nll"]) for r in json.loads((tmp_path / "results/run-flow-tutorial.json").read_text()))
+
+
 def test_a_stopped_flow_tutorial_goes_on_as_if_it_had_not_been(monkeypatch):
     """Its noise and its batches too."""
     monkeypatch.setattr(flow_tutorial, "BATCH", 16)
@@ -179,11 +195,13 @@ def test_a_stopped_flow_tutorial_goes_on_as_if_it_had_not_been(monkeypatch):
         (("run", "flow-moons", "--method", "target"), "flows have no method 'target'"),
         (("run", "flow-stars"), "there is no flow 'flow-stars'"),
         (("table", "flows", "--lrs", ".1"), "table flows has no use for --lrs"),
+        (("table", "3", "--only", "moons"), "table 3 has no 'moons'; its tasks are annuli"),
+        (("run", "moons", "--method", "vanilla:²"), "there is no method 'vanilla:²'"),
         (("table", "flows", "--only", "moons"), "there is no flow 'moons'"),
         (("figure", "6", "--width", "4"), "flow-moons has no use for --width"),
     ],
 )
-def test_flows_refuse_what_they_would_ignore(words, said):
+def test_what_would_be_ignored_is_refused(words, said):
     assert said in " ".join(call(*words, code=2).replace("│", " ").split())
 
 

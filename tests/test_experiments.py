@@ -18,7 +18,7 @@ from torchdyn_mintime import plots
 from torchdyn_mintime.experiments import data, figures, images, measure, tables
 from torchdyn_mintime.experiments.drivers import Grow
 from torchdyn_mintime.experiments.images import MissingData, Source
-from torchdyn_mintime.experiments.lines import show
+from torchdyn_mintime.experiments.lines import Line, failures, gain, show
 from torchdyn_mintime.experiments.methods import METHODS, Method, find_method
 from torchdyn_mintime.experiments.models import Classifier, FirstDimensions, span_of
 from torchdyn_mintime.experiments.progress import bars
@@ -449,12 +449,97 @@ def test_a_table_has_its_rows_the_controls_and_the_files(tmp_path):
     assert sorted(r.seed for r in results if r.method == "combined") == [0, 1]
     # Each row is at the learning rate that did best on the seed that is not in the table.
     tried = [json.loads(p.read_text())["result"] for p in (tmp_path / "runs").glob("*seed1000*.json")]
-    for label in ("vanilla", "combined", "vanilla, 1 steps"):
+    for label in ("vanilla", "combined", "growth from one step"):
         own = [tables.Result(**r) for r in tried if r["method"] == label]
         assert sorted(r.lr for r in own) == [0.03, 0.1]
         best = min(own, key=lambda r: tables._quality([r]))
-        assert {r.lr for r in results if r.method == label} <= {best.lr}
+        assert {r.lr for r in results if r.method == label} == {best.lr}
     assert {r.seed for r in results} == {0, 1}
+
+
+def made_up(training, failure="", to_target=1.0):
+    given = dict.fromkeys(tables.Result.__dataclass_fields__, 1.0)
+    return tables.Result(**{**given, "training": training, "to_target": to_target, "failure": failure})
+
+
+def test_figures_of_a_line_are_medians_beside_its_baseline_and_leave_failures_out():
+    base = [made_up(t) for t in (10.0, 20.0, 30.0)]
+    line = Line("ours", "", [made_up(2.0), made_up(5.0, to_target=None), made_up(3.0)], base)
+
+    def training(r):
+        return r.training
+
+    assert gain(line, training) == 5.0  # of 5, 4 and 10: by seed, not of medians
+    assert line.figure(training, "{:g}", ratio=True) == "3 5.0x\n[2, 5]"
+    assert line.figure(training, "{:g}", scale=10, note=" s") == "30 s\n[20, 50]"
+    assert line.figure(lambda r: r.to_target, "{:g}", ratio=True) == "1 (2 of 3)"  # no ratio where a seed has none
+    assert Line("base", "", base, base).figure(training, "{:g}", ratio=True) == "20\n[10, 30]"
+    broken = Line("ours", "", [made_up(0.1, "broke"), made_up(5.0), made_up(3.0)], base)
+    assert broken.figure(training, "{:g}", ratio=True) == "4 7.0x (2 of 3)\n[3, 5]"
+    assert failures(broken.results) == "1 of 3 failed: broke"
+    assert Line("ours", "", [made_up(0.1, "broke")] * 3, base).figure(training, "{:g}") == "failed"
+    assert Line("ours", "", [made_up(1.0, to_target=None)] * 3, base).figure(lambda r: r.to_target, "{:g}") == "never"
+
+
+def test_a_second_call_prints_the_same_table(tmp_path):
+    """Where the twin is one of the sweep, too."""
+    options = tables.Options(seeds=1, rates=(), iterations=2, sweep=(1, 2, 99))
+
+    def text():
+        tables.make("5", options, tmp_path, QUIET)
+        return (tmp_path / "table-5.md").read_text()
+
+    assert text() == text()
+
+
+def test_large_models_are_timed_three_times_at_least(monkeypatch):
+    now, calls = [0.0], []
+
+    def model():
+        calls.append(now[0])
+        now[0] += 50.0
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            model()
+
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    measure.inference_times([Slow()], torch.zeros(1))
+    assert len(calls) == 4  # one to warm up
+    monkeypatch.setattr(measure, "PATIENCE", math.inf)
+    measure.inference_times([Slow()], torch.zeros(1), 5)
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize("where", ["gradient", "weights"])
+def test_a_run_that_breaks_ends_no_table(tmp_path, monkeypatch, where):
+    real = Run._forward_backward
+
+    def broken(run, x, y):
+        found = real(run, x, y)
+        if run.history.loss and run.method.label == "minimum-time":
+            if where == "gradient":
+                run.model.node.t_f.grad.fill_(math.nan)
+            else:
+                run.optimizer.register_step_post_hook(lambda *_: spoil(run.model))
+        return found
+
+    def spoil(model):
+        with torch.no_grad():
+            next(model.node.vf.parameters()).fill_(math.nan)
+
+    monkeypatch.setattr(Run, "_forward_backward", broken)
+    plans = [plan("vanilla:2"), plan("minimum-time", iterations=2)]
+    task_data, store = data.moons(0), Store(tmp_path)
+    vanilla, failed = carry_out(plans, task_data, store, QUIET)
+    assert not vanilla.failure and vanilla.accuracy > 0
+    said = (
+        "the gradient is not finite after 1 iterations" if where == "gradient" else "the trained model cannot be solved"
+    )
+    assert failed.failure.startswith(said)
+    assert math.isnan(failed.accuracy) == (where == "weights")
+    timed = time_inference(plans, task_data, store)
+    assert timed[0].inference > 0 and (timed[1].inference is None) == (where == "weights")
 
 
 def test_a_small_table_has_the_shape_that_the_documentation_reports(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -512,16 +513,21 @@ def printed(*args, **kw):
     return " ".join(text.getvalue().split())
 
 
+def with_sweep(one, *args):
+    return one(*args[:-1], (2, 3))
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr(flow_table, "draw_flows", lambda models, draw, stem: [])
 
 
-def test_the_experiment_runs_beside_its_controls_and_is_not_run_twice(tmp_path, no_pictures):
+def test_the_experiment_runs_beside_its_controls_and_is_not_run_twice(tmp_path, no_pictures, monkeypatch):
     settings = flow_table.flow_settings("flow-circles", **TINY)
     assert settings.weight == 0.1
+    monkeypatch.setattr(flow_table, "_one", partial(with_sweep, flow_table._one))
     words = ("flow-circles", ("vanilla", "minimum-time", "default-adaptive"), settings, (0, 1), tmp_path)
-    text = printed(*words, sweep=(2, 3))
+    text = printed(*words)
     for label in ("minimum-time", "control: vanilla, default tsit5", "as many steps", "control: best of a sweep"):
         assert label in text
     rows = json.loads((tmp_path / "flows.json").read_text())
@@ -532,7 +538,7 @@ def test_the_experiment_runs_beside_its_controls_and_is_not_run_twice(tmp_path, 
     assert (tmp_path / "flows.md").read_text().count("\n| ") >= 6
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(experiment.FlowRun, "step", lambda run: pytest.fail("trained again"))
-        assert text.endswith(printed(*words, sweep=(2, 3)))
+        assert text.endswith(printed(*words))
 
 
 @pytest.mark.parametrize("name", ["vanilla", "minimum-time", "minimum-time-doubling", "default-adaptive"])
@@ -562,16 +568,37 @@ def test_a_stopped_flow_goes_on_where_it_was(tmp_path, name):
     assert result.iterations == 6 and result.training == again.history.seconds[-1]
 
 
-def test_a_flow_that_breaks_says_so_and_ends_no_table(tmp_path, no_pictures, monkeypatch):
-    real = experiment.FlowRun._nll
+@pytest.mark.parametrize("where", ["gradient", "weights", "loss"])
+def test_a_flow_that_breaks_says_so_and_ends_no_table(tmp_path, monkeypatch, where):
+    """In the middle of its training, or, with spoiled weights, when it is judged."""
+    real = experiment.FlowRun.losses
 
-    def nll(run, x):
-        return real(run, x) * (math.nan if run.method.learn and len(run.history.loss) == 1 else 1)
+    def losses(run, x):
+        nll, loss = real(run, x)
+        if not run.method.learn or len(run.history.loss) < 1:
+            return nll, loss
+        if where == "weights":
+            run.optimizer.register_step_post_hook(lambda *_: spoil(run.model))
+        if where == "gradient":
+            loss = loss + (run.t_f - run.node.t_f).sqrt()  # 0, with an infinite slope
+        return nll, loss * (math.nan if where == "loss" else 1)
 
-    monkeypatch.setattr(experiment.FlowRun, "_nll", nll)
+    def spoil(model):
+        with torch.no_grad():
+            next(model.span.vf.parameters()).fill_(math.nan)
+
+    drawn = []
+    monkeypatch.setattr(flow_table, "draw_flows", lambda models, *_: drawn.extend(models) or [])
+    monkeypatch.setattr(experiment.FlowRun, "losses", losses)
     settings = flow_table.flow_settings("flow-moons", **TINY)
     text = printed("flow-moons", ("vanilla", "minimum-time"), settings, (0,), tmp_path)
-    assert "1 of 1 failed: the loss is not finite after 1 iterations" in text
+    said = (
+        "the trained model cannot be solved" if where == "weights" else f"the {where} is not finite after 1 iterations"
+    )
+    assert f"1 of 1 failed: {said}" in text and "minimum-time failed on every seed" in text
+    assert drawn == ["vanilla"]
+    rows = json.loads((tmp_path / "flows.json").read_text())
+    assert [math.isnan(r["nll"]) for r in rows] == [False, True, False]
 
 
 def test_the_best_of_a_sweep_is_as_good_solved_exactly_too():
@@ -582,6 +609,7 @@ def test_the_best_of_a_sweep_is_as_good_solved_exactly_too():
     assert flow_table._as_good([good], base)
     for bad in (replace(good, reference=0.52), replace(good, nll=0.52), replace(good, failure="broke")):
         assert not flow_table._as_good([bad], base)
+    assert not flow_table._as_good([replace(good, reference=math.nan)], base)
 
 
 def test_unknown_flows_and_methods_are_named():

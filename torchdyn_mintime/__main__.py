@@ -63,8 +63,7 @@ def run(
     from torchdyn_mintime.experiments.tasks import TASKS
 
     if task.startswith("flow-"):
-        seeds_ = range(first_seed, first_seed + seeds)
-        _flow(context, f"run-{task}", task, method, seeds_, output, iterations=iterations, lr=lr, weight=weight)
+        _flow(context, "", task, method, range(first_seed, first_seed + seeds), output, iterations, lr, weight)
         return
     if task not in TASKS:
         names = [*TASKS, "flow-moons", "flow-circles", "flow-tutorial"]
@@ -108,7 +107,9 @@ def _flow(
     methods: list[str] | None,
     seeds: range,
     output: Path,
-    **given: float | None,
+    iterations: int | None,
+    lr: float | None = None,
+    weight: float | None = None,
 ) -> None:
     """Flows have a protocol of their own: likelihood on fresh samples."""
     from torchdyn_mintime.experiments import flow_table
@@ -117,11 +118,11 @@ def _flow(
 
     if task == "flow-tutorial":
         _only(context, task, "iterations", "first_seed")
-        run_tutorial(seeds, given["iterations"], output, Console())  # type: ignore[arg-type]
+        run_tutorial(seeds, iterations, output, Console())
         return
     _only(context, task, "iterations", "first_seed", "seed", "method", "lr", "weight")
     try:
-        settings = flow_table.flow_settings(task, **given)
+        settings = flow_table.flow_settings(task, iterations=iterations, lr=lr, weight=weight)
         flow_table.run(task, tuple(methods or flow_table.METHODS), settings, seeds, output, Console(), name)
     except UsageError as error:
         raise typer.BadParameter(str(error)) from error
@@ -157,6 +158,7 @@ def table(
 ) -> None:
     """A table of the paper: its rows, ours, and the controls, in one run. What was finished is not run again."""
     from torchdyn_mintime.experiments import tables
+    from torchdyn_mintime.experiments.errors import UsageError
     from torchdyn_mintime.experiments.images import Source
 
     if number == "flows":
@@ -175,7 +177,10 @@ def table(
         source=Source(data, download),
         device=device,
     )
-    tables.make(number, options, output, Console())
+    try:
+        tables.make(number, options, output, Console())
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _flow_table(

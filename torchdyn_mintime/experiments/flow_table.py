@@ -18,8 +18,7 @@ from torchdyn_mintime.experiments.flows import (
     find_flow_method,
     untrained,
 )
-from torchdyn_mintime.experiments.lines import Kind, Line, failures, show
-from torchdyn_mintime.experiments.results import write
+from torchdyn_mintime.experiments.lines import Kind, Line, failures, save, show
 from torchdyn_mintime.experiments.runner import side_by_side
 from torchdyn_mintime.experiments.store import JudgedStore, Plan
 from torchdyn_mintime.flows import FlowModel
@@ -76,56 +75,45 @@ def run(
     seeds: Sequence[int],
     folder: Path,
     console: Console,
-    name: str,
-    sweep: Sequence[int] = (),
+    name: str = "",
 ) -> list[FlowResult]:
-    """Trains every method on every seed and the controls beside them, prints a table and draws the first seed's flows.
+    """Trains every method on every seed, prints a table and draws the first seed's flows.
 
-    What an earlier call has finished is not trained again; what it was stopped at goes on.
+    Where minimum-time is among the methods, vanilla with as many steps stands beside it. What an earlier call has finished
+    is not trained again; what it was stopped at goes on.
 
     Args:
         task: one of ``FLOW_TASKS``.
-        methods: names for ``find_flow_method``. Where minimum-time is among them, vanilla with as many steps stands beside it.
+        methods: names for ``find_flow_method``.
         settings: of all, but for the seed.
         seeds: of initialisation and batches.
         folder: for the table, the runs and the pictures.
         console: where to print.
-        name: of the files with the table and the pictures.
-        sweep: steps of another control.
+        name: of the files with the table and the pictures; default: after task and methods.
 
     Raises:
-        UsageError: there is no such task or method.
+        UsageError: there is no such method.
     """
-    lines = _train(task, methods, settings, seeds, folder, console, name, sweep)
-    title = FLOW_TASKS[task].title
-    text = show(title, title, lines, KIND, console)
-    results = [r for line in lines for r in line.results]
-    _written(results, [text], folder, name, console)
+    name = name or f"run-{task}-{'-'.join(methods).replace(':', '-')}"
+    results, text = _one(task, task, methods, settings, seeds, folder, console, name, ())
+    save(results, [text], folder, name, console)
     return results
 
 
 def make(settings: dict[str, FlowSettings], seeds: int, folder: Path, console: Console) -> list[FlowResult]:
     """The table of all flows: ``settings`` by task, on ``seeds`` seeds from ``FIRST_SEED`` on."""
     results, texts = [], ["# Flows"]
-    for task, own in settings.items():
-        lines = _train(
-            task, METHODS, own, range(FIRST_SEED, FIRST_SEED + seeds), folder, console, f"table-{task}", SWEEP
-        )
-        title = FLOW_TASKS[task].title
-        texts.append(show(f"Flows: {title}", title, lines, KIND, console))
-        results += [r for line in lines for r in line.results]
-    _written(results, texts, folder, "table-flows", console)
+    own = range(FIRST_SEED, FIRST_SEED + seeds)
+    for task, task_settings in settings.items():
+        found, text = _one("Flows", task, METHODS, task_settings, own, folder, console, f"table-{task}", SWEEP)
+        results += found
+        texts.append(text)
+    save(results, texts, folder, "table-flows", console)
     return results
 
 
-def _written(results: list[FlowResult], texts: Sequence[str], folder: Path, name: str, console: Console) -> None:
-    files = write(results, folder, name)
-    page = folder / f"{name}.md"
-    page.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    console.print(f"The table as data: {', '.join(map(str, [*files, page]))}")
-
-
-def _train(
+def _one(
+    title: str,
     task: str,
     methods: Sequence[str],
     settings: FlowSettings,
@@ -134,8 +122,30 @@ def _train(
     console: Console,
     name: str,
     sweep: Sequence[int],
-) -> list[Line]:
-    store, twin = FlowStore(folder / "runs"), "minimum-time" if "minimum-time" in methods else None
+) -> tuple[list[FlowResult], str]:
+    """Trains, prints and draws one flow's table; returns its results and its text."""
+    store = FlowStore(folder / "runs")
+    found, first = _train(task, methods, settings, seeds, store, console, sweep)
+    lines = _lines(task, methods, found, sweep)
+    heading = FLOW_TASKS[task].title
+    text = show(f"{title}: {heading}", heading, lines, KIND, console)
+    shown = [m for m in methods if not found[m][0].failure]
+    models = {find_flow_method(m).label: store.model(first[m]) for m in shown}
+    for path in draw_flows(models, FLOW_TASKS[task].draw, folder / name) if models else ():
+        console.print(f"What it looks like: {path}", highlight=False)
+    return [r for line in lines for r in line.results], text
+
+
+def _train(
+    task: str,
+    methods: Sequence[str],
+    settings: FlowSettings,
+    seeds: Sequence[int],
+    store: FlowStore,
+    console: Console,
+    sweep: Sequence[int],
+) -> tuple[dict[str, list[FlowResult]], dict[str, Plan]]:
+    """The results by method, the twin's under "twin", and the plans of the first seed."""
     trained = [*methods, *(f"vanilla:{k}" for k in sweep if f"vanilla:{k}" not in methods)]
     found: dict[str, list[FlowResult]] = {method: [] for method in [*trained, "twin"]}
     first: dict[str, Plan] = {}
@@ -148,14 +158,12 @@ def _train(
         plans = {method: Plan(task, method, own) for method in trained}
         for method, result in zip(plans, side_by_side(list(plans.values()), begin, store, console), strict=True):
             found[method].append(result)
-        if twin is not None:
-            plan = Plan(task, f"vanilla:{found[twin][-1].steps}", own)
+        if "minimum-time" in methods:
+            # The control that only a finished run can name; trained after the others.
+            plan = Plan(task, f"vanilla:{found['minimum-time'][-1].steps or 1}", own)
             found["twin"] += side_by_side([plan], begin, store, console)
         first = first or plans
-    models = {find_flow_method(m).label: store.model(first[m]) for m in methods[:3]}
-    for path in draw_flows(models, FLOW_TASKS[task].draw, folder / name):
-        console.print(f"What it looks like: {path}", highlight=False)
-    return _lines(task, methods, found, sweep)
+    return found, first
 
 
 def _lines(task: str, methods: Sequence[str], found: dict[str, list[FlowResult]], sweep: Sequence[int]) -> list[Line]:
@@ -165,7 +173,7 @@ def _lines(task: str, methods: Sequence[str], found: dict[str, list[FlowResult]]
         own = found[method]
         return Line(label or own[0].method, PAPER.get((task, method), ""), own, base, failures(own), control)
 
-    lines = [line(method, method == "default-adaptive") for method in methods]
+    lines = [line(m, i > 0 and m.startswith(("default-adaptive", "vanilla:"))) for i, m in enumerate(methods)]
     if found["twin"]:
         lines.append(line("twin", True, "vanilla, as many steps as minimum-time"))
     good = [k for k in sweep if _as_good(found[f"vanilla:{k}"], base)]
@@ -177,7 +185,9 @@ def _lines(task: str, methods: Sequence[str], found: dict[str, list[FlowResult]]
 
 
 def _as_good(results: Sequence[FlowResult], base: Sequence[FlowResult]) -> bool:
-    return all(max(r.nll, r.reference) <= b.nll + CLOSE and not r.failure for r, b in zip(results, base, strict=True))
+    return not any(r.failure for r in (*results, *base)) and all(
+        nll <= b.nll + CLOSE for r, b in zip(results, base, strict=True) for nll in (r.nll, r.reference)
+    )
 
 
 KIND = Kind(
@@ -196,7 +206,7 @@ KIND = Kind(
         "training": lambda r: r.training,
         "sampling": lambda r: r.sampling,
     },
-    honest=lambda line: f"nll at 1e-7 at most {max(r.reference for r in line.results):.3f}",
+    honest=lambda line: f"nll at 1e-7 at most {max(r.reference for r in line.finished):.3f}",
     caption="Medians over seeds (and ranges); ratios to the first row, by seed. nll: negative log-likelihood of fresh samples, "
     "nats, by the steps of the training; at 1e-7: of the same model, its ODE solved at that tolerance. Times of one thread.",
 )

@@ -5,8 +5,9 @@ data. Likelihoods are those of the ODE, by the exact trace, on samples kept asid
 """
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ from torchdyn.datasets import ToyDataset
 from torchdyn.models.cnf import CNF, autograd_trace, hutch_trace
 
 from torchdyn_mintime.experiments.data import seeded
-from torchdyn_mintime.experiments.flows import bare_nll
-from torchdyn_mintime.experiments.lines import Kind, Line, failures, show
+from torchdyn_mintime.experiments.flows import LikelihoodRun, bare_nll
+from torchdyn_mintime.experiments.lines import Kind, Line, failures, save, show
 from torchdyn_mintime.experiments.models import quiet_node
-from torchdyn_mintime.experiments.results import write
 from torchdyn_mintime.experiments.runner import side_by_side
 from torchdyn_mintime.experiments.store import JudgedStore, Plan
-from torchdyn_mintime.experiments.training import History, clock
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.span import LearnableSpan
 
@@ -87,128 +86,87 @@ class TutorialResult:
     failure: str = ""
 
 
-class TutorialRun:
-    """One model in training.
-
-    Attributes:
-        model: the NeuralODE, or its span.
-        history: what happened so far; its loss is the batch's negative log-likelihood, and there are no accuracies.
-        failure: why it stopped early, or an empty text.
-    """
-
-    device = torch.device("cpu")
+class TutorialRun(LikelihoodRun):
+    """One model in training: the NeuralODE, or its span."""
 
     def __init__(self, method: TutorialMethod, settings: TutorialSettings):
-        self.method, self.settings = method, settings
-        self.x = _spiral(settings.seed)
+        self.method, self.x = method, _spiral(settings.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = untrained(method)
-            self._random = torch.get_rng_state()  # what one draws must not depend on the other
-        groups: list[dict[str, Any]] = [{"params": list(self.model.vf.parameters())}]
-        if isinstance(self.model, LearnableSpan):
-            groups.append({"params": [self.model.t_f], "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=1e-5)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.iterations)
-        self.history, self.failure = History(), ""
+            model = _untrained(method)
+        groups: list[dict[str, Any]] = [{"params": list(model.vf.parameters())}]
+        if isinstance(model, LearnableSpan):
+            groups.append({"params": [model.t_f], "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=1e-5)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
+        super().__init__(model, optimizer, scheduler, settings)
 
     @property
-    def done(self) -> bool:
-        """Whether training is over."""
-        return bool(self.failure) or len(self.history.loss) >= self.settings.iterations
+    def node(self) -> Any:
+        """The model itself."""
+        return self.model
 
-    def step(self) -> None:
-        """One iteration. Only forward, backward and update are timed."""
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
-            self._step()
-        except IntegrationError as error:
-            self.failure = str(error)
-        self._random = torch.get_rng_state()
-        torch.set_rng_state(outside)
+    @property
+    def t_f(self) -> float:
+        """Where the interval ends."""
+        return self.model.t_f.item() if isinstance(self.model, LearnableSpan) else T_SPAN[-1].item()
 
-    def _step(self) -> None:
-        batch, model, history = self.x[torch.randint(len(self.x) - TEST, (BATCH,))], self.model, self.history
-        counter: Any = model.vf
-        nfe, start = counter.nfe, clock(self.device)
-        if isinstance(model, LearnableSpan):
-            nll = bare_nll(model, base(), batch)
-            loss = nll + (self.method.weight or 0.0) * model.duration  # eq. (13)
-        else:
-            loss = nll = bare_nll(model, base(), batch, T_SPAN)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        if isinstance(model, LearnableSpan):
-            model.clip_()
-        seconds = clock(self.device) - start
-        self.scheduler.step()
-        history.seconds.append(seconds + (history.seconds[-1] if history.seconds else 0.0))
-        history.loss.append(nll.item())
-        history.t_f.append(_end(model))
-        history.nfe.append(int(counter.nfe - nfe))
+    def batch(self) -> Tensor:
+        """Samples of the training data."""
+        return self.x[torch.randint(len(self.x) - TEST, (BATCH,))]
+
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The negative log-likelihood, and with it the price of time where t_f is learned."""
+        if not isinstance(self.model, LearnableSpan):
+            nll = bare_nll(self.node, _base(), x, T_SPAN)
+            return nll, nll
+        nll = bare_nll(self.model, _base(), x)
+        return nll, nll + (self.method.weight or 0.0) * self.model.duration  # eq. (13)
 
     def judge(self) -> TutorialResult:
-        """The figures of the trained model."""
-        (nll, nfe), (reference, _) = (self._judged(tolerance) for tolerance in (1e-4, 1e-7))
+        """The figures of the trained model. What cannot be solved has NaN figures, and failed."""
+        nll = reference = math.nan
+        nfe, failure = 0, self.failure
+        try:
+            if not failure:
+                (nll, nfe), (reference, _) = (self._judged(tolerance) for tolerance in (1e-4, 1e-7))
+        except IntegrationError as error:
+            failure = f"the trained model cannot be solved: {error}"
         return TutorialResult(
             method=self.method.label,
             seed=self.settings.seed,
             iterations=len(self.history.loss),
-            t_f=_end(self.model),
+            t_f=self.t_f,
             nfe=nfe,
             nll=nll,
             reference=reference,
             training=self.history.seconds_at(len(self.history.seconds)),
-            failure=self.failure,
+            failure=failure,
         )
 
     @torch.no_grad()
     def _judged(self, tolerance: float) -> tuple[float, int]:
         """Negative log-likelihood by the exact trace in float64, and the evaluations that it took."""
-        counter: Any = self.model.vf
-        exact = copy.deepcopy(counter.vf.vf).double()
+        exact = copy.deepcopy(self.node.vf.vf.vf).double()
         exact.trace_estimator = autograd_trace
         node = quiet_node(exact, solver="dopri5", atol=tolerance, rtol=tolerance)
-        span = LearnableSpan(node, torch.tensor([0.0, _end(self.model)], dtype=torch.float64))
-        return bare_nll(span, base(torch.float64), self.x[-TEST:].double()).item(), span.nfe
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a stopped run needs to go on as if it had not been stopped."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "history": asdict(self.history),
-            "random": self._random,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a stopped run."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.history, self._random = History(**state["history"]), state["random"]
+        span = LearnableSpan(node, torch.tensor([0.0, self.t_f], dtype=torch.float64))
+        return bare_nll(span, _base(torch.float64), self.x[-TEST:].double()).item(), span.nfe
 
 
-def base(dtype: torch.dtype = torch.float32) -> MultivariateNormal:
+def _base(dtype: torch.dtype = torch.float32) -> MultivariateNormal:
     """The distribution at t_f, and that of Hutchinson's noise."""
     return MultivariateNormal(torch.zeros(2, dtype=dtype), torch.eye(2, dtype=dtype))
 
 
-def untrained(method: TutorialMethod) -> NeuralODE | LearnableSpan:
+def _untrained(method: TutorialMethod) -> NeuralODE | LearnableSpan:
     """A new model; its initialisation follows torch's seed."""
     layers: list[nn.Module] = [nn.Linear(2, 64), nn.Softplus()]
     for _ in range(2):
         layers += [nn.Linear(64, 64), nn.Softplus()]
-    cnf = CNF(nn.Sequential(*layers, nn.Linear(64, 2)), trace_estimator=hutch_trace, noise_dist=base())
+    cnf = CNF(nn.Sequential(*layers, nn.Linear(64, 2)), trace_estimator=hutch_trace, noise_dist=_base())
     node = quiet_node(cnf, solver="dopri5", sensitivity="adjoint", atol=1e-4, rtol=1e-4)
     return node if method.weight is None else LearnableSpan(node, T_SPAN)  # the one line
-
-
-def _end(model: NeuralODE | LearnableSpan) -> float:
-    return model.t_f.item() if isinstance(model, LearnableSpan) else T_SPAN[-1].item()
 
 
 def _spiral(seed: int) -> Tensor:
@@ -246,10 +204,7 @@ def run_tutorial(seeds: Sequence[int], iterations: int | None, folder: Path, con
     title = "torchdyn's tutorial on continuous normalizing flows"
     text = show(title, title, lines, KIND, console)
     results = [r for own in found.values() for r in own]
-    files = write(results, folder, "run-flow-tutorial")
-    page = folder / "run-flow-tutorial.md"
-    page.write_text(text + "\n", encoding="utf-8")
-    console.print(f"The table as data: {', '.join(map(str, [*files, page]))}")
+    save(results, [text], folder, "run-flow-tutorial", console)
     return results
 
 
@@ -266,7 +221,7 @@ KIND = Kind(
         "nll at 1e-7": lambda line: line.figure(lambda r: r.reference, "{:.3f}"),
     },
     gains={"evaluations": lambda r: r.nfe, "training": lambda r: r.training},
-    honest=lambda line: f"nll at 1e-7 at most {max(r.reference for r in line.results):.3f}",
+    honest=lambda line: f"nll at 1e-7 at most {max(r.reference for r in line.finished):.3f}",
     caption="Medians over seeds (and ranges); ratios to vanilla, by seed. nll: negative log-likelihood of samples kept aside, "
     "nats, at the tolerance of the training, 1e-4; at 1e-7: of the same model, its ODE solved at that tolerance.",
 )

@@ -9,20 +9,23 @@ import copy
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from torchdyn_mintime.experiments.errors import UsageError
 from torchdyn_mintime.experiments.models import quiet_node
-from torchdyn_mintime.experiments.training import History, clock
+from torchdyn_mintime.experiments.training import History, check_gradients, clock, single_thread
 from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF
 from torchdyn_mintime.numerics.integrate import IntegrationError
 from torchdyn_mintime.regularizers import StepDoubling
 from torchdyn_mintime.span import LearnableSpan
+from torchdyn_mintime.wrapping import spans
 
 __all__ = [
     "FLOW_METHODS",
@@ -32,10 +35,12 @@ __all__ = [
     "FlowRun",
     "FlowSettings",
     "FlowTask",
+    "LikelihoodRun",
     "bare_nll",
     "circles",
     "find_flow_method",
     "moons",
+    "untrained",
 ]
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -108,8 +113,8 @@ class FlowSettings:
         decay: the learning rate at the end over that at the start, along a cosine. The paper says that its rate starts
             at 0.05, not how it goes on.
         test: fresh samples that the trained model is judged on.
-        weight: the price of time, eq. (13).
         seed: of the initialisation and the batches.
+        weight: the price of time, eq. (13).
     """
 
     iterations: int = 200
@@ -117,8 +122,8 @@ class FlowSettings:
     lr: float = 0.05
     decay: float = 0.02
     test: int = 20_000
-    weight: float = 0.35
     seed: int = 0
+    weight: float = field(kw_only=True)
 
 
 EVERY = 5
@@ -164,7 +169,7 @@ def find_flow_method(name: str) -> FlowMethod:
         UsageError: there is none.
     """
     base, _, steps = name.partition(":")
-    if base == "vanilla" and steps.isdigit() and int(steps) > 0:
+    if base == "vanilla" and steps.isdecimal() and int(steps) > 0:
         return FlowMethod(f"vanilla, {int(steps)} steps", steps=int(steps))
     if name not in FLOW_METHODS:
         raise UsageError(f"flows have no method {name!r}; choose among {', '.join(FLOW_METHODS)}, vanilla:STEPS")
@@ -207,109 +212,84 @@ def bare_nll(
     return -(base.log_prob(end[:, 1:]) - end[:, 0]).mean()
 
 
-class FlowRun:
-    """One flow in training.
+class LikelihoodRun:
+    """One model in training on the negative log-likelihood of batches; subclasses say of which and how it is judged.
 
     Args:
-        task, method, settings: what is trained, how, and on what.
+        model: what is trained.
+        optimizer, scheduler: stepped once an iteration.
+        settings: with ``iterations`` and ``seed``.
 
     Attributes:
-        model: the flow. Where nothing is learned of its interval it is for judging; training goes through torchdyn's
-            own NeuralODE, which it shares.
         history: what happened so far; its loss is the batch's negative log-likelihood, and there are no accuracies.
         failure: why it stopped early, or an empty text.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, task: FlowTask, method: FlowMethod, settings: FlowSettings):
-        self.task, self.method, self.settings = task, method, settings
+    def __init__(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, settings: Any):
+        self.model, self.optimizer, self.scheduler, self.settings = model, optimizer, scheduler, settings
+        self.history, self.failure = History(), ""
+        # What one draws in training must not depend on which others train beside it.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # the same start for every method
-            self.model = untrained(method, settings)
-        self.batches = torch.Generator().manual_seed(settings.seed + 1)  # and the same batches
-        self.optimizer = self.model.configure_optimizers()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
-        self.doubling = StepDoubling(self.model, method.doubling * EVERY) if method.doubling else None
-        self.history = History()
-        self.failure = ""
-
-    def _factor(self, iteration: int) -> float:
-        part = iteration / self.settings.iterations
-        return self.settings.decay + (1 - self.settings.decay) * (1 + math.cos(math.pi * part)) / 2
+            torch.manual_seed(settings.seed + 1)
+            self._random = torch.get_rng_state()
 
     @property
     def done(self) -> bool:
         """Whether training is over."""
         return bool(self.failure) or len(self.history.loss) >= self.settings.iterations
 
-    def _nll(self, x: Tensor) -> Tensor:
-        if self.method.learn:
-            return self.model.nll(x)
-        return bare_nll(self.model.span.node, self.model.base, x)
-
     def step(self) -> None:
         """One iteration. Only forward, backward and update are timed."""
-        x, span = self.task.draw(self.settings.batch, self.batches), self.model.span
-        counter: Any = span.node.vf
-        nfe, start = counter.nfe, clock(self.device)
-        self.model.train()
-        self.optimizer.zero_grad()
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
         try:
-            nll = self._nll(x)
-            loss = nll
-            if self.method.learn:
-                loss = loss + self.settings.weight * span.duration  # eq. (13)
-            if self.doubling is not None and len(self.history.loss) % EVERY == 0:
-                loss = loss + self.doubling.penalty()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is not finite after {len(self.history.loss)} iterations")
-            loss.backward()
-            self.optimizer.step()
-            if self.method.learn:
-                span.clip_()  # eq. (14)
+            self._iterate()
         except (IntegrationError, FloatingPointError) as error:  # one method that breaks must not end a table
             self.failure = str(error)
-            return
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    def _iterate(self) -> None:
+        x, counter, history = self.batch(), self.node.vf, self.history
+        nfe, start = counter.nfe, clock(self.device)
+        self.optimizer.zero_grad()
+        nll, loss = self.losses(x)
+        if not torch.isfinite(loss):  # torchdyn's adjoint, too, does not return from a NaN
+            raise FloatingPointError(f"the loss is not finite after {len(history.loss)} iterations")
+        loss.backward()
         seconds = clock(self.device) - start
+        check_gradients(self.model, len(history.loss))
+        start = clock(self.device)
+        self.optimizer.step()
+        for span in spans(self.model):
+            span.clip_()  # eq. (14)
+        seconds += clock(self.device) - start
         self.scheduler.step()
-        history = self.history
         history.seconds.append(seconds + (history.seconds[-1] if history.seconds else 0.0))
         history.loss.append(nll.item())
-        history.t_f.append(span.t_f.item())
+        history.t_f.append(self.t_f)
         history.nfe.append(int(counter.nfe - nfe))
 
-    @torch.no_grad()
-    def judge(self) -> FlowResult:
-        """The figures of the trained model."""
-        settings, model = self.settings, self.model.eval()
-        x = self.task.draw(settings.test, torch.Generator().manual_seed(10_000))
-        nll = self._nll(x).item()
-        model.log_prob(x[:512])
-        return FlowResult(
-            task=self.task.name,
-            method=self.method.label,
-            seed=settings.seed,
-            lr=settings.lr,
-            iterations=len(self.history.loss),
-            t_f=model.span.t_f.item(),
-            steps=model.span.steps,
-            nfe=model.span.nfe,
-            nll=nll,
-            reference=reference_of(model).nll(x.double()).item(),
-            training=self.history.seconds_at(len(self.history.seconds)),
-            sampling=self._sampling(),
-            failure=self.failure,
-        )
+    @property
+    def node(self) -> Any:
+        """The NeuralODE or its span."""
+        raise NotImplementedError
 
-    def _sampling(self) -> float:
-        seconds = []
-        with torch.random.fork_rng(devices=[]):
-            for _ in range(3):
-                start = clock(self.device)
-                self.model.sample(self.settings.test)
-                seconds.append(clock(self.device) - start)
-        return statistics.median(seconds)
+    @property
+    def t_f(self) -> float:
+        """Where the interval ends."""
+        raise NotImplementedError
+
+    def batch(self) -> Tensor:
+        """The samples of the next iteration."""
+        raise NotImplementedError
+
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The negative log-likelihood of a batch, and what is descended on."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """All that a stopped run needs to go on as if it had not been stopped."""
@@ -318,7 +298,7 @@ class FlowRun:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": asdict(self.history),
-            "batches": self.batches.get_state(),
+            "random": self._random,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,7 +306,111 @@ class FlowRun:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.history = History(**state["history"])
+        self.history, self._random = History(**state["history"]), state["random"]
+
+
+class FlowRun(LikelihoodRun):
+    """One flow in training.
+
+    Args:
+        task, method, settings: what is trained, how, and on what.
+
+    Attributes:
+        model: the flow. Where nothing is learned of its interval it is for judging; training goes through torchdyn's
+            own NeuralODE, which it shares.
+    """
+
+    model: FlowModel
+
+    def __init__(self, task: FlowTask, method: FlowMethod, settings: FlowSettings):
+        self.task, self.method = task, method
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # the same start for every method
+            model = untrained(method, settings)
+        optimizer = model.configure_optimizers()
+
+        def factor(iteration: int) -> float:
+            part = iteration / settings.iterations
+            return settings.decay + (1 - settings.decay) * (1 + math.cos(math.pi * part)) / 2
+
+        super().__init__(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), settings)
+        self.batches = torch.Generator().manual_seed(settings.seed + 1)  # the same batches for every method
+        self.doubling = StepDoubling(model, method.doubling * EVERY) if method.doubling else None
+
+    @property
+    def node(self) -> LearnableSpan:
+        """Of the flow."""
+        return self.model.span
+
+    @property
+    def t_f(self) -> float:
+        """Where the interval ends."""
+        return self.node.t_f.item()
+
+    def batch(self) -> Tensor:
+        """Fresh samples."""
+        self.model.train()
+        return self.task.draw(self.settings.batch, self.batches)
+
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The negative log-likelihood, and with it the price of time and the penalty where there are such."""
+        loss = nll = self._nll(x)
+        if self.method.learn:
+            loss = loss + self.settings.weight * self.node.duration  # eq. (13)
+        if self.doubling is not None and len(self.history.loss) % EVERY == 0:
+            loss = loss + self.doubling.penalty()
+        return nll, loss
+
+    def _nll(self, x: Tensor) -> Tensor:
+        return self.model.nll(x) if self.method.learn else bare_nll(self.node.node, self.model.base, x)
+
+    @torch.no_grad()
+    def judge(self) -> FlowResult:
+        """The figures of the trained model. What cannot be solved has NaN figures, and failed."""
+        settings, model, failure = self.settings, self.model.eval(), self.failure
+        x = self.task.draw(settings.test, torch.Generator().manual_seed(10_000))
+        nll = reference = sampling = math.nan
+        steps = nfe = 0
+        try:
+            if not failure:
+                nll = self._nll(x).item()
+                model.log_prob(x[:512])
+                steps, nfe = model.span.steps, model.span.nfe
+                reference, sampling = reference_of(model).nll(x.double()).item(), self._sampling()
+        except IntegrationError as error:
+            failure = f"the trained model cannot be solved: {error}"
+        return FlowResult(
+            task=self.task.name,
+            method=self.method.label,
+            seed=settings.seed,
+            lr=settings.lr,
+            iterations=len(self.history.loss),
+            t_f=self.t_f,
+            steps=steps,
+            nfe=nfe,
+            nll=nll,
+            reference=reference,
+            training=self.history.seconds_at(len(self.history.seconds)),
+            sampling=sampling,
+            failure=failure,
+        )
+
+    def _sampling(self) -> float:
+        seconds = []
+        with torch.random.fork_rng(devices=[]), single_thread():
+            for _ in range(4):
+                start = clock(self.device)
+                self.model.sample(self.settings.test)
+                seconds.append(clock(self.device) - start)
+        return statistics.median(seconds[1:])  # the first one warms up
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a stopped run needs to go on as if it had not been stopped."""
+        return {**super().state_dict(), "batches": self.batches.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a stopped run."""
+        super().load_state_dict(state)
         self.batches.set_state(state["batches"])
 
 

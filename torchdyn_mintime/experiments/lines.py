@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -10,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from torchdyn_mintime.experiments.results import print_table
+from torchdyn_mintime.experiments.results import print_table, write
 
-__all__ = ["Kind", "Line", "failures", "gain", "show"]
+__all__ = ["Kind", "Line", "failures", "gain", "save", "show"]
 
 Value = Callable[[Any], float | None]
 """A figure of one result; None where there is none."""
@@ -29,19 +30,24 @@ class Line:
     note: str = ""
     control: bool = False
 
+    @property
+    def finished(self) -> list[Any]:
+        """The results that did not fail; those that did count in no figure, and stand in the note."""
+        return [r for r in self.results if not r.failure]
+
     def figure(self, value: Value, form: str, *, scale: float = 1.0, ratio: bool = False, note: str = "") -> str:
         """The median, how many times less than the baseline that is, and the range where values differ as printed.
 
         Args:
-            value: of one result. Results that have none are left out, and counted.
+            value: of one result. Results that failed or have none are left out, and those that are left counted.
             form: of a number.
             scale: factor on every value.
             ratio: whether the baseline is compared with.
             note: set behind the median.
         """
-        values = [scale * v for r in self.results if (v := value(r)) is not None]
+        values = [scale * v for r in self.finished if (v := value(r)) is not None]
         if not values:
-            return "never"
+            return "never" if self.finished else "failed"
         times = gain(self, value) if ratio and self.results is not self.base else None
         text = form.format(statistics.median(values)) + note + ("" if times is None else f" {times:.1f}x")
         if len(values) < len(self.results):
@@ -91,10 +97,13 @@ def _cells(line: Line, kind: Kind) -> list[str]:
 
 
 def gain(line: Line, value: Value) -> float | None:
-    """How many times less than the baseline a line has of something: the median over seeds; None if one has none."""
-    pairs = [(value(b), value(r)) for r, b in zip(line.results, line.base, strict=True)]
-    ratios = [b / r for b, r in pairs if b and r]
-    return statistics.median(ratios) if ratios and len(ratios) == len(pairs) else None
+    """How many times less than the baseline a line has of something: the median over seeds that did not fail.
+
+    None where one of these has no such figure.
+    """
+    both = [(b, r) for r, b in zip(line.results, line.base, strict=True) if not (r.failure or b.failure)]
+    ratios = [value(b) / value(r) for b, r in both if value(b) and value(r)]  # type: ignore[operator]
+    return statistics.median(ratios) if ratios and len(ratios) == len(both) else None
 
 
 def failures(results: Sequence[Any]) -> str:
@@ -110,6 +119,8 @@ def _remarks(lines: Sequence[Line], kind: Kind) -> list[str]:
 
 
 def _remark(line: Line, controls: Sequence[Line], kind: Kind) -> str:
+    if not line.finished:
+        return f"{line.label} failed on every seed."
     parts = []
     for what, value in kind.gains.items():
         own = gain(line, value)
@@ -117,4 +128,13 @@ def _remark(line: Line, controls: Sequence[Line], kind: Kind) -> str:
             continue
         others = [f"{c.label} {other:.1f}x" for c in controls if (other := gain(c, value)) is not None]
         parts.append(f"{what} {own:.1f}x" + (f" ({', '.join(others)})" if others else ""))
-    return f"{line.label}, and the controls in brackets: {'; '.join([*parts, kind.honest(line)])}."
+    beside = ", and the controls in brackets" if controls else ""
+    return f"{line.label}{beside}: {'; '.join([*parts, kind.honest(line)])}."
+
+
+def save(results: Sequence[Any], texts: Sequence[str], folder: Path, name: str, console: Console) -> None:
+    """Writes a table as CSV, JSON and Markdown, and says where."""
+    files = write(results, folder, name)
+    page = folder / f"{name}.md"
+    page.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    console.print(f"The table as data: {', '.join(map(str, [*files, page]))}")

@@ -246,7 +246,7 @@ def find_method(name: str) -> Method:
         UsageError: there is none.
     """
     base, _, steps = name.partition(":")
-    if base == "vanilla" and steps.isdigit() and int(steps) > 0:
+    if base == "vanilla" and steps.isdecimal() and int(steps) > 0:
         return vanilla_with(int(steps))
     if name not in METHODS:
         raise UsageError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, vanilla:STEPS")

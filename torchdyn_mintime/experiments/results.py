@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchdyn_mintime import IntegrationError
 from torchdyn_mintime.experiments import measure
 from torchdyn_mintime.experiments.training import Run
 
@@ -56,33 +58,39 @@ class Result:
 
 
 def measured(task: str, run: Run) -> Result:
-    """Measures the model of a finished run, all but the inference time."""
+    """Measures the model of a finished run, all but the inference time. What cannot be solved has NaN figures, and failed."""
     model, data, history = run.model, run.data, run.history
-    first = run.driver.first_stage
-    train_loss, train_accuracy = measure.evaluate(measure.forward(model, data.x).logits, data.y)
-    test = measure.forward(model, data.x_test)
-    loss, accuracy = measure.evaluate(test.logits, data.y_test)
-    reference_loss, reference_accuracy = measure.evaluate(measure.reference_logits(model, data.x_test), data.y_test)
+    first, nan = run.driver.first_stage, math.nan
+    failure, steps, nfe, end = run.failure, 0, 0, nan
+    on_training = on_test = exactly = (nan, nan)
+    try:
+        end = measure.end_of(model)
+        on_training = measure.evaluate(measure.forward(model, data.x).logits, data.y)
+        test = measure.forward(model, data.x_test)
+        on_test, steps, nfe = measure.evaluate(test.logits, data.y_test), test.steps, test.nfe
+        exactly = measure.evaluate(measure.reference_logits(model, data.x_test), data.y_test)
+    except IntegrationError as error:
+        failure = failure or f"the trained model cannot be solved: {error}"
     return Result(
         task=task,
         method=run.method.label,
         seed=run.settings.seed,
         lr=run.settings.lr,
         iterations=len(history.loss),
-        t_f=measure.end_of(model),
-        steps=test.steps,
-        nfe=test.nfe,
+        t_f=end,
+        steps=steps,
+        nfe=nfe,
         training=history.seconds_at(len(history.seconds)),
         inference=None,
         pretraining=None if first is None else history.seconds_at(first),
         to_target=history.to_target(run.settings.target),
-        train_loss=train_loss,
-        train_accuracy=train_accuracy,
-        loss=loss,
-        accuracy=accuracy,
-        reference_loss=reference_loss,
-        reference_accuracy=reference_accuracy,
-        failure=run.failure,
+        train_loss=on_training[0],
+        train_accuracy=on_training[1],
+        loss=on_test[0],
+        accuracy=on_test[1],
+        reference_loss=exactly[0],
+        reference_accuracy=exactly[1],
+        failure=failure,
     )
 
 

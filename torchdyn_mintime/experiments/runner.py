@@ -1,5 +1,6 @@
 """Carries out plans: trains what is missing, side by side, and measures inference in turn."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,11 +71,17 @@ def _begun(plan: Plan, data: Data, device: str) -> Run:
 
 
 def time_inference(plans: Sequence[Plan], data: Data, store: Store, *, calls: int = 11) -> list[Result]:
-    """Times one forward pass over the test set, all models in turn, unless every one of them was timed before."""
-    results = [store.result(plan) for plan in plans]
-    if all(result.inference is not None for result in results):
-        return results
-    models = [store.model(plan) for plan in plans]
+    """Times one forward pass over the test set, all models in turn, unless every one of them was timed before.
+
+    A model that cannot be solved has no time.
+    """
+    results = {plan: store.result(plan) for plan in plans}
+    timed = [plan for plan, result in results.items() if not math.isnan(result.accuracy)]
+    if all(results[plan].inference is not None for plan in timed):
+        return list(results.values())
+    models = [store.model(plan) for plan in timed]
     with torch.no_grad():
         seconds = measure.inference_times(models, data.x_test, calls)
-    return [store.set_inference(plan, t) for plan, t in zip(plans, seconds, strict=True)]
+    for plan, t in zip(timed, seconds, strict=True):
+        results[plan] = store.set_inference(plan, t)
+    return list(results.values())

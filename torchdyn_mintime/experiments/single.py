@@ -1,5 +1,6 @@
 """One task with some methods and seeds, as the ``run`` command prints it."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,7 +53,8 @@ def run(
         own_results = [(r, p) for r, p in zip(results, plans, strict=True) if p.method == method]
         print_table(_table(task, own_results, store), console)
         _compare(task, method, [r for r, _ in own_results], console)
-        _show(own_results[0][1], store, shown, folder, console)
+        if not math.isnan(own_results[0][0].accuracy):
+            _show(own_results[0][1], store, shown, folder, console)
     files = write(results, folder, f"run-{task}-{'-'.join(methods).replace(':', '-')}")
     console.print(f"The table as data: {', '.join(map(str, files))}")
     return results

@@ -17,7 +17,7 @@ from torchdyn_mintime.experiments.models import Classifier, NoODE
 from torchdyn_mintime.experiments.tasks import Settings, Task
 from torchdyn_mintime.growth import DivergedError
 
-__all__ = ["LOOKED_AT", "History", "Run", "Step", "clock", "end_of", "race", "single_thread"]
+__all__ = ["LOOKED_AT", "History", "Run", "Step", "check_gradients", "clock", "end_of", "race", "single_thread"]
 
 LOOKED_AT = 1024
 """Training samples on which a search looks at a model before it believes it."""
@@ -166,6 +166,9 @@ class Run:
         self.optimizer.zero_grad()
         try:
             terminal, logits = self._forward_backward(x, y)
+            seconds = clock(self.device) - start
+            check_gradients(self.model, len(self.history.loss))
+            start = clock(self.device)
             if self.driver.before_step(self, terminal):
                 self.optimizer.step()
             for span in self.spans:
@@ -175,7 +178,7 @@ class Run:
             self._lost += clock(self.device) - start
             torch.set_rng_state(outside)
             return
-        evaluations, seconds = self.model.node.vf.nfe - nfe, clock(self.device) - start
+        evaluations, seconds = self.model.node.vf.nfe - nfe, seconds + clock(self.device) - start
         history = self.history
         history.loss.append(terminal.item())
         history.accuracy.append((logits.argmax(1) == y).float().mean().item())
@@ -267,6 +270,17 @@ class Run:
         self._random, self._order = state["random"].cpu(), state["order"]
         self._batches.set_state(state["batches"].cpu())
         self._since_renewal = state["since_renewal"]
+
+
+def check_gradients(model: torch.nn.Module, done: int) -> None:
+    """Ends a run before its weights are spoiled: torchdyn's adaptive solvers never return from a NaN (U3).
+
+    Raises:
+        FloatingPointError: a gradient is not finite.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        raise FloatingPointError(f"the gradient is not finite after {done} iterations")
 
 
 def end_of(model: Classifier) -> float:
