@@ -113,7 +113,7 @@ def failures(results: Sequence[Any]) -> str:
 
 
 def _remarks(lines: Sequence[Line], kind: Kind) -> list[str]:
-    """For each learned row: what of its gain the controls have too."""
+    """For each learned row: its gains, and between which the controls' lie."""
     controls = [line for line in lines if line.control and line.results]
     return [_remark(line, controls, kind) for line in lines[1:] if line.results and not line.control]
 
@@ -126,10 +126,11 @@ def _remark(line: Line, controls: Sequence[Line], kind: Kind) -> str:
         own = gain(line, value)
         if own is None:
             continue
-        others = [f"{c.label} {other:.1f}x" for c in controls if (other := gain(c, value)) is not None]
-        parts.append(f"{what} {own:.1f}x" + (f" ({', '.join(others)})" if others else ""))
-    beside = ", and the controls in brackets" if controls else ""
-    return f"{line.label}{beside}: {'; '.join([*parts, kind.honest(line)])}."
+        others = [other for c in controls if (other := gain(c, value)) is not None]
+        low, high = (f"{f(others):.1f}x" for f in (min, max)) if others else ("", "")
+        beside = f"{low} to {high}" if low != high else low
+        parts.append(f"{what} {own:.1f}x" + (f" (controls {beside})" if others else ""))
+    return f"{line.label}: {'; '.join([*parts, kind.honest(line)])}."
 
 
 def save(results: Sequence[Any], texts: Sequence[str], folder: Path, name: str, console: Console) -> None:
