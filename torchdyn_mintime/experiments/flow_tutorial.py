@@ -93,13 +93,13 @@ class TutorialRun(LikelihoodRun):
         self.method, self.x = method, _spiral(settings.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = _untrained(method)
+            model, random = _untrained(method), torch.get_rng_state()
         groups: list[dict[str, Any]] = [{"params": list(model.vf.parameters())}]
         if isinstance(model, LearnableSpan):
             groups.append({"params": [model.t_f], "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=1e-5)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
-        super().__init__(model, optimizer, scheduler, settings)
+        super().__init__(model, optimizer, scheduler, settings, random)
 
     @property
     def node(self) -> Any:

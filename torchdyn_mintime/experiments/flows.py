@@ -219,6 +219,7 @@ class LikelihoodRun:
         model: what is trained.
         optimizer, scheduler: stepped once an iteration.
         settings: with ``iterations`` and ``seed``.
+        random: the state of torch's generator to draw from: what one draws must not depend on which others train beside it.
 
     Attributes:
         history: what happened so far; its loss is the batch's negative log-likelihood, and there are no accuracies.
@@ -227,13 +228,10 @@ class LikelihoodRun:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, settings: Any):
+    def __init__(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, settings: Any, random: Tensor):
         self.model, self.optimizer, self.scheduler, self.settings = model, optimizer, scheduler, settings
         self.history, self.failure = History(), ""
-        # What one draws in training must not depend on which others train beside it.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed + 1)
-            self._random = torch.get_rng_state()
+        self._random = random
 
     @property
     def done(self) -> bool:
@@ -326,14 +324,14 @@ class FlowRun(LikelihoodRun):
         self.task, self.method = task, method
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # the same start for every method
-            model = untrained(method, settings)
+            model, random = untrained(method, settings), torch.get_rng_state()
         optimizer = model.configure_optimizers()
 
         def factor(iteration: int) -> float:
             part = iteration / settings.iterations
             return settings.decay + (1 - settings.decay) * (1 + math.cos(math.pi * part)) / 2
 
-        super().__init__(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), settings)
+        super().__init__(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), settings, random)
         self.batches = torch.Generator().manual_seed(settings.seed + 1)  # the same batches for every method
         self.doubling = StepDoubling(model, method.doubling * EVERY) if method.doubling else None
 
