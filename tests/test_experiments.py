@@ -482,6 +482,13 @@ def test_figures_of_a_line_are_medians_beside_its_baseline_and_leave_failures_ou
     assert Line("ours", "", [made_up(1.0, to_target=None)] * 3, base).figure(lambda r: r.to_target, "{:g}") == "never"
 
 
+def test_the_twin_of_a_model_that_cannot_be_solved_has_one_step():
+    (section,) = tables.TABLES["5"][1]
+    row = next(r for r in section.rows if r.method == section.learned)
+    assert tables._twin(section, {row: replace(made_up(1.0, "broke"), steps=0)}) == "vanilla:1"
+    assert tables._twin(section, {row: replace(made_up(1.0), steps=7)}) == "vanilla:7"
+
+
 def test_a_second_call_prints_the_same_table(tmp_path):
     """Where the twin is one of the sweep, too."""
     options = tables.Options(seeds=1, rates=(), iterations=2, sweep=(1, 2, 99))

@@ -333,7 +333,8 @@ def _finished(
 
 def _twin(section: Section, results: dict[Row, Result]) -> str | None:
     learned = next((row for row in section.rows if row.method == section.learned), None)
-    return None if learned is None else f"vanilla:{results[learned].steps}"
+    # A model that cannot be solved has no steps.
+    return None if learned is None else f"vanilla:{results[learned].steps or 1}"
 
 
 def _lines(section: Section, found: dict[Row, list[Result]], options: Options) -> list[Line]:
