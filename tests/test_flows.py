@@ -513,8 +513,8 @@ def printed(*args, **kw):
     return " ".join(text.getvalue().split())
 
 
-def with_sweep(one, *args):
-    return one(*args[:-1], (2, 3))
+def with_sweep(one, work, *args):
+    return one(replace(work, sweep=(2, 3)), *args)
 
 
 @pytest.fixture

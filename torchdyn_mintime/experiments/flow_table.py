@@ -1,7 +1,7 @@
 """Flows as a table: minimum-time, the paper's way and ours, with the controls beside them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,25 @@ def flow_settings(task: str, **given: Any) -> FlowSettings:
     return FlowSettings(**own)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is trained for the table of one flow.
+
+    Attributes:
+        task: one of ``FLOW_TASKS``.
+        methods: names for ``find_flow_method``; the first is the baseline.
+        settings: of all, but for the seed.
+        seeds: of initialisation and batches.
+        sweep: steps of another control.
+    """
+
+    task: str
+    methods: Sequence[str]
+    settings: FlowSettings
+    seeds: Sequence[int]
+    sweep: Sequence[int] = ()
+
+
 def run(
     task: str,
     methods: Sequence[str],
@@ -95,7 +114,7 @@ def run(
         UsageError: there is no such method.
     """
     name = name or f"run-{task}-{'-'.join(methods).replace(':', '-')}"
-    results, text = _one(task, task, methods, settings, seeds, folder, console, name, ())
+    results, text = _one(_Work(task, methods, settings, seeds), task, folder, console, name)
     save(results, [text], folder, name, console)
     return results
 
@@ -103,83 +122,64 @@ def run(
 def make(settings: dict[str, FlowSettings], seeds: int, folder: Path, console: Console) -> list[FlowResult]:
     """The table of all flows: ``settings`` by task, on ``seeds`` seeds from ``FIRST_SEED`` on."""
     results, texts = [], ["# Flows"]
-    own = range(FIRST_SEED, FIRST_SEED + seeds)
-    for task, task_settings in settings.items():
-        found, text = _one("Flows", task, METHODS, task_settings, own, folder, console, f"table-{task}", SWEEP)
+    for task, own in settings.items():
+        work = _Work(task, METHODS, own, range(FIRST_SEED, FIRST_SEED + seeds), SWEEP)
+        found, text = _one(work, "Flows", folder, console, f"table-{task}")
         results += found
         texts.append(text)
     save(results, texts, folder, "table-flows", console)
     return results
 
 
-def _one(
-    title: str,
-    task: str,
-    methods: Sequence[str],
-    settings: FlowSettings,
-    seeds: Sequence[int],
-    folder: Path,
-    console: Console,
-    name: str,
-    sweep: Sequence[int],
-) -> tuple[list[FlowResult], str]:
+def _one(work: _Work, title: str, folder: Path, console: Console, name: str) -> tuple[list[FlowResult], str]:
     """Trains, prints and draws one flow's table; returns its results and its text."""
     store = FlowStore(folder / "runs")
-    found, first = _train(task, methods, settings, seeds, store, console, sweep)
-    lines = _lines(task, methods, found, sweep)
-    heading = FLOW_TASKS[task].title
-    text = show(f"{title}: {heading}", heading, lines, KIND, console)
-    shown = [m for m in methods if not found[m][0].failure]
+    found, first = _train(work, store, console)
+    lines, task = _lines(work, found), FLOW_TASKS[work.task]
+    text = show(f"{title}: {task.title}", task.title, lines, KIND, console)
+    shown = [m for m in work.methods if not found[m][0].failure]
     models = {find_flow_method(m).label: store.model(first[m]) for m in shown}
-    for path in draw_flows(models, FLOW_TASKS[task].draw, folder / name) if models else ():
+    for path in draw_flows(models, task.draw, folder / name) if models else ():
         console.print(f"What it looks like: {path}", highlight=False)
     return [r for line in lines for r in line.results], text
 
 
-def _train(
-    task: str,
-    methods: Sequence[str],
-    settings: FlowSettings,
-    seeds: Sequence[int],
-    store: FlowStore,
-    console: Console,
-    sweep: Sequence[int],
-) -> tuple[dict[str, list[FlowResult]], dict[str, Plan]]:
+def _train(work: _Work, store: FlowStore, console: Console) -> tuple[dict[str, list[FlowResult]], dict[str, Plan]]:
     """The results by method, the twin's under "twin", and the plans of the first seed."""
-    trained = [*methods, *(f"vanilla:{k}" for k in sweep if f"vanilla:{k}" not in methods)]
+    trained = list(dict.fromkeys([*work.methods, *(f"vanilla:{k}" for k in work.sweep)]))
     found: dict[str, list[FlowResult]] = {method: [] for method in [*trained, "twin"]}
     first: dict[str, Plan] = {}
 
     def begin(plan: Plan) -> FlowRun:
         return FlowRun(FLOW_TASKS[plan.task], find_flow_method(plan.method), plan.settings)
 
-    for seed in seeds:
-        own = replace(settings, seed=seed)
-        plans = {method: Plan(task, method, own) for method in trained}
+    for seed in work.seeds:
+        own = replace(work.settings, seed=seed)
+        plans = {method: Plan(work.task, method, own) for method in trained}
         for method, result in zip(plans, side_by_side(list(plans.values()), begin, store, console), strict=True):
             found[method].append(result)
-        if "minimum-time" in methods:
+        if "minimum-time" in work.methods:
             # The control that only a finished run can name; trained after the others.
-            plan = Plan(task, f"vanilla:{found['minimum-time'][-1].steps or 1}", own)
+            plan = Plan(work.task, f"vanilla:{found['minimum-time'][-1].steps or 1}", own)
             found["twin"] += side_by_side([plan], begin, store, console)
         first = first or plans
     return found, first
 
 
-def _lines(task: str, methods: Sequence[str], found: dict[str, list[FlowResult]], sweep: Sequence[int]) -> list[Line]:
-    base = found[methods[0]]
+def _lines(work: _Work, found: dict[str, list[FlowResult]]) -> list[Line]:
+    base = found[work.methods[0]]
 
     def line(method: str, control: bool, label: str = "") -> Line:
         own = found[method]
-        return Line(label or own[0].method, PAPER.get((task, method), ""), own, base, failures(own), control)
+        return Line(label or own[0].method, PAPER.get((work.task, method), ""), own, base, failures(own), control)
 
-    lines = [line(m, i > 0 and m.startswith(("default-adaptive", "vanilla:"))) for i, m in enumerate(methods)]
+    lines = [line(m, i > 0 and m.startswith(("default-adaptive", "vanilla:"))) for i, m in enumerate(work.methods)]
     if found["twin"]:
         lines.append(line("twin", True, "vanilla, as many steps as minimum-time"))
-    good = [k for k in sweep if _as_good(found[f"vanilla:{k}"], base)]
+    good = [k for k in work.sweep if _as_good(found[f"vanilla:{k}"], base)]
     if good:
         lines.append(line(f"vanilla:{min(good)}", True, f"best of a sweep ({min(good)} steps)"))
-    elif sweep:
+    elif work.sweep:
         lines.append(Line("best of a sweep", "", note=f"none within {CLOSE} nats of vanilla", control=True))
     return lines
 

@@ -258,13 +258,13 @@ class LikelihoodRun:
         if not torch.isfinite(loss):  # torchdyn's adjoint, too, does not return from a NaN
             raise FloatingPointError(f"the loss is not finite after {len(history.loss)} iterations")
         loss.backward()
-        seconds = clock(self.device) - start
+        paused = clock(self.device)
         check_gradients(self.model, len(history.loss))
-        start = clock(self.device)
+        start += clock(self.device) - paused
         self.optimizer.step()
         for span in spans(self.model):
             span.clip_()  # eq. (14)
-        seconds += clock(self.device) - start
+        seconds = clock(self.device) - start
         self.scheduler.step()
         history.seconds.append(seconds + (history.seconds[-1] if history.seconds else 0.0))
         history.loss.append(nll.item())

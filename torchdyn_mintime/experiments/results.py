@@ -61,10 +61,9 @@ def measured(task: str, run: Run) -> Result:
     """Measures the model of a finished run, all but the inference time. What cannot be solved has NaN figures, and failed."""
     model, data, history = run.model, run.data, run.history
     first, nan = run.driver.first_stage, math.nan
-    failure, steps, nfe, end = run.failure, 0, 0, nan
+    failure, steps, nfe = run.failure, 0, 0
     on_training = on_test = exactly = (nan, nan)
     try:
-        end = measure.end_of(model)
         on_training = measure.evaluate(measure.forward(model, data.x).logits, data.y)
         test = measure.forward(model, data.x_test)
         on_test, steps, nfe = measure.evaluate(test.logits, data.y_test), test.steps, test.nfe
@@ -77,7 +76,7 @@ def measured(task: str, run: Run) -> Result:
         seed=run.settings.seed,
         lr=run.settings.lr,
         iterations=len(history.loss),
-        t_f=end,
+        t_f=measure.end_of(model),
         steps=steps,
         nfe=nfe,
         training=history.seconds_at(len(history.seconds)),
