@@ -37,7 +37,7 @@ html_static_path = [name for name in ("_static",) if (HERE / name).is_dir()]
 
 
 def _plain_bar(inliner, match, lineno):
-    """A bar in a docstring is a bar, as in |f|: reST's substitutions are not used."""
+    """Keeps a bar in a docstring, as in |f|: reST's substitutions are not used."""
     end = match.end("start")
     return match.string[:end], [], match.string[end:], []
 

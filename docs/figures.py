@@ -23,7 +23,7 @@ ACCENT = {"light": "#2f7d4f", "dark": "#7fd6a2"}
 
 
 def annuli(n, generator):
-    """A disc inside a ring."""
+    """Draws n points of a disc inside a ring, and their classes."""
     angle = 2 * torch.pi * torch.rand(n, generator=generator)
     y = (torch.arange(n) % 2).long()
     radius = torch.where(
@@ -33,7 +33,7 @@ def annuli(n, generator):
 
 
 def train(weight, iterations, seed=2):
-    """A field in three dimensions (one of them added), trained on the ring and the disc by eq. (13)."""
+    """Trains a field in three dimensions (one of them added) on the ring and the disc, by eq. (13)."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     x, y = annuli(256, generator)
@@ -57,7 +57,7 @@ def train(weight, iterations, seed=2):
 
 
 def depth(theme):
-    """The idea of the paper's figure 2: the interval is the depth, and it can be found from either side."""
+    """Draws the idea of the paper's figure 2: the interval is the depth, and there are two ways to find it."""
     ink, accent, colours = INK[theme], ACCENT[theme], CLASSES[theme]
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4), width_ratios=[1, 1, 1.35])
     for axis, run, title in zip(
@@ -84,18 +84,18 @@ def depth(theme):
     axis.axhline(threshold, color=ink, lw=0.8, ls=":")
     axis.text(1.0, threshold * 1.15, "good enough", fontsize=8, color=ink, ha="right", va="bottom")
     axis.annotate("", (t_f + 0.03, 4.2), (0.97, 4.2), arrowprops={"arrowstyle": "->", "color": accent, "lw": 1.6})
-    axis.text(0.56, 5.0, "approach 1: start deep, make time dear", fontsize=8, color=accent, ha="center")
+    axis.text(0.56, 5.0, "approach 1: start long, put a price on time", fontsize=8, color=accent, ha="center")
     axis.annotate("", (t_f - 0.01, 1.7), (0.0, 1.7), arrowprops={"arrowstyle": "->", "color": accent, "lw": 1.6})
-    axis.text(t_f + 0.03, 1.7, "approach 2: start shallow, grow", fontsize=8, color=accent, ha="left", va="center")
+    axis.text(t_f + 0.03, 1.7, "approach 2: start short, grow", fontsize=8, color=accent, ha="left", va="center")
     axis.set_ylim(top=10)
     axis.set_xlabel("time $t$, the depth of the model", fontsize=8.5)
-    axis.set_title("loss if the model were read at $t$", fontsize=10)
+    axis.set_title("loss of the state at time $t$", fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 
 def rescaling(theme):
-    """(f, t_f) and (c f, t_f / c) draw the same path; equal steps of time see different lengths of it."""
+    """Draws (f, t_f) and (c f, t_f / c) on one path, of which equal steps in time cover different lengths."""
     ink, accent, colours = INK[theme], ACCENT[theme], CLASSES[theme]
     rotation = torch.tensor([[-0.35, -4.0], [4.0, -0.35]], dtype=torch.float64)
     x = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -129,6 +129,7 @@ def rescaling(theme):
 
 
 def save(name, draw):
+    """Draws a picture for light and for dark pages, and writes both."""
     for theme in ("light", "dark"):
         ink = INK[theme]
         settings = {

@@ -5,27 +5,18 @@ HYPOTHESIS_PROFILE=thorough pytest       many examples and the full counts of ev
 CI=1 pytest                              the default sizes, derandomized: one commit, one verdict
 """
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 # The helpers beside this file (`problems`, `differences`) are imported by name, whichever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from profiles import PROFILE
+
 collect_ignore = ["mutation.py"]  # a command of its own, which needs cosmic-ray
-
-# A solve takes as long as it takes on a busy machine: a deadline would only report the load.
-_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("default", max_examples=15, **_COMMON)
-settings.register_profile("ci", max_examples=15, derandomize=True, **_COMMON)
-settings.register_profile("thorough", max_examples=300, **_COMMON)
-
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
-settings.load_profile(PROFILE)
 
 # Two threads on two shared cores are slower than one for the small networks used here, and noisier.
 torch.set_num_threads(1)
@@ -35,6 +26,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: counts over many random draws; small by default, in full under HYPOTHESIS_PROFILE=thorough"
     )
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped where there is none")
 
 
 @pytest.fixture(autouse=True)

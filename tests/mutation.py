@@ -1,6 +1,6 @@
-"""Mutation testing: how many small defects in the core do the tests find?
+"""Mutation testing: how many small defects do the tests find?
 
-python tests/mutation.py                          a sample of each part; two hours on one core
+python tests/mutation.py                          a sample of each part; four hours on one core
 python tests/mutation.py --part growth --sample 0     all of one part
 
 cosmic-ray changes one operator, comparison, number or keyword at a time, in a copy of the project, and runs the tests of
@@ -30,30 +30,44 @@ FLATTERING = re.compile(r"Bit|Shift|Mod\b|_Mod|FloorDiv|Pow|Invert")
 class Part:
     """What is changed, which tests must find it, the likeliest first, and how many places are drawn."""
 
-    module: str
+    modules: str
     tests: str
     sample: int
 
 
 PARTS = {
-    "growth": Part("growth.py", "tests/test_growth.py", 50),
-    "lyapunov": Part("lyapunov.py", "tests/test_lyapunov.py", 60),
-    "span": Part(
-        "span.py",
-        "--benchmark-skip tests/test_span.py tests/test_wrapping.py tests/upstream/test_u11_to_u17_use.py "
-        "tests/test_gradients.py tests/test_speed.py",
-        50,
-    ),
     "numerics": Part(
         "numerics",
-        "--benchmark-skip tests/test_gradients.py tests/test_speed.py tests/upstream/test_u04_to_u10_adjoint.py "
-        "tests/upstream/test_u01_to_u03_solves.py tests/test_span.py",
+        "--benchmark-skip tests/numerics tests/core/test_gradients.py tests/test_speed.py "
+        "tests/upstream/test_u04_to_u10_adjoint.py tests/upstream/test_u01_to_u03_solves.py tests/core/test_span.py",
         50,
     ),
+    "span": Part(
+        "core/interval.py core/learnable_interval.py core/span.py",
+        "--benchmark-skip tests/core/test_span.py tests/core/test_wrapping.py tests/upstream/test_u11_to_u17_use.py "
+        "tests/core/test_gradients.py tests/test_speed.py",
+        50,
+    ),
+    "lyapunov": Part(
+        "losses/lyapunov.py losses/potentials.py losses/certificate.py losses/samplers.py",
+        "tests/losses/test_lyapunov.py tests/losses/test_potentials.py tests/losses/test_certificate.py "
+        "tests/losses/test_samplers.py",
+        60,
+    ),
+    "step-count": Part("losses/step_count.py", "tests/losses/test_step_count.py", 30),
+    "growth": Part("depth/growth.py depth/rollback.py", "tests/depth/test_growth.py tests/depth/test_rollback.py", 50),
+    "target": Part("depth/target.py", "tests/depth/test_target.py", 30),
+    "search": Part(
+        "depth/ladder.py depth/stage.py depth/verification.py depth/searched_model.py depth/shallowest.py",
+        "tests/depth/test_ladder.py tests/depth/test_stage.py tests/depth/test_verification.py "
+        "tests/depth/test_shallowest.py",
+        60,
+    ),
+    "trim": Part("depth/trim.py depth/early_exit.py", "tests/depth/test_trim.py", 40),
 }
 CONFIG = """
 [cosmic-ray]
-module-path = "torchdyn_mintime/{module}"
+module-path = {modules}
 timeout = 900.0
 excluded-modules = []
 test-command = "{python} -m pytest -x -q --timeout 120 -p no:cacheprovider {tests}"
@@ -105,13 +119,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         copy.mkdir()
-        for name in ("torchdyn_mintime", "tests", "pyproject.toml"):
+        for name in ("torchdyn_mintime", "benchmarks", "tests", "pyproject.toml"):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
         for name in options.part or PARTS:
             part = PARTS[name]
             config, session = Path(folder) / f"{name}.toml", Path(folder) / f"{name}.sqlite"
-            config.write_text(CONFIG.format(module=part.module, tests=part.tests, python=sys.executable))
+            modules = [f"torchdyn_mintime/{module}" for module in part.modules.split()]
+            config.write_text(CONFIG.format(modules=modules, tests=part.tests, python=sys.executable))
             _cosmic_ray("baseline", config, cwd=copy)  # the tests must pass on what is not changed
             _cosmic_ray("init", config, session, cwd=copy)
             sample = part.sample if options.sample is None else options.sample

@@ -64,10 +64,10 @@ def test_solver_error_leaves_the_model_as_it_was():
     span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 3))
     x = torch.randn(6, 2)
     span(x)
-    before, last, nfe = copy.deepcopy(span.state_dict()), span._last, span.vf.nfe
+    before, last, nfe = copy.deepcopy(span.state_dict()), span.last, span.vf.nfe
     assert solver_error(span, x) > 0
     assert all(torch.equal(v, before[k]) for k, v in span.state_dict().items())
-    assert (span._last, span.vf.nfe, net.training, net[2].training) == (last, nfe, True, True)
+    assert (span.last, span.vf.nfe, net.training, net[2].training) == (last, nfe, True, True)
 
 
 def test_solver_error_of_fields_with_state_of_their_own():
@@ -279,7 +279,7 @@ def test_report(head):
     model, x = decay_model(head=head), torch.randn(6, 2, dtype=torch.float64)
     model.train()
     console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
-    last = [span._last for span in tm.spans(model)]
+    last = [span.last for span in tm.spans(model)]
     found = report(model, [(x, x)], lambda z, y: z.square().mean(), lambda z, y: 0.75, weight=0.3, console=console)
     console.file.close()
     assert found.nfe == 80
@@ -296,7 +296,7 @@ def test_report(head):
     for words in ("solved at 1e-7", "ODE skipped", "20, 80", "solver error", "Hamiltonian at t_f"):
         assert words in text
     assert model.training
-    assert [span._last for span in tm.spans(model)] == last
+    assert [span.last for span in tm.spans(model)] == last
 
 
 def test_report_says_what_a_batch_is():

@@ -11,7 +11,8 @@ from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
 from torchdyn_mintime import diagnostics, plots
-from torchdyn_mintime.lyapunov import SquaredDistance
+from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
+from torchdyn_mintime.losses.potentials import SquaredDistance
 
 
 @pytest.fixture
@@ -44,3 +45,35 @@ def test_growth_profile_and_hamiltonian(span):
     energy = diagnostics.hamiltonian(span, x, nn.functional.cross_entropy, y)
     plots.hamiltonian(axes[2], energy)
     np.testing.assert_allclose(axes[2].lines[0].get_ydata(), energy.values.tolist())
+
+
+def strong(net: HyperNet) -> HyperNet:
+    """A hypernetwork at its start moves nothing; this one moves points by about their own size."""
+    with torch.no_grad():
+        net.net[-1].weight.mul_(5)
+        net.net[-1].bias.mul_(5)
+    return net
+
+
+@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
+def test_frames_of_a_flow_show_the_flow_itself(solver):
+    node = NeuralODE(HyperCNF(strong(HyperNet(2, 4, 8))).double(), solver=solver, atol=1e-6, rtol=1e-6)
+    t_span = torch.linspace(0, 1, 9 if solver == "rk4" else 2, dtype=torch.float64)
+    model = FlowModel(tm.LearnableSpan(node, t_span, t_f=0.7), Gaussian(2, variance=0.1).double())
+    film = plots.flow_frames(model, torch.zeros(2), frames=3, samples=50, cells=60, extent=2.0)
+    assert film.times == pytest.approx([0.7, 0.35, 0.0])
+    cell = (2 * 2.0 / 59) ** 2
+    assert torch.allclose(film.density.sum((1, 2)) * cell, torch.ones(3, dtype=torch.float64), atol=0.02)
+    back = model.encode(film.samples[-1])[0]
+    assert torch.allclose(back, film.samples[0], atol=1e-3)
+    # Row along y, column along x: the density at a cell is that at its place.
+    line = torch.linspace(-2.0, 2.0, 60, dtype=torch.float64)
+    place = torch.stack([line[40], line[25]])[None]
+    assert film.density[-1][25, 40].item() == pytest.approx(model.log_prob(place).exp().item(), rel=1e-6)
+
+
+def test_pictures_of_flows_are_written(tmp_path):
+    span = tm.LearnableSpan(NeuralODE(HyperCNF(HyperNet(2, 4, 8)), solver="rk4"), torch.linspace(0, 1, 4))
+    model = FlowModel(span, Gaussian(2))
+    paths = plots.flows({"one": model}, torch.randn(40, 2), tmp_path / "moons", frames=2)
+    assert [p.suffix for p in paths] == [".png", ".gif"] and all(p.stat().st_size > 1000 for p in paths)

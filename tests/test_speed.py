@@ -5,7 +5,9 @@ pytest tests/test_speed.py --benchmark-only      the timed comparisons, one grou
 """
 
 import copy
+import json
 
+import pandas
 import pytest
 import torch
 from problems import random_model
@@ -15,7 +17,10 @@ from torchdyn.models import CNF
 from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
-from torchdyn_mintime import bench
+from benchmarks import bench, cases, timing
+from benchmarks.contestants import contestants, mlp, state
+from benchmarks.report import COLUMNS, write
+from benchmarks.timing import saved_bytes
 from torchdyn_mintime.numerics import Grid, integrate, make_stepper
 
 MIB = 2**20
@@ -179,11 +184,11 @@ def test_checkpoint_under_autocast():
 
 
 def test_checkpoint_keeps_one_state_a_step():
-    net, x = bench.mlp(64, 128), bench.state(512, 64)
+    net, x = mlp(64, 128), state(512, 64)
     kept = {}
     for checkpoint in (False, True):
         span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 101), checkpoint=checkpoint)
-        kept[checkpoint] = bench.saved_bytes(lambda span=span: span(x)[1], [x, *net.parameters()])
+        kept[checkpoint] = saved_bytes(lambda span=span: span(x)[1], [x, *net.parameters()])
     one = x.nbytes
     assert kept[True] <= 105 * one <= 15 * MIB
     assert kept[False] > 5 * kept[True]
@@ -191,7 +196,7 @@ def test_checkpoint_keeps_one_state_a_step():
 
 @pytest.mark.parametrize("solver", ["rk4", "tsit5"])
 def test_inference_that_asks_for_the_final_state_keeps_one_state(solver):
-    net, x = bench.mlp(2, 16), bench.state(64, 2)
+    net, x = mlp(2, 16), state(64, 2)
     span = tm.LearnableSpan(NeuralODE(net, solver=solver), torch.linspace(0, 1, 51)).eval()
     with torch.no_grad():
         whole = span(x)[1]
@@ -206,7 +211,7 @@ def test_inference_that_asks_for_the_final_state_keeps_one_state(solver):
 
 @pytest.mark.parametrize("solver", ["rk4", "tsit5"])
 def test_the_time_gradient_costs_no_evaluation(solver):
-    net, x, found = bench.mlp(3, 32), bench.state(16, 3), []
+    net, x, found = mlp(3, 32), state(16, 3), []
     for learned in (False, True):
         span = tm.LearnableSpan(NeuralODE(net, solver=solver), torch.linspace(0, 1, 11))
         span.t_f.requires_grad_(learned)
@@ -217,7 +222,7 @@ def test_the_time_gradient_costs_no_evaluation(solver):
 
 def test_the_same_step_with_and_without_a_gradient():
     """A step size that carries a gradient takes another route through the arithmetic."""
-    net, x = bench.mlp(3, 32).double(), bench.state(16, 3).double()
+    net, x = mlp(3, 32).double(), state(16, 3).double()
     span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 2, dtype=torch.float64))
     with torch.no_grad():
         plain = span(x)[1]
@@ -256,26 +261,32 @@ def test_what_is_kept_of_the_modules_follows_every_change():
 
 def test_the_bench_runs_and_writes(tmp_path):
     results = bench.main(["--only", "time-gradient", "final-state", "--rounds", "1", "--out", str(tmp_path)])
-    assert {r.part for r in results} == {"time-gradient", "final-state"}
-    assert len((tmp_path / "bench-1-thread.csv").read_text().splitlines()) == len(results) + 1
-    whole, last = (r.mebibytes for r in results if r.part == "final-state")
+    assert set(results["part"]) == {"time-gradient", "final-state"}
+    written = pandas.read_csv(tmp_path / "bench-1-thread.csv")
+    assert len(written) == len(results) and list(written) == list(results) == list(COLUMNS)
+    records = json.loads((tmp_path / "bench-1-thread.json").read_text())["results"]
+    assert [list(record) for record in records] == [list(COLUMNS)] * len(results)
+    assert records[0]["evaluations"] == 400 and records[-1]["evaluations"] is None
+    whole, last = results[results["part"] == "final-state"]["mebibytes"]
     assert whole == pytest.approx(101 * last)
 
 
 def test_the_bench_measures_adaptive_solves_and_few_steps_beside_the_others(tmp_path):
     results = bench.main(["--only", "adaptive", "shallow", "--rounds", "1", "--out", str(tmp_path)])
-    assert {r.contestant for r in results} >= {"LearnableSpan", "NeuralODE"}
-    assert all(r.ratio > 0 and r.milliseconds > 0 for r in results)
+    assert set(results["contestant"]) >= {"LearnableSpan", "NeuralODE"}
+    assert (results["ratio"] > 0).all() and (results["milliseconds"] > 0).all()
+    one_step = results[results["case"] == "1 step, forward + backward"]
+    assert set(one_step["evaluations"]) == {4}
 
 
 @pytest.fixture
 def small_bench(monkeypatch):
     """Every part on four samples and at most three steps, each contestant once; nothing is compiled."""
-    contestants, alternate = bench.contestants, bench.alternate
+    alternate = timing.alternate
     monkeypatch.setattr(
-        bench, "contestants", lambda net, x, steps, **options: contestants(net, x[:4], min(steps, 3), **options)
+        cases, "contestants", lambda net, x, steps, **options: contestants(net, x[:4], min(steps, 3), **options)
     )
-    monkeypatch.setattr(bench, "alternate", lambda runs, rounds, *rest: alternate(runs, 1, *rest))
+    monkeypatch.setattr(timing, "alternate", lambda runs, rounds, *rest: alternate(runs, 1, *rest))
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
 
@@ -291,20 +302,22 @@ def small_bench(monkeypatch):
 )
 def test_every_part_of_the_bench_runs(tmp_path, small_bench, part, names):
     results = bench.main(["--only", part, "--rounds", "1", "--out", str(tmp_path)])
-    assert {r.part for r in results} == {part} and names <= {r.contestant for r in results}
-    assert all(r.ratio > 0 and r.milliseconds > 0 for r in results)
+    assert set(results["part"]) == {part} and names <= set(results["contestant"])
+    assert (results["ratio"] > 0).all() and (results["milliseconds"] > 0).all()
     if part == "memory":
-        held = {r.contestant: r.mebibytes for r in results}
+        held = results.set_index("contestant")["mebibytes"]
         assert held["adjoint"] < held["checkpoint=True"] < held["autograd"]
     if part == "linearity":  # NeuralODE's checks grow quadratically: it is left out where they would take minutes
-        assert {r.case for r in results if r.contestant == "NeuralODE"} == {"10", "30", "100", "300", "1000"}
+        cases_of_node = set(results[results["contestant"] == "NeuralODE"]["case"])
+        assert cases_of_node == {"10", "30", "100", "300", "1000"}
 
 
 def test_the_bench_draws_time_against_steps(tmp_path):
-    results = [
-        bench.Result("linearity", str(n), name, 1.0, n / 10, n, None) for n in (1, 10, 100) for name in ("a", "b")
-    ]
-    written = bench._write(results, tmp_path, 2)
+    results = pandas.DataFrame(
+        [("linearity", str(n), name, 1.0, n / 10, n, None) for n in (1, 10, 100) for name in ("a", "b")],
+        columns=list(COLUMNS),
+    )
+    written = write(results, tmp_path, 2)
     assert [path.name for path in written] == ["bench-2-threads.csv", "bench-2-threads.json", "linearity-2-threads.png"]
     assert written[-1].read_bytes().startswith(b"\x89PNG")
 
@@ -314,13 +327,9 @@ def test_the_bench_draws_time_against_steps(tmp_path):
 @pytest.mark.benchmark(min_rounds=5, warmup=True)
 def test_forward_and_backward(benchmark, name, steps):
     benchmark.group = f"forward + backward, 3-32-3, batch 512, {steps} steps"
-    found = {c.name: c for c in bench.contestants(bench.mlp(3, 32), bench.state(512, 3), steps, backward=True)}
-    if name not in found:
-        pytest.skip("torchdiffeq is not installed")
-    benchmark(found[name].run)
+    benchmark(contestants(mlp(3, 32), state(512, 3), steps, backward=True)[name])
 
 
-@pytest.mark.parametrize("size", [10, 1000])
 def test_a_grid_costs_no_more_than_its_points(size):
     """No work that is quadratic in the number of points: the drive reads each node a fixed number of times."""
 

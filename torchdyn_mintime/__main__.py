@@ -1,41 +1,92 @@
 """The command line: ``python -m torchdyn_mintime --help``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 from rich.console import Console
 
+from torchdyn_mintime import __version__
+from torchdyn_mintime.experiments import MissingData, UsageError, names
+
+if TYPE_CHECKING:
+    from torchdyn_mintime.experiments.store import Store
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Data = Annotated[Path, typer.Option("--data", help="Folder of image data, as torchvision lays it out.")]
-Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch image data that is missing.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
-Output = Annotated[Path, typer.Option("--output", help="Folder for tables, figures and pictures.")]
+Iterations: TypeAlias = Annotated[
+    int | None, typer.Option("--iterations", min=1, help="Optimizer steps, instead of each task's own.")
+]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of data, initialisation and batches.")]
+Subset: TypeAlias = Annotated[
+    int | None, typer.Option("--subset", min=1, help="Training images; a fifth as many for the test.")
+]
+Width: TypeAlias = Annotated[
+    int | None, typer.Option("--width", min=1, help="Channels of the convolutional network (paper: 64).")
+]
+Data: TypeAlias = Annotated[Path, typer.Option("--data", help="Folder of image data, as torchvision lays it out.")]
+Download: TypeAlias = Annotated[
+    bool, typer.Option("--download", help="Let torchvision fetch image data that is missing.")
+]
+Device: TypeAlias = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
+Output: TypeAlias = Annotated[Path, typer.Option("--output", help="Folder for tables, figures and pictures.")]
+DATA, OUTPUT = Path("data"), Path("results")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
-    """Neural ODEs that learn how deep they need to be: the paper's experiments, with the controls beside them."""
-
-
-@app.command()
-def demo(
-    output: Output = Path("results"),
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every model; default: 100.")] = None,
-    seed: Annotated[int, typer.Option(help="Of data, initialisation and batches.")] = 0,
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Vanilla and minimum-time on two moons and handwritten digits: one table, with pictures. About two minutes."""
-    from torchdyn_mintime.experiments import demo as module
+    """Neural ODEs that learn how deep they need to be: the paper's experiments, with the controls beside them.
 
-    module.demo(output / "demo", Console(), iterations, seed)
+    `run --help` names tasks and methods, with a line on each.
+    """
 
 
 @app.command()
+def demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
+    """Vanilla and minimum-time on two moons and handwritten digits: one table, with pictures. About two minutes."""
+    from torchdyn_mintime.experiments import tables
+
+    tables.demo(output / "demo", _store(output), iterations, seed)
+
+
+def _listing(title: str, lines: dict[str, str]) -> str:
+    """The names with their lines, one below another, as click keeps them."""
+    width = max(map(len, lines)) + 2
+    return f"\b\n{title}:\n" + "\n".join(f"  {name:<{width}}{line}" for name, line in lines.items())
+
+
+RUN_HELP = f"""One task: a row for each method and seed. A finished seed is not trained again, a stopped one goes on.
+
+What is not given is as published, or the task's own.
+
+{_listing("Tasks", names.TASKS)}
+
+{_listing("Methods", names.METHODS)}
+
+{_listing("Methods of flow-moons and flow-circles; flow-tutorial compares vanilla and minimum-time", names.FLOW_METHODS)}
+"""
+
+
+@app.command(help=RUN_HELP)
 def run(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="moons, annuli, digits, ...")],
-    method: Annotated[list[str] | None, typer.Option(help="May be given several times. Default: minimum-time.")] = None,
+    task: Annotated[str, typer.Argument(help="One of the tasks below.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="May be given several times. Default: minimum-time; of flows those of their table."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed on.")] = 1,
     first_seed: Annotated[int, typer.Option()] = 0,
     weight: Annotated[float | None, typer.Option(min=0, help="Price of time, eq. (13).")] = None,
@@ -43,99 +94,37 @@ def run(
     target: Annotated[float | None, typer.Option(min=0, help="Loss that growth and search are to reach.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the network.")] = None,
     span_lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the times.")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    iterations: Iterations = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of --iterations, where there are batches.")] = None,
-    subset: Annotated[int | None, typer.Option(min=1, help="Training images; a fifth as many for the test.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Channels of the convolutional network (paper: 64).")] = None,
-    data: Data = Path("data"),
+    subset: Subset = None,
+    width: Width = None,
+    data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
-    output: Output = Path("results"),
+    output: Output = OUTPUT,
 ) -> None:
-    """One task: a row for each method and seed. A finished seed is not trained again, a stopped one goes on.
-
-    What is not given is as published, or the task's own.
-    """
-    from torchdyn_mintime.experiments import single
-    from torchdyn_mintime.experiments.errors import UsageError
-    from torchdyn_mintime.experiments.images import MissingData, Source
-    from torchdyn_mintime.experiments.methods import find_method
+    from torchdyn_mintime.experiments import comparison, tables
     from torchdyn_mintime.experiments.tasks import TASKS
 
-    if task.startswith("flow-"):
-        _flow(context, "", task, method, range(first_seed, first_seed + seeds), output, iterations, lr, weight)
-        return
     if task not in TASKS:
-        names = [*TASKS, "flow-moons", "flow-circles", "flow-tutorial"]
-        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(names)}")
-    methods = method or ["minimum-time"]
-    for name in methods:
-        try:
-            find_method(name)
-        except UsageError as error:
-            raise typer.BadParameter(str(error)) from error
-    settings = TASKS[task].settings.but(
-        weight=weight,
-        start=start,
-        target=target,
-        lr=lr,
-        span_lr=span_lr,
-        iterations=iterations,
-        subset=subset,
-        width=width,
-    )
-    console, source = Console(), Source(data, download)
-    try:
+        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(TASKS)}")
+    wanted = TASKS[task]
+    if wanted.options is not None:
+        _only(context, task, "iterations", "first_seed", *wanted.options)
+    store = _store(output, data, download, device)
+    with _said(store.console, wanted.title):
+        methods = method or wanted.compared
+        for name in methods:
+            wanted.method(name)
+        given = dict(weight=weight, start=start, target=target, lr=lr, span_lr=span_lr, subset=subset, width=width)
+        settings = wanted.settings.but(**given)
         if epochs is not None:
-            per_epoch = len(TASKS[task].load(settings, source).x) // (settings.batch or 10**9) or 1
-            settings = settings.but(iterations=epochs * per_epoch)
-        single.run(task, methods, settings, range(first_seed, first_seed + seeds), output, console, device, source)
-    except MissingData as error:
-        console.print(f"{TASKS[task].title}: not run: {error}")
-        raise typer.Exit(1) from error
-    except UsageError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-_FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
-
-
-def _flow(
-    context: typer.Context,
-    name: str,
-    task: str,
-    methods: list[str] | None,
-    seeds: range,
-    output: Path,
-    iterations: int | None,
-    lr: float | None = None,
-    weight: float | None = None,
-) -> None:
-    """Flows have a protocol of their own: likelihood on fresh samples."""
-    from torchdyn_mintime.experiments import flow_table
-    from torchdyn_mintime.experiments.errors import UsageError
-    from torchdyn_mintime.experiments.flow_tutorial import run_tutorial
-
-    if task == "flow-tutorial":
-        _only(context, task, "iterations", "first_seed")
-        run_tutorial(seeds, iterations, output, Console())
-        return
-    _only(context, task, "iterations", "first_seed", "seed", "method", "lr", "weight")
-    try:
-        settings = flow_table.flow_settings(task, iterations=iterations, lr=lr, weight=weight)
-        flow_table.run(task, tuple(methods or flow_table.METHODS), settings, seeds, output, Console(), name)
-    except UsageError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _only(context: typer.Context, what: str, *names: str) -> None:
-    """Refuses options that were given and that ``what`` would ignore."""
-    known = {*names, "task", "number", "seeds", "output"}
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in known]
-    if wrong:
-        raise typer.BadParameter(f"{what} has no use for {', '.join(wrong)}: leave it out")
+            iterations = epochs * (len(wanted.load(settings, store.source).x) // (settings.batch or 10**9) or 1)
+        options = comparison.Options(
+            range(first_seed, first_seed + seeds), settings={**given, "iterations": iterations}
+        )
+        own_methods = wanted.options is None or "method" in wanted.options
+        tables.make_own(task, methods, options, output, store, "" if own_methods else f"run-{task}")
 
 
 @app.command()
@@ -147,97 +136,61 @@ def table(
         str, typer.Option(help="Learning rates to try every method with, on a seed of its own; 'own': the task's.")
     ] = ".01,.03,.1",
     only: Annotated[list[str] | None, typer.Option(help="Of the table's tasks; may be given several times.")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of each task's own.")] = None,
-    subset: Annotated[int | None, typer.Option(min=1, help="Training images; a fifth as many for the test.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Channels of the convolutional network (paper: 64).")] = None,
+    iterations: Iterations = None,
+    subset: Subset = None,
+    width: Width = None,
     sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
-    data: Data = Path("data"),
+    data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
-    output: Output = Path("results"),
+    output: Output = OUTPUT,
 ) -> None:
     """A table of the paper: its rows, ours, and the controls, in one run. What was finished is not run again."""
-    from torchdyn_mintime.experiments import tables
-    from torchdyn_mintime.experiments.errors import UsageError
-    from torchdyn_mintime.experiments.images import Source
+    from torchdyn_mintime.experiments import comparison, tables
 
-    if number == "flows":
-        _flow_table(context, seeds, iterations, only, output)
-        return
     if number not in tables.TABLES:
-        raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}, flows")
-    options = tables.Options(
-        seeds=seeds,
-        rates=() if lrs == "own" else _numbers(lrs, float),
-        iterations=iterations,
-        subset=subset,
-        width=width,
-        tasks=tuple(only or ()),
-        sweep=_numbers(sweep, int),
-        source=Source(data, download),
-        device=device,
-    )
-    try:
-        tables.make(number, options, output, Console())
-    except UsageError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _flow_table(
-    context: typer.Context, seeds: int, iterations: int | None, only: list[str] | None, output: Path
-) -> None:
-    from torchdyn_mintime.experiments import flow_table
-    from torchdyn_mintime.experiments.errors import UsageError
-    from torchdyn_mintime.experiments.flows import FLOW_TASKS
-
-    _only(context, "table flows", "only", "iterations")
-    try:
-        settings = {task: flow_table.flow_settings(task, iterations=iterations) for task in only or FLOW_TASKS}
-    except UsageError as error:
-        raise typer.BadParameter(str(error)) from error
-    flow_table.make(settings, seeds, output, Console())
+        raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}")
+    settings = dict(iterations=iterations, subset=subset, width=width)
+    rates = () if lrs == "own" else _numbers(lrs, float)
+    options = comparison.Options(range(seeds), rates, _numbers(sweep, int), settings)
+    if number == "flows":
+        _only(context, "table flows", "only", "iterations")
+        first = tables.FLOWS_FIRST_SEED
+        options = comparison.Options(range(first, first + seeds), (), tables.FLOW_SWEEP, settings)
+    store = _store(output, data, download, device)
+    with _said(store.console, f"table {number}"):
+        tables.make(number, options, output, store, tuple(only or ()))
 
 
 @app.command()
 def figure(
     context: typer.Context,
     number: Annotated[str, typer.Argument(help="1, 3 to 12, as in the paper; 2 is a drawing, in the docs.")],
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of each task's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of data, initialisation and batches.")] = 0,
-    subset: Annotated[int | None, typer.Option(min=1, help="Training images; a fifth as many for the test.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Channels of the convolutional network (paper: 64).")] = None,
-    data: Data = Path("data"),
+    iterations: Iterations = None,
+    seed: Seed = 0,
+    subset: Subset = None,
+    width: Width = None,
+    data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
-    output: Output = Path("results"),
+    output: Output = OUTPUT,
 ) -> None:
     """A figure of the paper, from models trained here. What was trained before is not trained again."""
-    from torchdyn_mintime.experiments import figures
-    from torchdyn_mintime.experiments.errors import UsageError
-    from torchdyn_mintime.experiments.images import MissingData, Source
+    from torchdyn_mintime.experiments import comparison, figures, tables
 
-    if number in _FLOW_FIGURES:
-        methods = ["vanilla", "minimum-time"]
-        _flow(
-            context,
-            f"figure-{number}",
-            _FLOW_FIGURES[number],
-            methods,
-            range(seed, seed + 1),
-            output,
-            iterations=iterations,
-        )
-        return
-    if number not in figures.FIGURES:
-        names = sorted([*figures.FIGURES, *_FLOW_FIGURES], key=int)
-        raise typer.BadParameter(f"there is no figure {number!r}; choose among {', '.join(names)}")
-    options = figures.Options(iterations, seed, subset, width, Source(data, download), device)
-    console = Console()
-    try:
-        figures.make(number, options, output, console)
-    except (MissingData, UsageError) as error:
-        console.print(f"figure {number}: not run: {error}")
-        raise typer.Exit(1) from error
+    known = sorted([*figures.FIGURES, *figures.FLOW_FIGURES], key=int)
+    if number not in known:
+        raise typer.BadParameter(f"there is no figure {number!r}; choose among {', '.join(known)}")
+    if number in figures.FLOW_FIGURES:
+        _only(context, figures.FLOW_FIGURES[number], "iterations", "seed")
+    store = _store(output, data, download, device)
+    with _said(store.console, f"figure {number}", usage=False):
+        options = comparison.Options((seed,), settings=dict(iterations=iterations, subset=subset, width=width))
+        if number in figures.FLOW_FIGURES:
+            task = figures.FLOW_FIGURES[number]
+            tables.make_own(task, ("vanilla", "minimum-time"), options, output, store, f"figure-{number}")
+        else:
+            figures.make(number, options, output, store)
 
 
 @app.command()
@@ -249,33 +202,17 @@ def compress(
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default: a tenth of the run's.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="At most; default: as many as the run had.")] = None,
     trim: Annotated[bool, typer.Option("--trim", help="Train nothing; only take steps and time away.")] = False,
-    data: Data = Path("data"),
+    data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
-    output: Output = Path("results"),
+    output: Output = OUTPUT,
 ) -> None:
     """Fine-tunes a trained model to the fewest evaluations and writes it as plain torchdyn."""
-    from torchdyn_mintime.experiments import compress as module
-    from torchdyn_mintime.experiments.errors import UsageError
-    from torchdyn_mintime.experiments.images import MissingData, Source
+    from torchdyn_mintime.experiments.compress import compress
 
-    try:
-        module.compress(
-            checkpoint,
-            output / "compressed",
-            Console(),
-            target=target,
-            lr=lr,
-            iterations=iterations,
-            source=Source(data, download),
-            device=device,
-            only_trim=trim,
-        )
-    except UsageError as error:
-        raise typer.BadParameter(str(error)) from error
-    except MissingData as error:
-        typer.echo(f"not run: {error}")
-        raise typer.Exit(1) from error
+    store, folder = _store(output, data, download, device), output / "compressed"
+    with _said(store.console, "compress"):
+        compress(checkpoint, folder, store, target=target, lr=lr, iterations=iterations, only_trim=trim)
 
 
 @app.command(
@@ -283,9 +220,41 @@ def compress(
     help="Speed and memory beside torchdyn and torchdiffeq; `bench --help` lists its options.",
 )
 def bench(context: typer.Context) -> None:
-    from torchdyn_mintime import bench as module
-
+    try:
+        from benchmarks import bench as module
+    except ModuleNotFoundError as error:
+        if error.name != "benchmarks":
+            raise
+        raise typer.BadParameter("the benchmarks are not part of the wheel; run this from a checkout's root") from error
     module.main(context.args)
+
+
+def _store(output: Path, data: Path = DATA, download: bool = False, device: str = "cpu") -> "Store":
+    from torchdyn_mintime.experiments import datasets, store
+
+    return store.Store(output / "runs", Console(), datasets.Source(data, download), device)
+
+
+@contextmanager
+def _said(console: Console, what: str, usage: bool = True) -> Iterator[None]:
+    """Shows what a user can mend as a message alone; every other error is a defect and keeps its traceback."""
+    try:
+        yield
+    except (MissingData, UsageError) as error:
+        if usage and isinstance(error, UsageError):
+            raise typer.BadParameter(str(error)) from error
+        console.print(f"{what}: not run: {error}")
+        raise typer.Exit(1) from error
+
+
+def _only(context: typer.Context, what: str, *names: str) -> None:
+    """Refuses options that were given and that ``what`` would ignore."""
+    known = {*names, "task", "number", "seeds", "output"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in known]
+    if wrong:
+        raise typer.BadParameter(f"{what} has no use for {', '.join(wrong)}: leave it out")
 
 
 def _numbers(text: str, kind: type) -> tuple:

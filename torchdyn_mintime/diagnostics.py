@@ -1,4 +1,4 @@
-r"""What a trained model is: how far its solver is from its ODE, and what an optimal-control eye sees along its path.
+r"""What a trained model is: how far its solver is from its ODE, its loss along the path, and its Hamiltonian.
 
 The Hamiltonian, with Phi the loss as a function of z(t_f), w the price of time, and L the running cost,
 
@@ -9,29 +9,44 @@ optimal, since H(t_f) is the derivative of Phi + int L dt + w t_f in t_f: eq. (2
 """
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
-from torchdyn_mintime.evaluation import Loss, as_batches, as_number, mean_loss, only_span, rest_of, substituted
-from torchdyn_mintime.numerics.integrate import Grid, integrate
-from torchdyn_mintime.numerics.steppers import AsynchronousLeapfrog
-from torchdyn_mintime.reference import TOLERANCE, position, reference_end, reference_solution, relative_error
-from torchdyn_mintime.secondary import evaluating, last_solve, undisturbed, untraced
-from torchdyn_mintime.span import LearnableSpan
-from torchdyn_mintime.wrapping import named_spans, spans
+from torchdyn_mintime.core import (
+    LearnableSpan,
+    Loss,
+    as_batches,
+    as_number,
+    evaluate_with_reference,
+    evaluate_without_ode,
+    evaluating,
+    last_solve,
+    mean_loss,
+    named_spans,
+    only_span,
+    position,
+    reference_solution,
+    rest_of,
+    solved_spans,
+    solver_error,
+    undisturbed,
+    untraced,
+)
+from torchdyn_mintime.numerics import AsynchronousLeapfrog, Grid, integrate, with_running_cost
 
 __all__ = [
     "Hamiltonian",
     "Profile",
     "Report",
     "SpanReport",
+    "evaluate_with_reference",
+    "evaluate_without_ode",
     "hamiltonian",
     "loss_profile",
     "path_ratio",
@@ -41,118 +56,7 @@ __all__ = [
     "solver_error",
 ]
 
-
-@torch.no_grad()
-def solver_error(model: nn.Module, x: Tensor, tolerance: float = TOLERANCE) -> float:
-    """How far the model's solver is from the ODE that its field describes.
-
-    The model is called in eval mode. For each of its spans, the state z(t_f) is compared with z*(t_f), the end of a
-    solve from the same initial state over the same interval in float64, by dopri5 at ``tolerance``, with the data
-    control and noise of the first solve:
-
-        rms(z(t_f) - z*(t_f)) / rms(z*(t_f)),
-
-    rms being the root of the mean square over all entries, a running cost or log-density in the state included.
-    Nothing of the model is changed or copied. A field that cannot be evaluated in float64 is evaluated in its own type,
-    and only the solve is in float64.
-
-    Args:
-        model: a LearnableSpan, or a module that holds some.
-        x: what it is called with.
-        tolerance: absolute and relative, of the reference solve.
-
-    Returns:
-        That figure, a pure number; the largest where there are several spans.
-
-    Raises:
-        ValueError: ``model`` has no LearnableSpan.
-        IntegrationError: the solve, or the reference solve, failed.
-
-    Example:
-        >>> from torchdyn.core import NeuralODE
-        >>> span = LearnableSpan(NeuralODE(nn.Tanh(), solver="rk4"), torch.tensor([0.0, 1.0]))  # doctest: +ELLIPSIS
-        Your vector field ...
-        >>> 0 < solver_error(span, torch.randn(8, 2)) < 1e-2
-        True
-    """
-    with evaluating(model), undisturbed(model):
-        return max(relative_error(span, tolerance) for span in solved_spans(model, x))
-
-
-def solved_spans(model: nn.Module, x: Tensor) -> list[LearnableSpan]:
-    """Calls ``model`` and returns those of its spans that this call has solved; to be called inside ``undisturbed``."""
-    found = list(spans(model))
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)")
-    before = [span._last for span in found]
-    model(x)
-    solved = [span for span, last in zip(found, before, strict=True) if span._last is not last]
-    if not solved:
-        raise ValueError(f"calling {type(model).__name__} solved none of its LearnableSpans")
-    return solved
-
-
-# ------------------------------------------------------------------------------- the solve replaced by something else
-
-
-def solved_exactly(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, accuracy: Loss | None = None, tolerance: float = TOLERANCE
-) -> tuple[float, float | None]:
-    """Loss and accuracy with every span solved in float64 at ``tolerance`` instead of by its own solver.
-
-    The same call as :func:`mean_loss` otherwise, in eval mode. A model that looks at more than the last point of a
-    trajectory sees that one alone.
-
-    Returns:
-        (loss, accuracy), the latter None without a function for it.
-    """
-
-    def exact(span: LearnableSpan, x: Tensor) -> Tensor:
-        span(x)  # binds the field to this x: data control, noise
-        state = last_solve(span).states[-1]
-        end = reference_end(span, tolerance).to(state.dtype)
-        return torch.cat([end, state.chunk(2, -1)[1]], -1) if isinstance(span._stepper, AsynchronousLeapfrog) else end
-
-    return _with_solves(model, batches, loss, accuracy, exact)
-
-
-def skipped(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, accuracy: Loss | None = None
-) -> tuple[float, float | None]:
-    """Loss and accuracy with every ODE skipped: z(t_f) is z(t0). What the rest of the model does by itself.
-
-    Returns:
-        (loss, accuracy), the latter None without a function for it.
-    """
-    return _with_solves(model, batches, loss, accuracy, lambda span, x: x)
-
-
-def _with_solves(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Loss,
-    accuracy: Loss | None,
-    solve: Callable[[LearnableSpan, Tensor], Tensor],
-) -> tuple[float, float | None]:
-    prepared, found = as_batches(batches), list(spans(model))
-
-    def replaced(span: LearnableSpan) -> Callable[[Tensor], Tensor]:
-        own = span.forward
-
-        def end(x: Tensor) -> Tensor:
-            now, span.forward = span.forward, own  # type: ignore[method-assign]
-            try:
-                return solve(span, x)
-            finally:
-                span.forward = now  # type: ignore[method-assign]
-
-        return end
-
-    with evaluating(model), undisturbed(model), ExitStack() as stack:
-        for span in found:
-            stack.enter_context(substituted(span, replaced(span)))
-        values = mean_loss(model, prepared, loss, () if accuracy is None else (accuracy,))
-    return values[0], values[1] if accuracy is not None else None
+solved_exactly, skipped = evaluate_with_reference, evaluate_without_ode  # the names of older versions
 
 
 # ------------------------------------------------------------------------------------------------- along the trajectory
@@ -194,7 +98,7 @@ def loss_profile(
     span: LearnableSpan | None = None,
     points: int = 101,
 ) -> Profile:
-    """The loss along the model's own trajectory, in eval mode: the rest of the model is applied to every state.
+    """Returns the loss along the model's own trajectory, in eval mode: the rest of the model is applied to every state.
 
     Args:
         model: a LearnableSpan, or a module that holds some.
@@ -218,16 +122,13 @@ def loss_profile(
         for x, *target in prepared:
             model(x)
             last, node = last_solve(target_span), target_span.node
-            first, end = last.steps[0], last.steps[-1]
-            nodes = _even(first, end, points) if target_span.adaptive else last.steps
+            nodes = _even(last.steps, points) if target_span.adaptive else last.steps
             with untraced(last.bound):
                 states = integrate(
-                    last.bound.function, last.x, Grid(nodes), target_span._stepper, atol=node.atol, rtol=node.rtol
+                    last.bound.function, last.x, Grid(nodes), target_span.stepper, atol=node.atol, rtol=node.rtol
                 ).states
-            rows = []
-            for state in states:
-                output = rest_of(model, target_span, state, x)
-                rows.append([as_number(f(output, *target), "the loss or accuracy") for f in functions])
+            outputs = (rest_of(model, target_span, state, x) for state in states)
+            rows = [[as_number(f(output, *target), "the loss or accuracy") for f in functions] for output in outputs]
             totals = totals + torch.tensor(rows, dtype=torch.float64) * len(x)
             count += len(x)
     values = totals / count
@@ -235,13 +136,13 @@ def loss_profile(
     return Profile(times, values[:, 0], values[:, 1] if accuracy is not None else None)
 
 
-def _even(first: float, last: float, points: int) -> list[float]:
-    return [first + (last - first) * k / (points - 1) for k in range(points - 1)] + [last]
+def _even(steps: list[float], points: int) -> list[float]:
+    return torch.linspace(steps[0], steps[-1], points, dtype=torch.float64).tolist()
 
 
 @torch.no_grad()
 def path_ratio(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None, points: int = 101) -> float:
-    """Length of the paths over the straight distance between their ends, 1 at least: the mean of both over the batch.
+    """Returns the length of the paths over the straight distance between their ends, 1 at least: means over the batch.
 
     Of the ODE's own paths, not of the solver's points (which few steps draw straight): a reference solve at ``points``
     times. Infinite where no sample moves from its start.
@@ -259,8 +160,7 @@ def path_ratio(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None
         model(x)
         last = last_solve(target_span)
         with untraced(last.bound):
-            times = _even(last.steps[0], last.steps[-1], points)
-            path = reference_solution(last.bound, position(target_span, last.x), times)
+            path = reference_solution(last.bound, position(target_span, last.x), _even(last.steps, points))
     path = path.flatten(2) if path.dim() > 2 else path[:, None]
     length = path.diff(dim=0).norm(dim=2).sum()
     distance = (path[-1] - path[0]).norm(dim=1).sum()
@@ -301,7 +201,7 @@ def hamiltonian(
     weight: float = 0.0,
     span: LearnableSpan | None = None,
 ) -> Hamiltonian:
-    """The Hamiltonian along the model's own steps, in eval mode.
+    """Returns the Hamiltonian along the model's own steps, in eval mode.
 
     p is the gradient of the loss in the state at each step, taken step by step backwards through the solver (the
     discrete adjoint); the steps of an adaptive solver are held. A running cost that the state carries
@@ -328,7 +228,7 @@ def hamiltonian(
         (-0.1353, True)
     """
     chosen = only_span(model, span)
-    if isinstance(chosen._stepper, AsynchronousLeapfrog):
+    if isinstance(chosen.stepper, AsynchronousLeapfrog):
         raise ValueError(
             "alf steps [z, v], which has no Hamiltonian of its own; use another solver, such as 'midpoint'"
         )
@@ -337,62 +237,28 @@ def hamiltonian(
             model(x)
         last = last_solve(chosen)
         with untraced(last.bound), torch.enable_grad():
-            flow = _Augmented(chosen)
-            states = flow.states()
-            end = states[-1].detach().requires_grad_()
-            value = torch.as_tensor(loss(rest_of(model, chosen, flow.state(end), x), *target))
-            (p,) = torch.autograd.grad(value, end, allow_unused=True)
-            p = torch.zeros_like(end) if p is None else p
-            p = p + flow.cost_gradient
-            values = [flow.rate(-1, end, p)]
+            running_cost = chosen.node.integral_loss if chosen.sensitivity != "autograd" else None
+            f, start = with_running_cost(last.bound.function, running_cost, last.x.detach(), last.steps[0])
+
+            def solve(y: Tensor, steps: list[float]) -> Tensor:
+                return integrate(f, y, Grid(steps), chosen.stepper, adapt=False).states
+
+            @torch.no_grad()
+            def rate(t: float, y: Tensor, p: Tensor) -> float:
+                return float((p * f(y.new_tensor(t), y.detach())).sum().double())
+
+            with torch.no_grad():
+                states = solve(start, last.steps)
+            end, size = states[-1].requires_grad_(), last.x.numel()
+            value = torch.as_tensor(loss(rest_of(model, chosen, end[:size].view_as(last.x), x), *target))
+            (p,) = torch.autograd.grad((value, end[size:].sum()), end)
+            values = [rate(last.steps[-1], end, p)]
             for i in range(len(states) - 2, -1, -1):
-                z = states[i].detach().requires_grad_()
-                (p,) = torch.autograd.grad(flow.step(i, z), z, p)
-                values.append(flow.rate(i, z, p))
+                z = states[i].requires_grad_()
+                (p,) = torch.autograd.grad(solve(z, last.steps[i : i + 2])[-1], z, p)
+                values.append(rate(last.steps[i], z, p))
     times = torch.tensor(last.steps, dtype=torch.float64)
     return Hamiltonian(times, torch.tensor(values[::-1], dtype=torch.float64) + weight)
-
-
-class _Augmented:
-    """The last forward of a span, step by step; a running cost's integral is a further part of a flat state."""
-
-    def __init__(self, span: LearnableSpan):
-        last = last_solve(span)
-        self.steps, self._stepper = last.steps, span._stepper
-        self._field, self._shape, self._size = last.bound.function, last.x.shape, last.x.numel()
-        self._cost: Callable | None = span.node.integral_loss if span.sensitivity != "autograd" else None
-        self._start = last.x.detach().reshape(-1)
-        if self._cost is not None:
-            self._start = torch.cat([self._start, 0 * self._costs(last.steps[0], last.x).detach()])
-        self.cost_gradient = torch.zeros_like(self._start)
-        self.cost_gradient[self._size :] = 1.0
-
-    def _costs(self, t: float | Tensor, z: Tensor) -> Tensor:
-        assert self._cost is not None
-        return self._cost(torch.as_tensor(t).to(z), z).reshape(-1)
-
-    def state(self, y: Tensor) -> Tensor:
-        return y[: self._size].view(self._shape)
-
-    def _f(self, t: Tensor, y: Tensor) -> Tensor:
-        z = self.state(y)
-        dz = self._field(t, z).reshape(-1)
-        return dz if self._cost is None else torch.cat([dz, self._costs(t, z)])
-
-    def step(self, i: int, y: Tensor) -> Tensor:
-        # All steps are held as they were taken, adaptive ones too.
-        return integrate(self._f, y, Grid(self.steps[i : i + 2]), self._stepper, adapt=False).states[-1]
-
-    def states(self) -> list[Tensor]:
-        found = [self._start]
-        with torch.no_grad():
-            for i in range(len(self.steps) - 1):
-                found.append(self.step(i, found[-1]))
-        return found
-
-    def rate(self, i: int, y: Tensor, p: Tensor) -> float:
-        with torch.no_grad():
-            return float((p * self._f(y.new_tensor(self.steps[i]), y.detach())).sum().double())
 
 
 # ------------------------------------------------------------------------------------------------------ all in one
@@ -444,9 +310,8 @@ class Report:
         return sum(span.nfe for span in self.spans)
 
     def __rich__(self) -> Table:
-        table = Table(title="neural ODE report", show_header=True, header_style="")
-        for column in ("", "as it is", "solved at 1e-7", "ODE skipped"):
-            table.add_column(column, justify="left" if not column else "right")
+        columns = (Column(name, justify="right") for name in ("as it is", "solved at 1e-7", "ODE skipped"))
+        table = Table("", *columns, title="neural ODE report", header_style="")
         table.add_row("loss", *(f"{v:.4g}" for v in self.loss))
         if self.accuracy is not None:
             table.add_row("accuracy", *(f"{v:.2%}" for v in self.accuracy))
@@ -454,13 +319,17 @@ class Report:
         for span in self.spans:
             of = f" of {span.name}" if span.name else ""
             table.add_section()
-            table.add_row(f"t_f{of}", f"{span.t_f:.4g}")
-            table.add_row("steps, evaluations", f"{span.steps}, {span.nfe}")
-            table.add_row("path over distance", f"{span.path_ratio:.3g}")
-            table.add_row("rate of convergence held", f"{span.profile.rate:.3g}")
+            figures = {
+                f"t_f{of}": f"{span.t_f:.4g}",
+                "steps, evaluations": f"{span.steps}, {span.nfe}",
+                "path over distance": f"{span.path_ratio:.3g}",
+                "rate of convergence held": f"{span.profile.rate:.3g}",
+            }
             if span.hamiltonian is not None:
-                table.add_row("Hamiltonian at t_f (0: t_f optimal)", f"{span.hamiltonian.at_end:.3g}")
-                table.add_row("its drift (solver error)", f"{span.hamiltonian.drift:.2g}")
+                figures["Hamiltonian at t_f (0: t_f optimal)"] = f"{span.hamiltonian.at_end:.3g}"
+                figures["its drift (solver error)"] = f"{span.hamiltonian.drift:.2g}"
+            for name, value in figures.items():
+                table.add_row(name, value)
         return table
 
 
@@ -473,7 +342,7 @@ def report(
     weight: float = 0.0,
     console: Console | None = None,
 ) -> Report:
-    """All figures of this module for one model, printed as a table and returned. The model is left as it was.
+    """Prints all figures of this module for one model as a table, and returns them. The model is left as it was.
 
     The Hamiltonian is constant for every autonomous model, so that its drift shows solver error alone; only its
     distance from 0 at a free t_f speaks of optimality. What a model reaches with the ODE skipped is no merit of it.
@@ -500,27 +369,26 @@ def report(
     with evaluating(model):
         with undisturbed(model), torch.no_grad():
             found = solved_spans(model, x)
-            chosen = {name: span for name, span in named_spans(model) if span in found}
-            counts = {name: (span.steps, span.nfe) for name, span in chosen.items()}
+            counts = {name: (span.steps, span.nfe) for name, span in named_spans(model) if span in found}
             own = mean_loss(model, prepared, loss, () if accuracy is None else (accuracy,))
-        exact, without = solved_exactly(model, prepared, loss, accuracy), skipped(model, prepared, loss, accuracy)
-        parts = []
-        for name, span in chosen.items():
-            alf = isinstance(span._stepper, AsynchronousLeapfrog)
-            parts.append(
-                SpanReport(
-                    name,
-                    span.t_f.item(),
-                    span.duration.item(),
-                    *counts[name],
-                    path_ratio(model, x, span=span),
-                    loss_profile(model, prepared, loss, accuracy, span=span),
-                    None if alf else hamiltonian(model, x, loss, *target, weight=weight, span=span),
-                )
+        exact = evaluate_with_reference(model, prepared, loss, accuracy)
+        without = evaluate_without_ode(model, prepared, loss, accuracy)
+        parts = tuple(
+            SpanReport(
+                name,
+                span.t_f.item(),
+                span.duration.item(),
+                *counts[name],
+                path_ratio(model, x, span=span),
+                loss_profile(model, prepared, loss, accuracy, span=span),
+                None
+                if isinstance(span.stepper, AsynchronousLeapfrog)
+                else hamiltonian(model, x, loss, *target, weight=weight, span=span),
             )
-    accuracies = None
-    if exact[1] is not None and without[1] is not None:
-        accuracies = (own[1], exact[1], without[1])
-    result = Report(tuple(parts), error, (own[0], exact[0], without[0]), accuracies, weight)
+            for name, span in named_spans(model)
+            if name in counts
+        )
+    accuracies = None if exact[1] is None or without[1] is None else (own[1], exact[1], without[1])
+    result = Report(parts, error, (own[0], exact[0], without[0]), accuracies, weight)
     (console or Console()).print(result)
     return result

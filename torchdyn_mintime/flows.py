@@ -11,6 +11,7 @@ state is torchdyn's own, ``[batch, 1 + dim]`` with l in the first column, so tha
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,9 +21,7 @@ from torch.distributions import Distribution
 from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import REQUIRES_NOISE
 
-from torchdyn_mintime.secondary import evaluating, undisturbed
-from torchdyn_mintime.span import LearnableSpan
-from torchdyn_mintime.wrapping import parameter_groups
+from torchdyn_mintime.core import LearnableSpan, checks, cost_columns, evaluating, parameter_groups, undisturbed
 
 __all__ = ["FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
 
@@ -36,6 +35,7 @@ class Gaussian(nn.Module):
         mean: of each dimension.
 
     Raises:
+        TypeError: ``dim`` or ``variance`` is not a number.
         ValueError: ``dim`` below 1, or a variance that is not positive and finite.
 
     Example:
@@ -49,12 +49,9 @@ class Gaussian(nn.Module):
 
     def __init__(self, dim: int, variance: float = 1.0, mean: float = 0.0):
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim must be a whole number, 1 or more; got {dim!r}")
-        if not (math.isfinite(variance) and variance > 0):
-            raise ValueError(f"variance must be positive and finite; got {variance!r}")
+        dim = checks.count(dim, "dim", 1)
         self.register_buffer("mean", torch.full((dim,), float(mean)))
-        self.register_buffer("scale", torch.full((dim,), math.sqrt(variance)))
+        self.register_buffer("scale", torch.full((dim,), math.sqrt(checks.positive(variance, "variance"))))
 
     @property
     def event_shape(self) -> torch.Size:
@@ -62,12 +59,12 @@ class Gaussian(nn.Module):
         return self.mean.shape
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; mean, variance I), ``[..., dim] -> [...]`` (nats)."""
+        """Returns log N(z; mean, variance I), ``[..., dim] -> [...]`` (nats)."""
         standard = (z - self.mean) / self.scale
         return -0.5 * (standard.square() + math.log(2 * math.pi)).sum(-1) - self.scale.log().sum()
 
     def sample(self, shape: Sequence[int] = ()) -> Tensor:
-        """Independent draws, ``[*shape, dim]``."""
+        """Returns independent draws, ``[*shape, dim]``."""
         noise = torch.randn(*shape, len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + self.scale * noise
 
@@ -108,7 +105,7 @@ class HyperNet(nn.Module):
         self.t: Tensor | None = None
 
     def weights(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """w ``[width, dim]``, b ``[width]`` and v / width ``[width, dim]`` at the time ``self.t``."""
+        """Returns w ``[width, dim]``, b ``[width]`` and v / width ``[width, dim]`` at the time ``self.t``."""
         if self.t is None:
             raise RuntimeError("HyperNet has no time yet: solve it in a NeuralODE, or set its `t` to a tensor first")
         size, first = self.width * self.dim, next(self.net.parameters())
@@ -119,12 +116,12 @@ class HyperNet(nn.Module):
         return w.view(self.width, self.dim), b, v
 
     def forward(self, z: Tensor) -> Tensor:
-        """f(t, z), ``[batch, dim] -> [batch, dim]``."""
+        """Returns f(t, z), ``[batch, dim] -> [batch, dim]``."""
         w, b, v = self.weights(z)
         return torch.tanh(torch.addmm(b, z, w.T)) @ v
 
     def value_and_trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """f ``[batch, dim]`` and Tr(df/dz) = 1/width sum_k (1 - h_k^2) v_k . w_k ``[batch]``, with h the tanh above."""
+        """Returns f ``[batch, dim]`` and Tr(df/dz) = 1/width sum_k (1 - h_k^2) v_k . w_k ``[batch]``, with h the tanh above."""
         w, b, v = self.weights(z)
         h = torch.tanh(torch.addmm(b, z, w.T))
         c = (w * v).sum(1)
@@ -162,11 +159,11 @@ class HyperCNF(nn.Module):
             )
 
     def trace_estimator(self, z: Tensor) -> Tensor:
-        """Tr(df/dz), ``[batch]``: exact."""
+        """Returns Tr(df/dz), ``[batch]``: exact."""
         return self.net.value_and_trace(z)[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """d/dt [l, z], ``[batch, 1 + dim]``."""
+        """Returns d/dt [l, z], ``[batch, 1 + dim]``."""
         value, trace = self.net.value_and_trace(x[:, 1:])
         return torch.cat([-trace[:, None], value], 1)
 
@@ -189,7 +186,7 @@ class FlowModel(pl.LightningModule):
     estimate; a regularizer that looks at the last solve sees the noise of that solve.
 
     Raises:
-        TypeError: ``flow`` is no flow, or ``base`` is no distribution.
+        TypeError: ``flow`` is no flow, ``base`` is no distribution, or a rate is not a number.
         ValueError: base, field and noise do not fit one another.
 
     Example:
@@ -214,12 +211,12 @@ class FlowModel(pl.LightningModule):
     ):
         super().__init__()
         for name, value in {"lr": lr, "span_lr": lr if span_lr is None else span_lr}.items():
-            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number, 0 or more; got {value!r}")
+            checks.number(value, name, least=0)
         dim = _check_base(base)
-        span = flow if isinstance(flow, LearnableSpan) else _wrapped(flow)
-        _check_field(span, dim)
-        self.flow = span
+        if not isinstance(flow, NeuralODE | LearnableSpan):
+            raise TypeError(f"flow must be a NeuralODE over a CNF, or its LearnableSpan; got {type(flow).__name__}")
+        self.flow = flow if isinstance(flow, LearnableSpan) else LearnableSpan(flow)
+        _check_field(self.flow, dim)
         self.base: Any = base
         self.dim, self.lr, self.span_lr = dim, lr, span_lr
 
@@ -235,7 +232,7 @@ class FlowModel(pl.LightningModule):
         return self.flow
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data to base, from t0 to t_f.
+        """Carries data to the base, from t0 to t_f.
 
         Args:
             x: ``[batch, dim]``.
@@ -247,7 +244,7 @@ class FlowModel(pl.LightningModule):
         return self._run(x)
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Base to data, from t_f back to t0 over the same grid.
+        """Carries the base to data, from t_f back to t0 over the same grid.
 
         Args:
             z: ``[batch, dim]``.
@@ -265,19 +262,17 @@ class FlowModel(pl.LightningModule):
             with torch.inference_mode(False), torch.no_grad():
                 return self._run(start.clone(), reverse)
         span = self.span
-        extra = 1 + _cost_columns(span)
+        extra = 1 + cost_columns(span.node)
         state = torch.cat([start.new_zeros(len(start), extra), start], 1)
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
-        span._filled = True
-        out = span(state, span.t_span.flip(0)) if reverse else span(state)
-        sol = out[1] if isinstance(out, tuple) else out
-        end = sol[-1]
+        span.interval = replace(span.interval, settled=True)
+        end = span.trajectory(state, span.t_span.flip(0) if reverse else None)[-1]
         return end[:, extra:], end[:, extra - 1]
 
     # ------------------------------------------------------------------------------------------ densities and samples
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) = log p_base(z(t_f)) - l(t_f), eq. (5), differentiable in x, the field and the times.
+        """Returns log p(x) = log p_base(z(t_f)) - l(t_f), eq. (5), differentiable in x, the field and the times.
 
         Args:
             x: ``[batch, dim]``.
@@ -293,24 +288,19 @@ class FlowModel(pl.LightningModule):
         return self.base.log_prob(z) - change
 
     def forward(self, x: Tensor) -> Tensor:
-        """:meth:`log_prob`."""
+        """Returns :meth:`log_prob`."""
         return self.log_prob(x)
 
     def nll(self, x: Tensor) -> Tensor:
-        """The mean negative log-likelihood, eq. (6), in nats: the terminal loss."""
+        """Returns the mean negative log-likelihood, eq. (6), in nats: the terminal loss."""
         return -self.log_prob(x).mean()
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """``n`` draws from the flow as it is, ``[n, dim]``: trained or not, they follow its :meth:`log_prob`, within
+        """Returns ``n`` draws from the flow as it is, ``[n, dim]``: trained or not, they follow its :meth:`log_prob`, within
         the solver's error."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"sample takes the number of draws, a whole number of 1 or more; got {n!r}")
-        return self.decode(self.base.sample((n,)).to(self._like()))[0]
-
-    def _like(self) -> Tensor:
-        """A tensor of the flow's dtype and device."""
-        return next((p for p in self.span.node.vf.parameters()), self.span.t_f)
+        n = checks.count(n, "n, the number of draws,", 1)
+        return self.decode(self.base.sample((n,)).to(_like(self.span)))[0]
 
     def _check(self, x: Any, what: str) -> None:
         if not isinstance(x, Tensor):
@@ -322,9 +312,8 @@ class FlowModel(pl.LightningModule):
                 f"{what} must have the shape [batch, {self.dim}], the base's dimension; got {tuple(x.shape)} "
                 "(the column of the log-density is added by the model)"
             )
-        if math.isfinite(x.detach().sum().item()):  # one reduction where all is well
-            return
-        if len(bad := (~torch.isfinite(x).all(1)).nonzero().flatten()):
+        # One reduction where all is well. Of finite entries too, the sum may be infinite.
+        if not math.isfinite(x.detach().sum().item()) and len(bad := (~torch.isfinite(x).all(1)).nonzero().flatten()):
             raise ValueError(
                 f"{what} holds NaN or infinite entries in {len(bad)} of {len(x)} rows, first in row {bad[0].item()}; "
                 "remove or impute them"
@@ -333,12 +322,12 @@ class FlowModel(pl.LightningModule):
     # ------------------------------------------------------------------------------------------ Lightning
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, with the times in a group of their own."""
+        """Returns Adam, with the times in a group of their own."""
         groups = parameter_groups(self, lr=self.lr, span_lr=self.span_lr)
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """The loss of a batch ``[batch, dim]``, or of the first entry of a tuple; logs ``nll``."""
+        """Returns the loss of a batch ``[batch, dim]``, or of the first entry of a tuple; logs ``nll``."""
         return self._step(batch, "nll")
 
     def validation_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -359,19 +348,8 @@ class FlowModel(pl.LightningModule):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _cost_columns(span: LearnableSpan) -> int:
-    """Columns that torchdyn keeps before the field's own state: one for an integral loss under autograd."""
-    return int(span.node.integral_loss is not None and span.node.sensitivity == "autograd")
-
-
-def _wrapped(flow: Any) -> LearnableSpan:
-    if not isinstance(flow, NeuralODE):
-        raise TypeError(f"flow must be a NeuralODE over a CNF, or its LearnableSpan; got {type(flow).__name__}")
-    return LearnableSpan(flow)
-
-
 def _check_base(base: Any) -> int:
-    """The base's dimension."""
+    """Returns the base's dimension."""
     missing = [name for name in ("log_prob", "sample", "event_shape") if not hasattr(base, name)]
     if missing:
         raise TypeError(
@@ -388,7 +366,7 @@ def _check_base(base: Any) -> int:
 
 
 def _check_field(span: LearnableSpan, dim: int) -> None:
-    """The field is a flow's, of the base's dimension, and its noise fits."""
+    """Raises where the field is not a flow's, of the base's dimension, or its noise does not fit."""
     modules = list(span.node.vf.modules())
     flows = [m for m in modules if hasattr(m, "trace_estimator")]
     if not flows:
@@ -405,24 +383,27 @@ def _check_field(span: LearnableSpan, dim: int) -> None:
         )
     for flow in flows:
         noise = flow.noise_dist
-        if noise is None:
-            if flow.trace_estimator in REQUIRES_NOISE:
-                raise ValueError(
-                    "Hutchinson's trace needs noise_dist, a distribution over vectors of the data's dimension, such as "
-                    f"MultivariateNormal(torch.zeros({dim}), torch.eye({dim})); got None"
-                )
-        elif hasattr(noise, "event_shape") and (shape := tuple(noise.batch_shape + noise.event_shape)) != (dim,):
+        if noise is None and flow.trace_estimator in REQUIRES_NOISE:
+            raise ValueError(
+                "Hutchinson's trace needs noise_dist, a distribution over vectors of the data's dimension, such as "
+                f"MultivariateNormal(torch.zeros({dim}), torch.eye({dim})); got None"
+            )
+        if hasattr(noise, "event_shape") and (shape := tuple(noise.batch_shape + noise.event_shape)) != (dim,):
             raise ValueError(f"noise_dist draws vectors of shape {shape}, but the base has the dimension {dim}")
     _probe(span, dim)
 
 
+def _like(span: LearnableSpan) -> Tensor:
+    """Returns a tensor of the field's dtype and device."""
+    return next(span.node.vf.parameters(), span.t_f)
+
+
 @torch.no_grad()
 def _probe(span: LearnableSpan, dim: int) -> None:
-    """One evaluation, which leaves no trace, to see that the field takes the base's dimension."""
-    like = next((p for p in span.node.vf.parameters()), span.t_f)
-    x = torch.zeros(2, 1 + _cost_columns(span) + dim, dtype=like.dtype, device=like.device)
+    """Evaluates once, without a trace, to see that the field takes the base's dimension."""
+    x = torch.zeros(2, 1 + cost_columns(span.node) + dim).to(_like(span))
     with undisturbed(span), evaluating(span), torch.random.fork_rng(devices=[]):
-        bound = span._field.bind(x)
+        bound = span.field.bind(x)
         try:
             out = bound.function(span.t0.detach().to(x), x)
         except RuntimeError as error:

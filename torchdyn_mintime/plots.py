@@ -1,24 +1,31 @@
 """Pictures of training and of trained models, each drawn on an axis of matplotlib that the caller gives."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from torchdyn_mintime.core import LearnableSpan, evaluating
+from torchdyn_mintime.flows import FlowModel
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from torchdyn_mintime.diagnostics import Hamiltonian, Profile
-    from torchdyn_mintime.lyapunov import Certificate
+    from torchdyn_mintime.losses.certificate import Certificate
 
 __all__ = [
     "COLOURS",
+    "FlowFrames",
     "bars",
     "convergence",
     "curves",
+    "flow_frames",
+    "flows",
     "grid_of_axes",
     "growth",
     "hamiltonian",
@@ -37,7 +44,7 @@ STYLES = ("-", "-", "--", "-.", ":")
 
 
 def grid_of_axes(rows: int, columns: int, width: float = 4.0, height: float = 3.4) -> "tuple[Figure, list[Axes]]":
-    """A figure of its own, without a display, and its axes row by row."""
+    """Returns a new figure, without a display, and its axes row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -60,7 +67,7 @@ def curves(
     title: str,
     log: bool = False,
 ) -> None:
-    """Named curves, each a pair (x, y)."""
+    """Draws named curves, each a pair (x, y)."""
     for i, (name, (xs, ys)) in enumerate(lines.items()):
         axis.plot(xs, ys, color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.6, linestyle=STYLES[i % len(STYLES)])
     axis.set(xlabel=x, ylabel=y, title=title)
@@ -72,7 +79,7 @@ def curves(
 
 
 def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> None:
-    """One horizontal bar for each name, with its value."""
+    """Draws one horizontal bar for each name, with its value."""
     names = list(values)[::-1]
     drawn = axis.barh(names, [values[name] for name in names], color=COLOURS[0])
     axis.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
@@ -81,7 +88,7 @@ def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> No
 
 
 def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:
-    """Points of the plane ``[n, 2]``, coloured by class."""
+    """Draws points of the plane ``[n, 2]``, coloured by class."""
     for c in labels.unique().tolist():
         axis.scatter(
             x[labels == c, 0].tolist(),
@@ -111,10 +118,9 @@ def trajectories(axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most:
         sol, names = (sol - sol[-1].mean(0)) @ directions.T, ("first principal direction", "second")
     every = max(1, sol.shape[1] // most)  # evenly spread: data is often sorted by class
     sol, labels = sol[:, ::every, :2].cpu(), labels[::every].cpu()
-    for i, c in enumerate(labels.tolist()):
-        colour = COLOURS[c % len(COLOURS)]
-        axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
     colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]
+    for i, colour in enumerate(colours):
+        axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
     axis.scatter(
         sol[0, :, 0].tolist(), sol[0, :, 1].tolist(), s=9, facecolors="none", edgecolors=colours, linewidths=0.7
     )
@@ -123,7 +129,7 @@ def trajectories(axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most:
 
 
 def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tensor, *, title: str) -> None:
-    """The plane coloured by the class that a model gives it, with the data on top.
+    """Draws the plane coloured by the class that a model gives it, with the data on top.
 
     Args:
         ticks: coordinates ``[n]`` of a square grid, the same in both directions.
@@ -139,14 +145,12 @@ def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tenso
 
 
 def convergence(axis: "Axes", certificate: "Certificate", *, title: str = "V along the flow", most: int = 60) -> None:
-    """V of single samples along the flow, over V at its start, with the bound exp(-rate (t - t0)) of eq. (18)."""
+    """Draws V of single samples along the flow, over V at its start, with the bound exp(-rate (t - t0)) of eq. (18)."""
     t, values = certificate.t.cpu(), certificate.values.detach().cpu()
-    ratio = (values / values[0].clamp_min(torch.finfo(values.dtype).tiny)).numpy()
+    ratios = values / values[0].clamp_min(torch.finfo(values.dtype).tiny)
+    for ratio, held in zip(ratios.T[:most].numpy(), certificate.held[:most].tolist(), strict=True):
+        axis.plot(t.numpy(), ratio, color=COLOURS[0] if held else COLOURS[1], linewidth=0.7, alpha=0.6)
     bound = (-certificate.rate * (t - t[0])).exp().numpy()
-    for i in range(min(most, ratio.shape[1])):
-        axis.plot(
-            t.numpy(), ratio[:, i], color=COLOURS[0] if certificate.held[i] else COLOURS[1], linewidth=0.7, alpha=0.6
-        )
     axis.plot(t.numpy(), bound, color="black", linestyle="--", label=f"exp(-{certificate.rate:g} (t - t0))")
     axis.set(xlabel="time t", ylabel="V(z(t)) / V(z(t0))", title=title, yscale="log")
     axis.grid(alpha=0.3)
@@ -154,11 +158,10 @@ def convergence(axis: "Axes", certificate: "Certificate", *, title: str = "V alo
 
 
 def violation(axis: "Axes", t_eval: Tensor, values: Tensor, *, title: str = "violation of the rate") -> None:
-    """The map of relu(V-dot + rate V), ``[points, batch]``: time across, samples sorted by their sum."""
+    """Draws the map of relu(V-dot + rate V), ``[points, batch]``: time across, samples sorted by their sum."""
     values = values.detach().cpu()
-    order = values.sum(0).argsort(descending=True)
-    times, shown = t_eval.detach().cpu().numpy(), values[:, order].T.numpy()
-    image = axis.pcolormesh(times, range(len(order)), shown, shading="nearest", cmap="magma")
+    shown = values[:, values.sum(0).argsort(descending=True)].T.numpy()
+    image = axis.pcolormesh(t_eval.detach().cpu().numpy(), range(len(shown)), shown, shading="nearest", cmap="magma")
     axis.set(xlabel="time t", ylabel="sample", title=title)
     axis.figure.colorbar(image, ax=axis)
 
@@ -166,15 +169,14 @@ def violation(axis: "Axes", t_eval: Tensor, values: Tensor, *, title: str = "vio
 def growth(
     axis: "Axes", t_f: Sequence[float], metric: Sequence[float], threshold: float, *, title: str = "growth"
 ) -> None:
-    """t_f (left) and the metric with its threshold (right, logarithmic) over the iterations."""
+    """Draws t_f (left) and the metric with its threshold (right, logarithmic) over the iterations."""
     axis.plot(t_f, color=COLOURS[0])
     axis.set(xlabel="iteration", title=title)
     axis.set_ylabel("t_f", color=COLOURS[0])
     axis.grid(alpha=0.3)
     right = axis.twinx()
-    right.plot(metric, color=COLOURS[1])
+    right.semilogy(metric, color=COLOURS[1])
     right.axhline(threshold, color=COLOURS[1], linestyle="--", linewidth=0.8)
-    right.set_yscale("log")
     right.set_ylabel("metric", color=COLOURS[1])
 
 
@@ -184,6 +186,134 @@ def profile(axis: "Axes", found: "Profile", *, title: str = "loss along the traj
 
 
 def hamiltonian(axis: "Axes", found: "Hamiltonian", *, title: str = "Hamiltonian along the path") -> None:
-    """Eq. (21) along the path, with 0, where an optimal free t_f puts it."""
+    """Draws eq. (21) along the path, with 0, where an optimal free t_f puts it."""
     curves(axis, {"H": (found.times.tolist(), found.values.tolist())}, x="time t", y="H", title=title)
     axis.axhline(0.0, color="black", linestyle="--", linewidth=0.8)
+
+
+@dataclass(frozen=True)
+class FlowFrames:
+    """A flow on its way from the base at t_f to the data at t0.
+
+    Attributes:
+        times: of the frames, from t_f down to t0, ``[frames]``.
+        samples: the points drawn from the base, ``[frames, n, 2]``.
+        density: at the points of a square grid with rows along y, ``[frames, cells, cells]``.
+        steps: that the model takes from one end to the other.
+    """
+
+    times: list[float]
+    samples: Tensor
+    density: Tensor
+    steps: int
+
+
+@torch.no_grad()
+def flow_frames(
+    model: FlowModel,
+    centre: Tensor,
+    frames: int = 6,
+    samples: int = 1500,
+    cells: int = 70,
+    extent: float = 2.0,
+    seed: int = 0,
+) -> FlowFrames:
+    """Returns the samples and the density of a flow, of two dimensions, at equal parts of its interval, in eval mode.
+
+    Args:
+        model: the flow, with a fixed-step solver or an adaptive one.
+        centre: of the grid, ``[2]``.
+        frames, samples, cells: how many times, points, and cells a side.
+        extent: half the side of the grid, in units of the data.
+        seed: of the points.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> from torchdyn_mintime.flows import Gaussian, HyperCNF
+        >>> model = FlowModel(NeuralODE(HyperCNF(dim=2), solver="rk4"), Gaussian(2))
+        Your vector field ...
+        >>> film = flow_frames(model, torch.zeros(2), frames=3, samples=10, cells=20)
+        >>> film.times, film.samples.shape, film.density.shape
+        ([1.0, 0.5, 0.0], torch.Size([3, 10, 2]), torch.Size([3, 20, 20]))
+    """
+    span, base, like = model.span, model.base, next(model.span.vf.parameters())
+    t0, t_f = span.t0.item(), span.t_f.item()
+    line = torch.linspace(-extent, extent, cells, dtype=like.dtype)
+    grid = torch.cartesian_prod(line, line).flip(1) + centre.to(like)  # x runs fastest
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        z = base.sample((samples,)).to(like)
+    times = [t_f - (t_f - t0) * k / (frames - 1) for k in range(frames)]
+    with evaluating(model):
+        parts = [_between(model, t) for t in times[1:]]
+        # At t_f there is nothing to solve: the base itself.
+        points = torch.stack([z, *(part.decode(z)[0] for part in parts)])
+        density = torch.stack([base.log_prob(grid), *(part.log_prob(grid) for part in parts)]).exp()
+        model.log_prob(z[:2])
+    return FlowFrames(times, points.cpu(), density.view(-1, cells, cells).cpu(), span.steps)
+
+
+def _between(model: FlowModel, t: float) -> FlowModel:
+    """The same flow from t to t_f only: its density at t0 is that of the points on their way, at the time t."""
+    span = model.span
+    # The model's own steps, so that what is drawn is what it computes.
+    rest = [span.t_f.item()] if span.adaptive else [s for s in span.grid().tolist() if s > t + 0.01 * span.step_size]
+    return FlowModel(LearnableSpan(span.node, torch.tensor([t, *rest], dtype=span.t_f.dtype)), model.base).eval()
+
+
+def flows(
+    models: Mapping[str, FlowModel], data: Tensor, stem: Path, frames: int = 13, extent: float = 2.0
+) -> list[Path]:
+    """Writes a picture ``<stem>.png`` and an animation ``<stem>.gif``: for each flow samples and density, as figures 6 and 12.
+
+    Args:
+        models: by their titles; one or more, of two dimensions.
+        data: to compare the samples with, ``[n, 2]``; its mean is the centre of the panels.
+        stem: path without the ending.
+        frames: of the animation; the picture shows 5 of them.
+        extent: half the side of the panels, in units of the data.
+
+    Returns:
+        The paths written.
+    """
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    centre = data.mean(0)
+    shown = {title: flow_frames(model, centre, frames, extent=extent) for title, model in models.items()}
+    sides = torch.stack([centre - extent, centre + extent], 1).tolist()
+
+    def frame(axis: "Axes", title: str) -> None:
+        axis.set(xlim=sides[0], ylim=sides[1], xticks=[], yticks=[], aspect="equal")
+        axis.set_title(title, fontsize=9)
+
+    def column(above: "Axes", below: "Axes", film: FlowFrames, k: int, titles: tuple[str, str]) -> None:
+        above.scatter(film.samples[k, :, 0].tolist(), film.samples[k, :, 1].tolist(), s=1, alpha=0.5)
+        # The density of thin moons is a hundred times that of the base: each frame has its own scale.
+        below.imshow(film.density[k].numpy(), extent=(*sides[0], *sides[1]), origin="lower", cmap="viridis")
+        for axis, title in zip((above, below), titles, strict=True):
+            frame(axis, title)
+
+    figure, axes = grid_of_axes(2 * len(shown), 6, 2.0, 2.15)
+    for i, (title, film) in enumerate(shown.items()):
+        above, below = axes[12 * i : 12 * i + 6], axes[12 * i + 6 : 12 * i + 12]
+        for j in range(5):
+            k = round(j * (frames - 1) / 4)
+            column(above[j], below[j], film, k, (f"t = {film.times[k]:.3f}", "density"))
+        above[0].set_ylabel(f"{title}\n{film.steps} steps", fontsize=10)
+        above[5].scatter(data[:, 0].tolist(), data[:, 1].tolist(), s=1, alpha=0.5, color="tab:red")
+        frame(above[5], "data")
+        below[5].axis("off")
+    png, gif = save(figure, stem.with_suffix(".png")), stem.with_suffix(".gif")
+    figure, axes = grid_of_axes(2, len(shown), 2.6, 2.8)
+
+    def animate(k: int) -> list:
+        for axis in axes:
+            axis.clear()
+        for j, (title, film) in enumerate(shown.items()):
+            titles = f"{title}, {film.steps} steps", f"t = {film.times[k]:.3f}"
+            column(axes[j], axes[len(shown) + j], film, k, titles)
+        return []
+
+    order = [*range(frames), *[frames - 1] * 5]  # the last frame stays for a while
+    FuncAnimation(figure, animate, frames=order, blit=False).save(gif, writer=PillowWriter(fps=5), dpi=80)
+    return [png, gif]

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from learners import Learner, make_node, points, trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler, TensorDataset
-from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import GrowDepth, MinimumTime
@@ -22,32 +21,22 @@ SPAN = torch.linspace(0, 1, 5, dtype=torch.float64)
 SIZE, BATCH, EPOCHS = 32, 16, 4
 
 
-class Learner(pl.LightningModule):
+class Faulty(Learner):
     """In float64: a sum over two halves of a batch differs from the whole by rounding alone."""
 
     def __init__(self, fault=None):
-        super().__init__()
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-        self.node = NeuralODE(net, solver="rk4")
-        self.node.t_span = SPAN
+        super().__init__(make_node(seed=0, t_span=SPAN).double())
         self.fault = fault
 
     def training_step(self, batch, batch_idx):
-        x, y = batch
-        factor = 1.0
-        if self.fault is not None and self.trainer.global_rank == 1 and batch_idx == 1:
-            if self.fault == "the loss is NaN":
-                factor = float("nan")
-            elif self.fault == "the solve fails":
-                with torch.no_grad():
-                    next(self.node.parameters()).mul_(float("nan"))
-            else:
-                raise KeyError("a fault of the user's own")
-        return factor * nn.functional.cross_entropy(self.node(x)[1][-1], y)
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.02)
+        fault = self.fault if self.trainer.global_rank == 1 and batch_idx == 1 else None
+        if fault == "the solve fails":
+            with torch.no_grad():
+                next(self.model.parameters()).mul_(float("nan"))
+        elif fault == "an error of the user's own":
+            raise KeyError("a fault of the user's own")
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if fault == "the loss is NaN" else loss
 
 
 class Watch(pl.Callback):
@@ -94,9 +83,7 @@ FAULTS = (
 
 
 def dataset():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SIZE, 2, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
+    return TensorDataset(*points(SIZE, torch.float64))
 
 
 class Uneven(Sampler):
@@ -136,21 +123,17 @@ def loader(rank, devices, fault=None, less=0, stream=False):
 
 def fit(method, fault=None, devices=2, epochs=EPOCHS, **batches):
     """The rank's record."""
-    model, callback = Learner(fault), METHODS[method]()
+    model, callback = Faulty(fault), METHODS[method]()
     watch = Watch(callback)
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
+    run = trainer(
+        epochs,
+        callback,
+        watch,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback, watch],
         use_distributed_sampler=False,  # Lightning's own shuffles
     )
-    trainer.fit(model, loader(trainer.global_rank, devices, fault, **batches))
+    run.fit(model, loader(run.global_rank, devices, fault, **batches))
     return watch.seen
 
 

@@ -27,7 +27,7 @@ def seen(tmp_path_factory):
         timeout=600,  # a hang ends here
         env={
             **{k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")},
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
             "OMP_NUM_THREADS": "1",
         },
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROFILE
+from learners import SPAN
+from profiles import PROFILE
 from torch import nn
 from torchdyn.core import NeuralODE
-from trust.training import EPOCHS, METHODS, SPAN, Learner, ends_with, equal, last_checkpoint, learner, loader, trainer
+from trust.training import EPOCHS, METHODS, ends_with, equal, last_checkpoint, learner, loader, trainer
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import GrowDepth, MinimumTime
@@ -58,19 +59,19 @@ def test_a_field_that_turns_nan_in_the_middle_of_an_epoch(tmp_path, method, solv
     def hook(model, batch_idx):
         if model.current_epoch == 1 and batch_idx == 1:
             before.update(snapshot(model))
-            model.node.vf.vf.vf.broken = True
+            model.model.vf.vf.vf.broken = True
 
-    model = Learner(Breaking(), solver=solver, hook=hook)
+    model = learner(Breaking(), solver=solver, hook=hook)
     callback = METHODS[method]()
     with pytest.raises(tm.IntegrationError, match="not finite") as caught:
-        trainer(3, [callback], tmp_path).fit(model, loader())
+        trainer(3, callback, tmp_path).fit(model, loader())
     assert "t_f" in str(caught.value)
     assert equal(snapshot(model), before), "the step that failed must leave the model as it was"
     checkpoint = safe_load(tmp_path)
     assert checkpoint["epoch"] == 0
     # The way out that the error offers: the last checkpoint, with a field that is whole again.
-    again = Learner(Breaking(), solver=solver, lr=0.01)
-    run = trainer(2, [METHODS[method]()], tmp_path)
+    again = learner(Breaking(), solver=solver, lr=0.01)
+    run = trainer(2, METHODS[method](), tmp_path)
     run.fit(again, loader(), ckpt_path=last_checkpoint(tmp_path))
     assert run.current_epoch == 2 and finite(again)
 
@@ -81,8 +82,8 @@ def test_a_field_that_turns_nan_in_the_middle_of_an_epoch(tmp_path, method, solv
 def test_a_learning_rate_of_1000(tmp_path, method, solver, momentum, monkeypatch):
     # A field of such weights is stiff. It ends at the limit of steps, which is lowered here for time's sake.
     monkeypatch.setitem(integrate.__kwdefaults__, "max_steps", 300)
-    model = Learner(lr=1e3, solver=solver, momentum=momentum)
-    run = trainer(3, [METHODS[method]()], tmp_path)
+    model = learner(lr=1e3, solver=solver, momentum=momentum)
+    run = trainer(3, METHODS[method](), tmp_path)
     try:
         run.fit(model, loader())
     except (tm.IntegrationError, ValueError) as error:
@@ -96,10 +97,10 @@ def test_a_learning_rate_of_1000(tmp_path, method, solver, momentum, monkeypatch
 
 
 def test_a_learning_rate_of_1000_is_recovered_from_by_grow_depth():
-    model = Learner(lr=1e3, momentum=False)
+    model = learner(lr=1e3, momentum=False)
     # A loss ten times the best, and above 1, sends the training back with half the rate.
     with pytest.warns(UserWarning, match="did not converge"):
-        trainer(40, [GrowDepth(threshold=1e-6, increment=0.5, max_t_f=1.5)]).fit(model, loader())
+        trainer(40, GrowDepth(threshold=1e-6, increment=0.5, max_t_f=1.5)).fit(model, loader())
     assert finite(model)
 
 
@@ -132,10 +133,10 @@ def test_a_blow_up_in_finite_time_and_the_way_back(solver, sensitivity):
 
 
 def test_a_blow_up_in_a_training_names_the_way_out(tmp_path):
-    model = Learner(BlowUp(), lr=5.0, momentum=False)
+    model = learner(BlowUp(), lr=5.0, momentum=False)
     with pytest.raises((tm.IntegrationError, ValueError)):
         # Points at 3 and above reach infinity before t = 1.
-        trainer(8, [MinimumTime(weight=0.0)], tmp_path).fit(model, loader())
+        trainer(8, MinimumTime(weight=0.0), tmp_path).fit(model, loader())
     (span,) = tm.spans(model)
     assert math.isfinite(span.t_f.item())
 
@@ -163,8 +164,8 @@ def test_a_batch_of_none_or_one(batch, sensitivity, solver):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_last_batch_of_one_trains_on(method):
-    model = Learner()
-    run = trainer(2, [METHODS[method]()])
+    model = learner()
+    run = trainer(2, METHODS[method]())
     run.fit(model, loader(size=17))
     assert run.global_step == 6 and finite(model)
 
@@ -180,9 +181,9 @@ def test_a_resumed_fit_is_bit_equal_to_one_that_was_never_stopped(tmp_path, meth
         solver = "midpoint"
 
     def fit(folder, epochs, seed, checkpoint=None):
-        model, callback = learner(method, seed, solver=solver), METHODS[method]()
+        model, callback = learner(seed=seed, solver=solver), METHODS[method]()
         torch.manual_seed(1 + seed)
-        run = trainer(epochs, [callback], folder)
+        run = trainer(epochs, callback, folder)
         run.fit(model, loader(), ckpt_path=checkpoint)
         return ends_with(model, callback, run)
 
@@ -203,13 +204,16 @@ def test_a_resumed_fit_is_bit_equal_to_one_that_was_never_stopped(tmp_path, meth
 def test_killed_at_random_moments_and_resumed(tmp_path):
     # In a process of its own, which forks one child after another: torch is imported once.
     kills = 20 if PROFILE == "thorough" else 2
-    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("training.py")), str(tmp_path), str(kills)],
         capture_output=True,
         text=True,
         timeout=800,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed") == kills

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torchdyn.core import NeuralODE
-from trust.training import METHODS, Learner, equal, last_checkpoint, loader, trainer
+from trust.training import METHODS, equal, last_checkpoint, learner, loader, trainer
 
 import torchdyn_mintime as tm
-from torchdyn_mintime.experiments import images
+from torchdyn_mintime.experiments import datasets
 
 
 def make_span(seed=0, points=5):
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory):
     found = {}
     for method, callback in METHODS.items():
         folder = tmp_path_factory.mktemp(method)
-        trainer(1, [callback()], folder).fit(Learner(), loader())
+        trainer(1, callback(), folder).fit(learner(), loader())
         found[method] = last_checkpoint(folder).read_bytes()
     return found
 
@@ -60,14 +60,14 @@ def test_a_truncated_checkpoint_is_an_error_that_changes_nothing(checkpoint, met
     data = checkpoint[method]
     path = tmp_path / "cut.ckpt"
     path.write_bytes(data[: int(part * len(data))])
-    model = Learner()
+    model = learner()
     # Lightning reads the file before the callbacks' setup, or after it: the weights are the same either way.
-    before = {n.replace("node.node.", "node."): p.clone() for n, p in model.named_parameters()}
+    before = {n.replace("model.node.", "model."): p.clone() for n, p in model.named_parameters()}
     with pytest.raises((RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)) as caught:
-        trainer(2, [METHODS[method]()]).fit(model, loader(), ckpt_path=path)
+        trainer(2, METHODS[method]()).fit(model, loader(), ckpt_path=path)
     # The errors are torch's and Lightning's own. Of an empty file they say nothing but "EOFError".
     assert str(caught.value) or isinstance(caught.value, EOFError)
-    after = {n.replace("node.node.", "node."): p for n, p in model.named_parameters() if not n.endswith("t_f")}
+    after = {n.replace("model.node.", "model."): p for n, p in model.named_parameters() if not n.endswith("t_f")}
     assert equal(after, before)
 
 
@@ -148,19 +148,19 @@ LABELS = idx(np.arange(6, dtype=np.uint8))
 
 
 def folder_with(folder, first, suffix=""):
-    names = dict(zip(images.IDX, (IMAGES, LABELS, IMAGES, LABELS), strict=True))
+    names = dict(zip(datasets.IDX, (IMAGES, LABELS, IMAGES, LABELS), strict=True))
     for name, data in names.items():
         (folder / name).write_bytes(data)
     if first is not None:
-        (folder / images.IDX[0]).unlink()
-        (folder / (images.IDX[0] + suffix)).write_bytes(first)
-    return images.Source(folder)
+        (folder / datasets.IDX[0]).unlink()
+        (folder / (datasets.IDX[0] + suffix)).write_bytes(first)
+    return datasets.Source(folder)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzipped"])
 def test_good_files_are_read(tmp_path, packed):
     source = folder_with(tmp_path, gzip.compress(IMAGES) if packed else IMAGES, ".gz" if packed else "")
-    data = images.mnist(0, source=source)
+    data = datasets.mnist(0, source=source)
     assert data.x.shape == (6, 1, 28, 28) and data.y.tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -183,4 +183,4 @@ BAD = {
 def test_a_bad_data_file_is_named(tmp_path, kind):
     source = folder_with(tmp_path, *BAD[kind])
     with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
-        images.mnist(0, source=source)
+        datasets.mnist(0, source=source)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import PROFILE
+from profiles import PROFILE
 from torch import nn
 from torchdyn.core import NeuralODE
 
@@ -203,12 +203,12 @@ def state_of(model):
     if isinstance(model, tm.DepthGrowth):
         return {}, tuple(model.state_dict().items()), state_of(model.span)[1]
     if isinstance(model, tm.TargetLoss):
-        return {}, (model.weight, model._steps, model._log_loss, model.best), None
+        return {}, {name: value for name, value in model.state_dict().items() if name != "state"}, None
     if not isinstance(model, nn.Module):
         return None
     found = {name: (p.detach().clone(), p.requires_grad, p.grad) for name, p in model.named_parameters()}
     span = model if isinstance(model, tm.LearnableSpan) else None
-    rest = (span.bounds, span.t_span.tolist(), span.training, type(span.solver), span._filled) if span else None
+    rest = (span.interval, span.t_span.tolist(), span.training, type(span.solver)) if span else None
     return found, rest, model.training
 
 

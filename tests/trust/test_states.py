@@ -12,10 +12,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import PROFILE
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from profiles import PROFILE
 from torch import nn
 from torchdyn.core import NeuralODE
 from torchdyn.nn import DepthCat
@@ -354,7 +354,8 @@ class Life(RuleBasedStateMachine):
         if getattr(self, "model", None) is None or self.span is None:
             return
         grid = self.span.grid().detach()
-        t0, t_f = self.span._clipped(self.span.t0.item(), self.span.t_f.item())
+        t0, t_f = self.span.t0, self.span.t_f
+        t0, t_f = self.span.interval.clipped(t0.item(), t_f.item(), t_f.dtype, isinstance(t0, nn.Parameter))
         assert grid[0].item() == pytest.approx(t0, abs=1e-12) and grid[-1].item() == pytest.approx(t_f, abs=1e-12)
         for a, b in itertools.pairwise(grid.tolist()):
             # The closeness that torchdyn's own check of a grid allows.

@@ -32,11 +32,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
+from learners import Learner, loader, trainer
 from torch import nn
 from torch.distributions import MultivariateNormal
-from torch.utils.data import DataLoader, TensorDataset
 from torchdyn.core import NeuralODE
 from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF, hutch_trace
@@ -185,24 +184,6 @@ def test_an_integral_loss_by_the_adjoints_and_by_a_column(sensitivity):
 # Ways to use them
 
 
-class Learner(pl.LightningModule):
-    """torchdyn's: it passes a span of its own with every batch, and takes the last state for logits."""
-
-    def __init__(self, model, t_span):
-        super().__init__()
-        self.model, self.t_span, self.losses = model, t_span, []
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        _, sol = self.model(x, self.t_span)
-        loss = nn.functional.cross_entropy(sol[-1], y)
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.Adam((p for p in self.model.parameters() if p.requires_grad), lr=0.005)
-
-
 @pytest.fixture(scope="module")
 def moons():
     # Once: torchdyn draws it from numpy's global state.
@@ -212,15 +193,9 @@ def moons():
 
 def fit(model, data, t_span, epochs=4):
     x, y = data
-    learner = Learner(model, t_span)
-    pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(learner, DataLoader(TensorDataset(x.to(torch.get_default_dtype()), y), batch_size=len(x)))
+    # torchdyn's: it passes a span of its own with every batch, and takes the last state for logits.
+    learner = Learner(model, t_span, lambda parameters: torch.optim.Adam(parameters, lr=0.005))
+    trainer(epochs).fit(learner, loader((x.to(torch.get_default_dtype()), y), batch=len(x)))
     return learner.losses
 
 

@@ -15,16 +15,14 @@ import time
 import warnings
 from pathlib import Path
 
+import learners
 import pytorch_lightning as pl
 import torch
+from learners import SPAN, Learner, make_node
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchdyn.core import NeuralODE
 
 from torchdyn_mintime.lightning import GrowDepth, MinimumTime
 
-SPAN = torch.linspace(0, 1, 5)
 EPOCHS = 4
 
 
@@ -39,56 +37,23 @@ class RandomState(pl.Callback):
         torch.set_rng_state(state_dict["torch"])
 
 
-class Learner(pl.LightningModule):
-    """A classifier of points; `field` may be any vector field of two dimensions, `hook` is called in every step."""
-
-    def __init__(self, field=None, solver="rk4", lr=0.02, hook=None, momentum=True, **options):
-        super().__init__()
-        field = field or nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
-        self.node = NeuralODE(field, solver=solver, **options)
-        self.node.t_span = SPAN
-        self.lr, self.hook, self.momentum = lr, hook, momentum
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        if self.hook is not None:
-            self.hook(self, batch_idx)
-        _, sol = self.node(x)
-        return nn.functional.cross_entropy(sol[-1], y)
-
-    def configure_optimizers(self):
-        if self.momentum:
-            return torch.optim.Adam(self.parameters(), lr=self.lr)
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+def learner(field=None, solver="rk4", lr=0.02, momentum=True, seed=None, hook=None):
+    """Makes a classifier of points; `field` may be any vector field of two dimensions."""
+    kind = torch.optim.Adam if momentum else torch.optim.SGD
+    node = make_node(field=field, solver=solver, t_span=SPAN, seed=seed)
+    return Learner(node, optimizer=lambda parameters: kind(parameters, lr=lr), hook=hook)
 
 
-def dataset(size=24):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size, 2, generator=generator)
-    return TensorDataset(x, (x[:, 0] > 0).long())
+def loader(size=24):
+    return learners.loader(learners.halves(size), shuffle=True)
 
 
-def loader(size=24, batch=8, shuffle=True):
-    return DataLoader(dataset(size), batch_size=batch, shuffle=shuffle)
-
-
-def trainer(epochs=EPOCHS, callbacks=(), folder=None, **options):
-    callbacks = list(callbacks)
-    if folder is not None:
-        callbacks += [RandomState(), ModelCheckpoint(folder, filename="{epoch}", save_last=True, save_top_k=-1)]
-    return pl.Trainer(
-        **{
-            "max_epochs": epochs,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": folder is not None,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": callbacks,
-            **options,
-        }
-    )
+def trainer(epochs, callback, folder=None):
+    """Makes a Trainer that saves every epoch in `folder`, if one is given."""
+    if folder is None:
+        return learners.trainer(epochs, callback)
+    saving = RandomState(), ModelCheckpoint(folder, filename="{epoch}", save_last=True, save_top_k=-1)
+    return learners.trainer(epochs, callback, *saving, enable_checkpointing=True)
 
 
 METHODS = {
@@ -97,11 +62,6 @@ METHODS = {
     # A threshold out of reach: it grows at every epoch.
     "growth": lambda: GrowDepth(threshold=1e-6, increment=0.1, max_t_f=1.95, rescue=False),
 }
-
-
-def learner(method, seed=0, **options):
-    torch.manual_seed(seed)
-    return Learner(**options)
 
 
 def ends_with(trained, callback, run):
@@ -147,10 +107,9 @@ def _child(task):
 
 
 def _fit(folder, result, method, epochs):
-    torch.manual_seed(0)
-    model, callback = learner(method), METHODS[method]()
+    model, callback = learner(seed=0), METHODS[method]()
     torch.manual_seed(1)
-    run = trainer(epochs, [callback], folder)
+    run = trainer(epochs, callback, folder)
     run.fit(model, loader(), ckpt_path=last_checkpoint(folder))
     torch.save(ends_with(model, callback, run), result)
 

@@ -1,193 +1,227 @@
-"""The paper's figures, from models trained here."""
+"""The paper's figures, from models trained here, and what any trained model looks like.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+Each number of ``FIGURES`` and ``FLOW_FIGURES`` is a figure of the paper; figure 2 is a drawing, in the docs. A trained
+classifier is shown by its training and its loss along the flow, a trained flow by its samples and density over time.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torchdyn_mintime import plots
-from torchdyn_mintime.experiments.data import Data
-from torchdyn_mintime.experiments.images import Source
-from torchdyn_mintime.experiments.models import Classifier
-from torchdyn_mintime.experiments.results import Result
-from torchdyn_mintime.experiments.runner import carry_out, time_inference
+from torchdyn_mintime import LearnableSpan, plots
+from torchdyn_mintime.experiments import measure, models
+from torchdyn_mintime.experiments.comparison import Options, Row, compare
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
+from torchdyn_mintime.losses import lyapunov, potentials
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = [
+    "FIGURES",
+    "FLOW_FIGURES",
+    "Finished",
+    "draw_classifier",
+    "draw_flows_of",
+    "draw_training_of",
+    "finished",
+    "make",
+]
 
-__all__ = ["FIGURES", "Options", "make"]
+FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
+"""The tasks of these figures: they are drawn with a table of their own beside them, by ``tables.make_own``."""
+
+MOST = 500
+"""Samples of the test data shown of a classifier."""
+
+
+# ---------------------------------------------------------------------------------------------------- trained models
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a figure's models are trained.
+class Finished:
+    """A trained classifier to be drawn.
 
     Attributes:
-        iterations: optimizer steps instead of each task's own.
-        seed: of data, initialisation and batches.
-        subset, width: of image tasks.
-        source: where image data is.
-        device: where to train.
+        model, result: itself and its figures.
+        x, y: samples and labels of the test.
+        t_eval, sol, losses: on their way: ``[points]``, ``[points, batch, ...]`` and ``[points, batch]``.
     """
 
-    iterations: int | None = None
-    seed: int = 0
-    subset: int | None = None
-    width: int | None = None
-    source: Source = field(default_factory=Source)
-    device: str = "cpu"
+    model: models.Model
+    result: Mapping[str, Any]
+    x: Tensor
+    y: Tensor
+    t_eval: Tensor
+    sol: Tensor
+    losses: Tensor
+
+    @property
+    def profile(self) -> tuple[list[float], list[float]]:
+        """Times, and the mean loss at them."""
+        return self.t_eval.tolist(), self.losses.mean(1).tolist()
 
 
-@dataclass(frozen=True)
-class _Studio:
-    """What a figure needs: trained models by name."""
-
-    options: Options
-    store: Store
-    console: Console
-
-    def models(self, task: str, methods: Sequence[str]) -> tuple[Data, dict[str, tuple[Classifier, Result]]]:
-        """The data and, by method, the trained model with its figures."""
-        options = self.options
-        own = TASKS[task].settings.but(
-            seed=options.seed, iterations=options.iterations, subset=options.subset, width=options.width
-        )
-        # Lyapunov training is at .03 in the paper's code, on both tasks.
-        plans = [Plan(task, m, own.but(lr=0.03) if m in LYAPUNOV else own) for m in methods]
-        data = TASKS[task].load(own, options.source)
-        carry_out(plans, data, self.store, self.console, options.device)
-        results = time_inference(plans, data, self.store)
-        return data, {m: (self.store.model(p), r) for m, p, r in zip(methods, plans, results, strict=True)}
+@torch.no_grad()
+def finished(plan: Plan, store: Store, most: int | None = None) -> Finished:
+    """Returns what can be drawn of a finished plan, for the first ``most`` samples of its test."""
+    data, model = store.data(plan), store.model(plan).eval()
+    x, y = data.x_test[:most], data.y_test[:most]
+    t_eval, sol = model.trajectory(x)
+    losses = torch.stack([cross_entropy(model.head(z), y, reduction="none") for z in sol])
+    return Finished(model, store.result(plan), x, y, t_eval, sol, losses)
 
 
-LYAPUNOV = ("lyapunov-1", "lyapunov-10", "lyapunov-20", "pretrained", "convergence-rate", "combined")
+def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
+    """Draws a finished run: its training, and the loss along the flow. Of Lyapunov methods it shows the rate that held, too."""
+    if math.isnan(store.result(plan)["accuracy"]):
+        return
+    shown, rate = finished(plan, store, MOST), TASKS[plan.task].method(plan.method).rate
+    model, history = shown.model, store.history(plan)
+    solved = not isinstance(model.node, models.NoODE)
+    shows_points = rate is not None and isinstance(model.node, LearnableSpan) and not model.node.adaptive
+    figure, axes = plots.grid_of_axes(1, 1 + solved + 2 * shows_points)
+    plots.growth(axes[0], history.t_f, history.loss, plan.settings.target, title="t_f and loss in training")
+    if solved:
+        title = "test loss along the flow"
+        plots.curves(axes[1], {"": shown.profile}, x="time t", y="loss of z(t)", title=title, log=True)
+    if rate is not None:
+        regularizer = lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
+        with torch.no_grad():
+            certificate = regularizer.certificate(model.before(shown.x), shown.y)
+        store.console.print(str(certificate), highlight=False)
+        if shows_points:
+            plots.convergence(axes[2], certificate)
+            plots.violation(axes[3], shown.t_eval, regularizer.violation(shown.t_eval, shown.sol, shown.y))
+    path = folder / f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}.png".replace(":", "-")
+    store.console.print(f"What it looks like: {plots.save(figure, path)}", highlight=False)
 
 
-def make(number: str, options: Options, folder: Path, console: Console) -> Path:
-    """Trains what a figure shows, unless it was trained before, and draws it.
+def draw_training_of(plans: Sequence[Plan], store: Store, path: Path) -> Path:
+    """Draws up to three finished classifiers beside each other, with their losses and terminal times over training."""
+    figure, axes = plots.grid_of_axes(2, 3)
+    losses, seconds, times = {}, {}, {}
+    for axis, plan in zip(axes, plans, strict=False):
+        shown = finished(plan, store)
+        label, history = shown.result["method"], store.history(plan)
+        plots.trajectories(axis, shown.sol, shown.y, title=f"{label}: trajectories")
+        losses[label], seconds[label] = shown.profile, (history.seconds, history.loss)
+        times[label] = (range(1, len(history.t_f) + 1), history.t_f)
+    titles = ("loss along the trajectory", "loss against training time", "terminal time over training")
+    plots.curves(axes[3], losses, x="time t", y="test loss of z(t)", title=titles[0], log=True)
+    plots.curves(axes[4], seconds, x="training time, s", y="training loss", title=titles[1], log=True)
+    plots.curves(axes[5], times, x="iteration", y="$t_f$", title=titles[2])
+    return plots.save(figure, path)
 
-    Returns:
-        The picture.
+
+def draw_flows_of(plans: Sequence[Plan], store: Store, stem: Path) -> None:
+    """Draws the flows of one task's finished plans that did not fail; nothing where the task is no density's."""
+    good = [plan for plan in plans if TASKS[plan.task].goal is measure.DENSITY and not store.result(plan)["failure"]]
+    if good and (draw := store.data(good[0]).draw):
+        flows = {store.result(plan)["method"]: models.flow_of(store.model(plan)) for plan in good}
+        data = draw(1500, torch.Generator().manual_seed(0))
+        paths = plots.flows(flows, data, stem)
+        store.console.print(f"What it looks like: {', '.join(map(str, paths))}", highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's figures
+
+
+def make(number: str, options: Options, folder: Path, store: Store) -> None:
+    """Trains what a figure of ``FIGURES`` shows, unless it was trained before, and draws it.
 
     Raises:
         MissingData: the figure's data is not at hand.
     """
-    figure = FIGURES[number](_Studio(options, Store(folder / "runs"), console))
-    path = plots.save(figure, folder / f"figure-{number}.png")
-    console.print(f"Figure {number}: {path}")
-    return path
+    path = plots.save(FIGURES[number](options, store), folder / f"figure-{number}.png")
+    store.console.print(f"Figure {number}: {path}")
 
 
-@torch.no_grad()
-def _along(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Times ``[points]``, the states and the loss of each sample ``[points, batch]`` on the way."""
-    t_eval, sol = model.eval().trajectory(x)
-    losses = torch.stack([cross_entropy(model.head(z), y, reduction="none") for z in sol])
-    return t_eval, sol, losses
+def _trained(task: str, methods: Sequence[str], options: Options, store: Store) -> dict[str, Finished]:
+    """The trained models, by method."""
+    # Lyapunov training is at .03 in the paper's code, on both tasks.
+    rows = [Row(m, settings=(("lr", 0.03),) if TASKS[task].method(m).rate else ()) for m in methods]
+    _, plans = compare(task, rows, options, store)
+    return {row.method: finished(own[0], store) for row, own in plans.items()}
 
 
-def _figure_1(studio: _Studio) -> "Figure":
-    data, models = studio.models("annuli", ["vanilla", "minimum-time"])
+def _figure_1(options: Options, store: Store) -> Any:
+    trained = _trained("annuli", ["vanilla", "minimum-time"], options, store)
     figure, (left, right) = plots.grid_of_axes(1, 2, 5)
     lines = {}
-    for name, (model, _) in models.items():
-        t_eval, _, losses = _along(model, data.x_test, data.y_test)
-        right_ones = (model(data.x_test).argmax(1) == data.y_test).nonzero().flatten()
-        shown = right_ones[:: max(1, len(right_ones) // 20)][:20]
-        lines[name] = (t_eval.tolist(), losses[:, shown].mean(1).tolist())
-    plots.curves(
-        left, lines, x="time t", y="loss of z(t)", title="(a) mean of 20 examples classified rightly", log=True
-    )
-    _, sol, _ = _along(models["vanilla"][0], data.x_test, data.y_test)
-    plots.trajectories(right, sol, data.y_test, title="(b) vanilla: trajectories", most=20)
+    for name, shown in trained.items():
+        right_ones = (shown.model(shown.x).argmax(1) == shown.y).nonzero().flatten()
+        chosen = right_ones[:: max(1, len(right_ones) // 20)][:20]
+        lines[name] = (shown.t_eval.tolist(), shown.losses[:, chosen].mean(1).tolist())
+    title = "(a) mean of 20 examples classified rightly"
+    plots.curves(left, lines, x="time t", y="loss of z(t)", title=title, log=True)
+    plots.trajectories(right, trained["vanilla"].sol, trained["vanilla"].y, title="(b) vanilla: trajectories", most=20)
     return figure
 
 
-def _figure_3(studio: _Studio) -> "Figure":
-    data, models = studio.models("moons", ["vanilla", "minimum-time"])
-    figure, axes = plots.grid_of_axes(1, 2, 5)
-    for axis, (name, (model, result)) in zip(axes, models.items(), strict=True):
-        _, sol, _ = _along(model, data.x_test, data.y_test)
-        plots.trajectories(axis, sol, data.y_test, title=f"{name}: $t_f$ = {result.t_f:.3f}")
+def _trajectories(task: str, methods: Sequence[str], options: Options, store: Store) -> Any:
+    trained = _trained(task, methods, options, store)
+    figure, axes = plots.grid_of_axes(1, len(methods), 5)
+    for axis, shown in zip(axes, trained.values(), strict=True):
+        title = f"{shown.result['method']}: $t_f$ = {shown.result['t_f']:.3f}"
+        plots.trajectories(axis, shown.sol, shown.y, title=title)
     return figure
 
 
-def _figure_4(studio: _Studio) -> "Figure":
+def _figure_4(options: Options, store: Store) -> Any:
     names = ["lyapunov-1", "lyapunov-10", "lyapunov-20", "convergence-rate", "minimum-time"]
-    data, models = studio.models("annuli", names)
+    trained = _trained("annuli", names, options, store)
     figure, axes = plots.grid_of_axes(2, len(names), 3.4)
-    for i, (letter, (model, result)) in enumerate(zip("abcde", models.values(), strict=True)):
-        t_eval, sol, losses = _along(model, data.x_test, data.y_test)
-        title = f"({letter}) {result.method}"
-        plots.curves(
-            axes[i], {"": (t_eval.tolist(), losses.mean(1).tolist())}, x="time t", y="loss of z(t)", title=title
-        )
-        plots.trajectories(axes[len(names) + i], sol, data.y_test, title=f"$t_f$ = {result.t_f:.3g}")
+    for i, (letter, shown) in enumerate(zip("abcde", trained.values(), strict=True)):
+        title = f"({letter}) {shown.result['method']}"
+        plots.curves(axes[i], {"": shown.profile}, x="time t", y="loss of z(t)", title=title)
+        plots.trajectories(axes[len(names) + i], shown.sol, shown.y, title=f"$t_f$ = {shown.result['t_f']:.3g}")
     return figure
 
 
-def _figure_5(studio: _Studio) -> "Figure":
+def _figure_5(options: Options, store: Store) -> Any:
     methods = ["vanilla", "minimum-time", "taynode-2", "taynode-3", "rnode", "default-adaptive", "skipped"]
-    _, models = studio.models("mnist", methods)
+    trained = _trained("mnist", methods, options, store)
     figure, axes = plots.grid_of_axes(1, 2, 5)
     for axis, what, unit, scale in ((axes[0], "training", "s", 1), (axes[1], "inference", "ms", 1e3)):
-        bars = {r.method: scale * (getattr(r, what) or 0.0) for _, r in models.values()}
+        bars = {shown.result["method"]: scale * (shown.result[what] or 0.0) for shown in trained.values()}
         plots.bars(axis, bars, x=f"{what} time, {unit}", title=f"MNIST: {what}")
     return figure
 
 
-def _data_figure(task: str) -> Callable[[_Studio], "Figure"]:
-    def draw(studio: _Studio) -> "Figure":
-        own = TASKS[task].settings.but(seed=studio.options.seed)
-        data = TASKS[task].load(own, studio.options.source)
-        figure, (axis,) = plots.grid_of_axes(1, 1, 4.5, 4)
-        plots.points(axis, data.x, data.y, title=TASKS[task].title)
-        return figure
-
-    return draw
-
-
-def _figure_8(studio: _Studio) -> "Figure":
-    data, models = studio.models("moons", ["pretrained", "convergence-rate"])
-    figure, axes = plots.grid_of_axes(1, 2, 5)
-    for axis, (model, result) in zip(axes, models.values(), strict=True):
-        _, sol, _ = _along(model, data.x_test, data.y_test)
-        plots.trajectories(axis, sol, data.y_test, title=f"{result.method}: $t_f$ = {result.t_f:.3f}")
+def _points(name: str, options: Options, store: Store) -> Any:
+    task = TASKS[name]
+    data = task.load(task.settings.but(seed=options.seeds[0]), store.source)
+    figure, (axis,) = plots.grid_of_axes(1, 1, 4.5, 4)
+    plots.points(axis, data.x, data.y, title=task.title)
     return figure
 
 
-def _boundary_figure(method: str) -> Callable[[_Studio], "Figure"]:
-    def draw(studio: _Studio) -> "Figure":
-        data, models = studio.models("annuli", [method])
-        model, result = models[method]
-        figure, (left, right) = plots.grid_of_axes(1, 2, 5)
-        ticks = torch.linspace(-1.4, 1.4, 80)
-        plane = torch.stack([*torch.meshgrid(ticks, ticks, indexing="xy"), torch.zeros(80, 80)], -1).reshape(-1, 3)
-        with torch.no_grad():
-            share = model.eval()(plane).softmax(1)[:, 1].reshape(80, 80)
-        plots.regions(left, ticks, share, data.x_test, data.y_test, title=f"{result.method}: decision")
-        _, sol, _ = _along(model, data.x_test, data.y_test)
-        plots.trajectories(right, sol, data.y_test, title=f"trajectories, $t_f$ = {result.t_f:.3f}")
-        return figure
-
-    return draw
+def _boundary(method: str, options: Options, store: Store) -> Any:
+    shown = _trained("annuli", [method], options, store)[method]
+    figure, (left, right) = plots.grid_of_axes(1, 2, 5)
+    ticks = torch.linspace(-1.4, 1.4, 80)
+    plane = torch.stack([*torch.meshgrid(ticks, ticks, indexing="xy"), torch.zeros(80, 80)], -1).reshape(-1, 3)
+    with torch.no_grad():
+        share = shown.model(plane).softmax(1)[:, 1].reshape(80, 80)
+    plots.regions(left, ticks, share, shown.x, shown.y, title=f"{shown.result['method']}: decision")
+    plots.trajectories(right, shown.sol, shown.y, title=f"trajectories, $t_f$ = {shown.result['t_f']:.3f}")
+    return figure
 
 
-FIGURES: dict[str, Callable] = {
+FIGURES: dict[str, Callable[[Options, Store], Any]] = {
     "1": _figure_1,
-    "3": _figure_3,
+    "3": partial(_trajectories, "moons", ["vanilla", "minimum-time"]),
     "4": _figure_4,
     "5": _figure_5,
-    "7": _data_figure("moons"),
-    "8": _figure_8,
-    "9": _data_figure("annuli"),
-    "10": _boundary_figure("pretrained"),
-    "11": _boundary_figure("convergence-rate"),
+    "7": partial(_points, "moons"),
+    "8": partial(_trajectories, "moons", ["pretrained", "convergence-rate"]),
+    "9": partial(_points, "annuli"),
+    "10": partial(_boundary, "pretrained"),
+    "11": partial(_boundary, "convergence-rate"),
 }

@@ -1,21 +1,40 @@
-"""What a trained model is worth: accuracy, evaluations, seconds, and the same model solved exactly."""
+"""What models are trained for, and what a trained one is worth: by its own steps, solved exactly, and in seconds."""
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchdyn.core.defunc import DEFuncBase
+from torchdyn.models.cnf import autograd_trace, hutch_trace
 
 from torchdyn_mintime import LearnableSpan
-from torchdyn_mintime.experiments.models import Classifier, NoODE, quiet_node
-from torchdyn_mintime.experiments.training import clock, end_of, single_thread
+from torchdyn_mintime.experiments import datasets, models
+from torchdyn_mintime.experiments.results import Report, cell
 
-__all__ = ["CHUNK", "Pass", "evaluate", "forward", "inference_times", "reference_logits"]
+__all__ = [
+    "CHUNK",
+    "CLASSIFICATION",
+    "DENSITY",
+    "TUTORIAL",
+    "Goal",
+    "Pass",
+    "clock",
+    "exact",
+    "forward",
+    "judge_classifier",
+    "judge_flow",
+    "judge_tutorial_flow",
+    "median_seconds",
+    "scores",
+    "single_thread",
+]
 
 CHUNK = 1000
 """Samples solved at once, so that memory suffices."""
@@ -24,9 +43,50 @@ PATIENCE = 60.0
 """Seconds after which no new round of timing is begun, once there were three."""
 
 
+def clock(device: torch.device) -> float:
+    """Returns seconds of this thread on the CPU, so that other work is not counted; on a GPU, seconds that passed.
+
+    On an idle machine both are the same, since all work is done in one thread.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.thread_time()
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Works in one thread, so that times can be compared; small networks are faster so, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def median_seconds(actions: Sequence[Callable[[], Any]], device: torch.device, calls: int = 11) -> list[float]:
+    """Returns the median seconds (see ``clock``) of each action, taken in turn on one thread, after one round to warm up.
+
+    Slow ones are called less often: no round is begun after :data:`PATIENCE` seconds, once there were three.
+    """
+    seconds: list[list[float]] = [[] for _ in actions]
+    began = time.monotonic()
+    with single_thread(), torch.no_grad():
+        for call in range(calls + 1):
+            if call > 3 and time.monotonic() - began > PATIENCE:
+                break
+            for action, own in zip(actions, seconds, strict=True):
+                start = clock(device)
+                action()
+                if call:
+                    own.append(clock(device) - start)
+    return [statistics.median(own) for own in seconds]
+
+
 @torch.no_grad()
-def evaluate(logits: Tensor, y: Tensor) -> tuple[float, float]:
-    """(loss, accuracy) of logits ``[batch, classes]``."""
+def scores(logits: Tensor, y: Tensor) -> tuple[float, float]:
+    """Returns (loss, accuracy) of logits ``[batch, classes]``."""
     return cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
 
 
@@ -35,75 +95,194 @@ class Pass:
     """One forward pass in eval mode.
 
     Attributes:
-        logits: ``[batch, classes]``.
+        output: logits ``[batch, classes]``, or of a flow log-densities ``[batch]``.
         steps: those of the grid, or the adaptive solver's accepted ones (torchdyn's does not tell: those it returned).
         nfe: evaluations of the field.
     """
 
-    logits: Tensor
+    output: Tensor
     steps: int
     nfe: int
 
 
 @torch.no_grad()
-def forward(model: Classifier, x: Tensor) -> Pass:
-    """A forward pass in eval mode, and what it took; large data in parts, with the mean over parts."""
+def forward(model: models.Model, x: Tensor, chunk: int | None = None) -> Pass:
+    """Takes a forward pass in eval mode, in parts of ``chunk`` samples (default ``CHUNK``); steps and evaluations are means."""
     model.eval()
-    logits, steps, nfe = [], [], []
-    for part in x.split(CHUNK):
+    outputs, steps, nfe = [], [], []
+    for part in x.split(chunk or CHUNK):
         before = model.node.vf.nfe
         t_eval, sol = model.trajectory(part)
-        logits.append(model.head(sol[-1]))
+        outputs.append(model.head(sol[-1]))
         steps.append(model.node.steps if isinstance(model.node, LearnableSpan) else len(t_eval) - 1)
         nfe.append(model.node.vf.nfe - before)
-    return Pass(torch.cat(logits), round(statistics.mean(steps)), round(statistics.mean(nfe)))
+    return Pass(torch.cat(outputs), round(statistics.mean(steps)), round(statistics.mean(nfe)))
 
 
-@torch.no_grad()
-def reference_logits(model: Classifier, x: Tensor, tolerance: float = 1e-7) -> Tensor:
-    """Logits of the same trained model, its ODE solved in float64 at a tolerance of 1e-7.
+def exact(model: models.Model, tolerance: float = 1e-7) -> models.Model:
+    """Returns the same trained model with its ODE solved in float64 by dopri5 at ``tolerance``, a flow's with its exact trace.
 
-    Where they disagree with the model's own, its steps are too long for it to be the ODE that it stands for.
+    Where they disagree, the model's steps are too long for it to be the ODE that it stands for.
     """
-    model.eval()
-    if isinstance(model.node, NoODE):
-        return forward(model, x).logits
-    core = model.node.vf.vf  # torchdyn wraps a field that takes no time
-    timed = not isinstance(core, DEFuncBase) or core.has_time_arg
-    field = deepcopy(core.vf if isinstance(core, DEFuncBase) else core).double()
-    node = quiet_node(_Timed(field) if timed else field, solver="dopri5", atol=tolerance, rtol=tolerance)
-    t_span = torch.tensor([float(model.t_span[0]), end_of(model)], dtype=torch.float64)
-    span, head = LearnableSpan(node, t_span).to(x.device), deepcopy(model.head).double()
-    return torch.cat([head(span(model.before(part).double())[1][-1]) for part in x.split(CHUNK)])
+    if isinstance(model.node, models.NoODE):
+        return deepcopy(model).double()
+    field = deepcopy(model.node.vf.vf).double()  # as torchdyn wraps it where it takes no time
+    for module in field.modules():
+        if getattr(module, "trace_estimator", None) is hutch_trace:
+            module.trace_estimator = autograd_trace
+    found = models.Model(
+        field,
+        torch.tensor([float(model.t_span[0]), model.t_f], dtype=torch.float64),
+        before=deepcopy(model.before).double(),
+        head=deepcopy(model.head).double(),
+        solver="dopri5",
+        atol=tolerance,
+        rtol=tolerance,
+    )
+    found.node = LearnableSpan(found.node, found.t_span)
+    return found.to(next(field.parameters()).device)
 
 
-class _Timed(torch.nn.Module):
-    """A field of (t, x) under the signature that torchdyn calls."""
-
-    def __init__(self, field: torch.nn.Module):
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, x: Tensor, args: dict | None = None) -> Tensor:
-        return self.field(t, x)
+# ----------------------------------------------------------------------------------------------------------- judges
 
 
-@torch.no_grad()
-def inference_times(models: Sequence[Classifier], x: Tensor, calls: int = 11) -> list[float]:
-    """Median seconds (see ``clock``) of one forward pass of each model, in turn on one thread, after one to warm up.
+def judge_classifier(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
+    """Writes the figures of a trained classifier into ``figures``, one after another: those before one that fails stay."""
+    figures["train_loss"], figures["train_accuracy"] = scores(forward(model, data.x).output, data.y)
+    test = forward(model, data.x_test)
+    figures["steps"], figures["nfe"] = test.steps, test.nfe
+    figures["loss"], figures["accuracy"] = scores(test.output, data.y_test)
+    reference = forward(exact(model), data.x_test.double()).output
+    figures["reference_loss"], figures["reference_accuracy"] = scores(reference, data.y_test)
 
-    Large models are called less often: no round is begun after :data:`PATIENCE` seconds, once there were three.
+
+def judge_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
+    """Writes the figures of a trained flow on fresh samples."""
+    x, flow = data.x_test, models.flow_of(model)
+    figures["nll"] = _nll(forward(model, x, len(x)))
+    with torch.no_grad():
+        flow.log_prob(x[:512])
+    figures["steps"], figures["nfe"] = flow.span.steps, flow.span.nfe
+    figures["reference"] = _nll(forward(exact(model), x.double(), len(x)))
+    with torch.random.fork_rng(devices=[]):
+        (figures["sampling"],) = median_seconds([partial(flow.sample, len(x))], x.device, calls=3)
+
+
+def judge_tutorial_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
+    """Writes the figures of the tutorial's flow: by the exact trace, at the tolerance of the training and at 1e-7."""
+    x = data.x_test
+    own, reference = (forward(exact(model, tolerance), x.double(), len(x)) for tolerance in (1e-4, 1e-7))
+    figures.update(steps=own.steps, nfe=own.nfe, nll=_nll(own), reference=_nll(reference))
+
+
+def _nll(found: Pass) -> float:
+    return -found.output.mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------------ goals
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a model is trained for.
+
+    Attributes:
+        loss: (output, labels) -> the terminal loss.
+        judge: writes the figures of a trained model.
+        figures: the names of those that the judge writes beside steps and nfe.
+        report: how they are shown.
+        accuracy: (output, labels) -> the share of right labels; None where there are none.
+        judges_failed: whether a model whose training failed is judged too.
     """
-    seconds: list[list[float]] = [[] for _ in models]
-    began = time.monotonic()
-    with single_thread():
-        for call in range(calls + 1):
-            if call > 3 and time.monotonic() - began > PATIENCE:
-                break
-            for model, own in zip(models, seconds, strict=True):
-                model.eval()
-                start = clock(x.device)
-                model(x)
-                if call:
-                    own.append(clock(x.device) - start)
-    return [statistics.median(own) for own in seconds]
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    judge: Callable[[models.Model, datasets.Data, dict[str, Any]], None]
+    figures: tuple[str, ...]
+    report: Report
+    accuracy: Callable[[Tensor, Tensor], Tensor] | None = None
+    judges_failed: bool = True
+
+
+_NLL = {"nll": cell("nll", "{:.3f}"), "nll at 1e-7": cell("reference", "{:.3f}")}
+
+CLASSIFICATION = Goal(
+    loss=cross_entropy,
+    judge=judge_classifier,
+    figures=(
+        "train_loss",
+        "train_accuracy",
+        "loss",
+        "accuracy",
+        "reference_loss",
+        "reference_accuracy",
+    ),
+    report=Report(
+        columns={
+            "t_f": cell("t_f", "{:.4g}"),
+            "evals": cell("nfe"),
+            "training s": cell("training", "{:.2f}", ratio=True, first="pretraining"),
+            "inference ms": cell("inference", "{:.2f}", scale=1e3, ratio=True),
+            "to target s": cell("to_target", "{:.2f}", ratio=True),
+            "test %": cell("accuracy", "{:.1f}", scale=100),
+            "at 1e-7 %": cell("reference_accuracy", "{:.1f}", scale=100),
+            "lr": cell("lr", of_failed=True),
+        },
+        details={
+            "steps": cell("steps"),
+            "training loss": cell("train_loss", "{:.4f}"),
+            "training %": cell("train_accuracy", "{:.1f}", scale=100),
+        },
+        gains={"training": "training", "time to target": "to_target", "inference": "inference"},
+        exactly=lambda results: f"at 1e-7 at least {100 * results['reference_accuracy'].min():.1f} %",
+        caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
+        "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. Times of one thread, in turn.",
+        own="accuracy",
+        reference="reference_accuracy",
+        slack=0.003,
+        higher=True,
+    ),
+    accuracy=lambda output, y: (output.argmax(1) == y).float().mean(),
+)
+
+DENSITY = Goal(
+    loss=lambda log_density, y: -log_density.mean(),
+    judge=judge_flow,
+    figures=("nll", "reference", "sampling"),
+    report=Report(
+        columns={
+            "t_f": cell("t_f", "{:.3g}"),
+            "steps": cell("steps", ratio=True),
+            "evals": cell("nfe", ratio=True),
+            "training s": cell("training", "{:.1f}", ratio=True),
+            "sampling ms": cell("sampling", "{:.0f}", scale=1e3, ratio=True),
+            **_NLL,
+        },
+        gains={"steps": "steps", "evaluations": "nfe", "training": "training", "sampling": "sampling"},
+        exactly=lambda results: f"nll at 1e-7 at most {results['reference'].max():.3f}",
+        caption="Medians over seeds (and ranges); ratios to the first row, by seed. nll: negative log-likelihood of fresh "
+        "samples, nats, by the steps of the training; at 1e-7: of the same model, its ODE solved at that tolerance. "
+        "Times of one thread.",
+        own="nll",
+        reference="reference",
+        slack=0.02,  # nats
+    ),
+    judges_failed=False,
+)
+
+TUTORIAL = replace(
+    DENSITY,
+    judge=judge_tutorial_flow,
+    figures=("nll", "reference"),
+    report=replace(
+        DENSITY.report,
+        columns={
+            "t_f": cell("t_f", "{:.3g}"),
+            "evals": cell("nfe", ratio=True),
+            "training s": cell("training", "{:.1f}", ratio=True),
+            **_NLL,
+        },
+        gains={"evaluations": "nfe", "training": "training"},
+        caption="Medians over seeds (and ranges); ratios to vanilla, by seed. nll: negative log-likelihood of samples kept "
+        "aside, nats, at the tolerance of the training, 1e-4; at 1e-7: of the same model, its ODE solved at that tolerance.",
+    ),
+)

@@ -1,37 +1,219 @@
 """How a model is trained: each method as a row of the tables.
 
-A method is data: how the NeuralODE is set up, which terms go on the loss, and who drives t_f. A new one is one entry of
-``METHODS``.
+A method is data: how the NeuralODE is set up, which terms go on the loss, and which driver moves t_f and says when training
+is over. A new one is one entry of ``METHODS``, or of ``FLOW_METHODS`` for flows.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchdyn_mintime import parameter_groups, spans, wrap
-from torchdyn_mintime.experiments.drivers import Driver, Grow, GrowAlone, KeepTarget, Search
-from torchdyn_mintime.experiments.errors import UsageError
-from torchdyn_mintime.experiments.models import Classifier, NoODE, span_of
-from torchdyn_mintime.experiments.optimizers import Together
-from torchdyn_mintime.experiments.tasks import Settings, Task
-from torchdyn_mintime.lyapunov import CrossEntropy, LyapunovRegularizer, ball
-from torchdyn_mintime.optim import CoordinateDescent, GaussNewtonTime
-from torchdyn_mintime.recipes import lyapunov
-from torchdyn_mintime.regularizers import JacobianNorm, KineticEnergy, LocalError, StepDoubling, TaylorRegularizer
-from torchdyn_mintime.steer import RandomSpan
+from torchdyn_mintime import DepthGrowth, LearnableSpan, Shallowest, TargetLoss, parameter_groups, spans
+from torchdyn_mintime.core import RandomSpan
+from torchdyn_mintime.depth.rollback import Rollback
+from torchdyn_mintime.depth.times import CoordinateDescent, GaussNewtonTime
+from torchdyn_mintime.experiments.context import Context, Settings, Step
+from torchdyn_mintime.experiments.models import Model, span_of
+from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, trajectory
 
-if TYPE_CHECKING:
-    from torchdyn_mintime.experiments.training import Step
+__all__ = ["FLOW_METHODS", "METHODS", "Driver", "Grow", "GrowAlone", "KeepTarget", "Method", "Search", "Term"]
 
-__all__ = ["METHODS", "Method", "Term", "find_method", "vanilla_with"]
-
-Term = Callable[["Step"], Tensor]
+Term = Callable[[Step], Tensor | float]
 """A term of the loss of one iteration, a scalar."""
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+"""Of the network, by the name in the settings."""
+
+WEIGHT_DECAY = 1e-5
+"""Of the network under AdamW; times never decay."""
+
+SEARCH_ITERATIONS = 20
+"""How many times the iterations of other methods a search may take; each of its own is far cheaper."""
+
+
+# ---------------------------------------------------------------------------------- who moves t_f, and ends the training
+
+
+class Driver:
+    """The plain one: so many iterations, and the optimizer moves t_f if it is a parameter.
+
+    Args:
+        run: the training.
+        parts: what has a state of its own, by name.
+
+    Attributes:
+        owns_rates: whether it sets the learning rates, so that nobody else must.
+        limit: iterations, at most.
+    """
+
+    owns_rates = False
+
+    def __init__(self, run: Context, **parts: Any):
+        self.run, self.parts, self.limit = run, parts, run.settings.iterations
+
+    @property
+    def done(self) -> bool:
+        """Whether training is over."""
+        return len(self.run.history.loss) >= self.limit
+
+    def penalty(self) -> Tensor | float:
+        """Returns a term of the loss that the driver sets itself."""
+        return 0.0
+
+    def before_step(self, loss: Tensor) -> bool:
+        """Looks at the terminal loss between backward and the optimizer's step. Returns whether the step is taken."""
+        return True
+
+    def after_step(self, loss: Tensor) -> str:
+        """Looks at the terminal loss after the optimizer's step. Returns why training failed, or an empty text."""
+        return ""
+
+    def recovers(self, why: str) -> bool:
+        """Returns whether there is another state to go on from, after an iteration that failed."""
+        return False
+
+    def finish(self) -> str:
+        """Ends the training. Returns why it failed, or an empty text."""
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a stopped training needs to go on."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+class KeepTarget(Driver):
+    """Minimum-time with the price of time found for a target loss."""
+
+    def __init__(self, run: Context):
+        self.price = TargetLoss(run.model, run.settings.target)
+        super().__init__(run, price=self.price)
+
+    def before_step(self, loss: Tensor) -> bool:
+        self.price.step(loss)
+        return True
+
+    def finish(self) -> str:
+        self.price.restore_best()
+        return ""
+
+
+class Grow(Driver):
+    """Algorithm 2: after the iterations of pre-training, t_f grows until the loss is met.
+
+    Looked at is the loss of each iteration, or its mean over each pass where the data comes in batches. With
+    ``patience=0`` it is the paper's code: t_f grows at every look, and the optimizer starts afresh with each growth. With
+    patience t_f grows when the loss has not improved for so many looks, and the optimizer goes on.
+
+    Args:
+        run: the training.
+        patience: see above.
+        pretrained: whether the settings' iterations come before the first look.
+        parts: what else has a state.
+    """
+
+    def __init__(self, run: Context, patience: int = 0, pretrained: bool = True, **parts: Any):
+        self.growth = DepthGrowth(run.model.node, run.settings.target, patience=patience)
+        super().__init__(run, growth=self.growth, **parts)
+        run.history.first_stage = run.settings.iterations if pretrained else None
+
+    @property
+    def done(self) -> bool:
+        return self.growth.done
+
+    def after_step(self, loss: Tensor) -> str:
+        history, growth, per_pass = self.run.history, self.growth, self.run.batches.per_pass
+        since = len(history.loss) - (history.first_stage or 0)
+        if since < 0 or since % per_pass:
+            return ""
+        value = fmean(history.loss[-per_pass:])
+        grew = growth.step(value)
+        if grew and growth.patience == 0:
+            self.run.renew_optimizer()
+        if grew or growth.done or not growth.exhausted:
+            return ""
+        return f"t_f grew to {growth.max_t_f:g} and the loss is still {value:.3g}"
+
+
+class GrowAlone(Grow):
+    """Growth without pre-training, on the terminal loss.
+
+    With all data at once, a loss that explodes is gone back from, at half the rate.
+    """
+
+    owns_rates = True
+
+    def __init__(self, run: Context, patience: int = 20):
+        self.rollback = Rollback(run.model, run.optimizer)
+        super().__init__(run, patience, pretrained=False, rollback=self.rollback)
+
+    def before_step(self, loss: Tensor) -> bool:
+        return not self._went_back(loss.item())
+
+    def recovers(self, why: str) -> bool:
+        return self._went_back(math.inf)
+
+    def _went_back(self, loss: float) -> bool:
+        # A batch's loss says too little to go back for.
+        exploded = self.run.batches.per_pass == 1 and self.rollback.look(loss)
+        if exploded:
+            self.growth.restart()
+        return exploded
+
+
+class Search(Driver):
+    """The fewest evaluations at which the loss is met and the model is its own ODE.
+
+    Args:
+        run: the training.
+        times: how many times the settings' iterations it may take.
+    """
+
+    owns_rates = True
+
+    def __init__(self, run: Context, times: int = SEARCH_ITERATIONS):
+        self.search = Shallowest(target=run.settings.target)
+        super().__init__(run, search=self.search)
+        self.limit *= times
+        self.search.batches_seen_together = run.batches.per_pass
+        self.search.start(run.model, run.optimizer)
+
+    @property
+    def done(self) -> bool:
+        return self.search.done or super().done
+
+    def penalty(self) -> Tensor:
+        return self.search.penalty()
+
+    def after_step(self, loss: Tensor) -> str:
+        self.search.step(loss, self.run.loss_again)
+        return ""
+
+    def recovers(self, why: str) -> bool:
+        self.search.diverged(why)
+        return True
+
+    def finish(self) -> str:
+        return "" if self.search.finish().feasible else "no number of steps met the target as a true ODE"
+
+
+# -------------------------------------------------------------------------------------------------------- the methods
 
 
 @dataclass(frozen=True)
@@ -43,6 +225,7 @@ class Method:
         span: options of ``wrap``; None leaves torchdyn's bare NeuralODE.
         node: options of the NeuralODE over the task's.
         t_span: the points of the solve over the task's.
+        span_lr: learning rate of the times where the settings give none; None is the network's.
         terminal: weight of the terminal loss.
         rate: kappa of the Lyapunov term, eq. (17); None is without one.
         terms: each makes another term of the loss from the model and the settings.
@@ -52,202 +235,166 @@ class Method:
         driver: decides what happens to t_f, and when training ends.
         solver: makes what is solved in training, from the model; default: its node.
         times: makes another optimizer for the times, from them.
-        pair: makes one of the network's optimizer and that of the times.
+        in_turn: makes one optimizer that steps the network's and that of the times in turn; default: both step at once.
     """
 
     label: str
     span: Mapping[str, Any] | None = None
     node: Mapping[str, Any] = field(default_factory=dict)
     t_span: Tensor | None = None
+    span_lr: float | None = None
     terminal: float = 1.0
     rate: float | None = None
-    terms: tuple[Callable[[Classifier, Settings], Term], ...] = ()
+    terms: tuple[Callable[[Model, Settings], Term], ...] = ()
     solves: bool = True
     frozen: bool = False
     skips: bool = False
-    driver: Callable[[], Driver] = Driver
-    solver: Callable[[Classifier], Callable[..., Any]] = attrgetter("node")
+    driver: Callable[[Context], Driver] = Driver
+    solver: Callable[[Model], Callable[..., Any]] = attrgetter("node")
     times: Callable[[list[Tensor]], Optimizer] | None = None
-    pair: Callable[[Optimizer, Optimizer], Any] = Together
+    in_turn: Callable[[Optimizer, Optimizer], Any] | None = None
 
-    def loss_terms(self, model: Classifier, settings: Settings) -> list[Term]:
-        """What is added to the terminal loss."""
-        own = () if self.rate is None else (_lyapunov(self.rate),)
+    def loss_terms(self, model: Model, settings: Settings) -> list[Term]:
+        """Returns what is added to the terminal loss."""
+        own = () if self.rate is None else (partial(_lyapunov, rate=self.rate),)
         return [make(model, settings) for make in (*own, *self.terms)]
 
-    def model(self, task: Task, settings: Settings) -> Classifier:
-        """The task's network, set up for this method."""
-        model = task.model(settings, self.t_span, **self.node)
-        if self.skips:
-            model.node = NoODE()
-            if next(model.parameters(), None) is None:
-                raise UsageError(f"{task.title} has no layers around its NeuralODE: skipped, nothing is left to train")
-        if self.span is not None:
-            wrap(model, model.t_span, **{"t_f": settings.start, **self.span})  # the one line
-        for span in spans(model):
-            span.t_f.requires_grad_(not self.frozen)
-        return model
-
-    def optimizer(self, model: Classifier, settings: Settings) -> tuple[Any, Optimizer]:
-        """A new optimizer, and the part of it whose learning rates follow the settings."""
+    def optimizers(self, model: Model, settings: Settings) -> tuple[list[Any], Optimizer]:
+        """Returns new optimizers, and the one among their parts whose learning rates follow the settings."""
+        decay = WEIGHT_DECAY if settings.optimizer == "adamw" else 0.0
         if next(spans(model), None) is None:
-            groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": settings.lr}]
+            groups: list[dict[str, Any]] = [
+                {"params": list(model.parameters()), "lr": settings.lr, "weight_decay": decay}
+            ]
         else:
-            groups = parameter_groups(model, lr=settings.lr, span_lr=settings.span_lr)
+            span_lr = self.span_lr if settings.span_lr is None else settings.span_lr
+            groups = parameter_groups(model, lr=settings.lr, span_lr=span_lr, weight_decay=decay)
+        make = OPTIMIZERS[settings.optimizer]
         if self.times is None:
-            own = _network_optimizer(groups, settings)
-            return own, own
-        network = _network_optimizer(groups[:1], settings)
-        return self.pair(network, self.times(groups[1]["params"])), network
-
-
-def _network_optimizer(groups: list[dict[str, Any]], settings: Settings) -> Optimizer:
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(groups)
-    return torch.optim.SGD(groups, momentum=0.9)
+            network = make(groups)
+            return [network], network
+        network, times = make(groups[:1]), self.times(groups[1]["params"])
+        return [network, times] if self.in_turn is None else [self.in_turn(network, times)], network
 
 
 # ------------------------------------------------------------------------------------------------ terms of the loss
 
 
-def _price_of_time(model: Classifier, settings: Settings) -> Term:
+def _price_of_time(model: Model, settings: Settings) -> Term:
     return lambda step: settings.weight * model.node.duration  # eq. (13)
 
 
-def _lyapunov(rate: float) -> Callable[[Classifier, Settings], Term]:
+def _lyapunov(model: Model, settings: Settings, rate: float) -> Term:
     """Eq. (17), the plain mean over points as in the paper's code."""
-
-    def make(model: Classifier, settings: Settings) -> Term:
-        regularizer = lyapunov(model, CrossEntropy(model.head), rate)
-        return lambda step: regularizer.penalty(step.t_eval, step.sol, step.y, reduction="points")
-
-    return make
+    regularizer = lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
+    return lambda step: regularizer.penalty(step.t_eval, step.sol, step.y, reduction="points")
 
 
-def _lyanet(rate: float) -> Callable[[Classifier, Settings], Term]:
+def _lyanet(model: Model, settings: Settings, rate: float = 20.0) -> Term:
     """LyaNet: 512 states drawn in a ball of radius U(0, sqrt(225 n)) and one time in each iteration; no solve."""
+    regularizer = lyapunov.LyapunovRegularizer(model.node, potentials.CrossEntropy(model.head), rate)
 
-    def make(model: Classifier, settings: Settings) -> Term:
-        regularizer = LyapunovRegularizer(model.node, CrossEntropy(model.head), rate)
+    def term(step: Step) -> Tensor:
+        # LyaNet looks at every state with every sample's label. Samples of a class give the same, so one of each
+        # is enough where classes are equally many, as they are in these tasks.
+        first = [int((step.y == c).nonzero()[0]) for c in step.y.unique()]
+        sampler = samplers.ball((225.0 * step.z0.shape[1]) ** 0.5, uniform_radius=True)
+        z0, y = step.z0[first], step.y[first]
+        return regularizer.sampled_penalty(z0, y, sampler=sampler, samples=512, t_span=model.t_span)
 
-        def term(step: "Step") -> Tensor:
-            # LyaNet looks at every state with every sample's label. Samples of a class give the same, so one of each
-            # is enough where classes are equally many, as they are in these tasks.
-            first = [int((step.y == c).nonzero()[0]) for c in step.y.unique()]
-            sampler = ball((225.0 * step.z0.shape[1]) ** 0.5, uniform_radius=True)
-            return regularizer.sampled_penalty(
-                step.z0[first], step.y[first], sampler=sampler, samples=512, t_span=model.t_span
-            )
+    return term
+
+
+def _penalty(make: Callable[..., Any], every: int = 1, **options: Any) -> Callable[[Model, Settings], Term]:
+    """A regularizer of the last solve, taken at every ``every``-th iteration."""
+
+    def term_of(model: Model, settings: Settings) -> Term:
+        regularizer, remembers = make(model.node, **options), isinstance(model.node, LearnableSpan)
+
+        def term(step: Step) -> Tensor | float:
+            solve = () if remembers else (step.t_eval, step.sol)  # a span knows its last solve
+            return 0.0 if step.iteration % every else regularizer.penalty(*solve)
 
         return term
 
-    return make
-
-
-def _step_doubling(model: Classifier, settings: Settings) -> Term:
-    regularizer = StepDoubling(model)
-    return lambda step: regularizer.penalty()
-
-
-def _along_trajectory(make_regularizer: Callable[[Any], Any]) -> Callable[[Classifier, Settings], Term]:
-    """A regularizer of the path, on torchdyn's bare NeuralODE."""
-
-    def make(model: Classifier, settings: Settings) -> Term:
-        regularizer = make_regularizer(model.node)
-        return lambda step: regularizer.penalty(step.t_eval, step.sol)
-
-    return make
-
-
-def _taylor(derivative: int) -> Callable[[Classifier, Settings], Term]:
-    return _along_trajectory(lambda node: TaylorRegularizer(node, 1e-3, derivative))
-
-
-def _local_error(model: Classifier, settings: Settings) -> Term:
-    regularizer = LocalError(model.node, 10.0, sampled=True)
-    return lambda step: regularizer.penalty()
+    return term_of
 
 
 # ---------------------------------------------------------------------------------------------------- the registry
 
 _SHORT = span_of(5, 0.05)
-_SNOPT: dict[str, Any] = {"span": {"bounds": (0.1, 1.0)}, "times": GaussNewtonTime}
+_ONE_STEP = span_of(1)
 _ADJOINT = {"sensitivity": "adjoint"}
-_KINETIC = _along_trajectory(lambda node: KineticEnergy(node, 0.01))
-_JACOBIAN = _along_trajectory(lambda node: JacobianNorm(node, 0.01))
+_LYAPUNOV = Method("Lyapunov", span={}, frozen=True, terminal=0.0)
+_ALGORITHM_2 = Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow)
+_MINIMUM_TIME = Method("minimum-time", span={}, terms=(_price_of_time,))
+_SNOPT = Method("SNOpt's time update, adjoint", span={"bounds": (0.1, 1.0)}, times=GaussNewtonTime, node=_ADJOINT)
 
 METHODS: dict[str, Method] = {
     "vanilla": Method("vanilla"),
-    "minimum-time": Method("minimum-time", span={}, terms=(_price_of_time,)),
+    "minimum-time": _MINIMUM_TIME,
     "target": Method("minimum-time, given target", span={}, driver=KeepTarget),
-    "convergence-rate": Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow),
-    "convergence-rate-patient": Method(
-        "convergence-rate, patience 3",
-        span={},
-        t_span=_SHORT,
-        terminal=0.0,
-        rate=20.0,
-        driver=lambda: Grow(patience=3),
+    "convergence-rate": _ALGORITHM_2,
+    "convergence-rate-patient": replace(
+        _ALGORITHM_2, label="convergence-rate, patience 3", driver=partial(Grow, patience=3)
     ),
     "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone),
-    "pretrained": Method(
-        "Lyapunov on [0, .05]",
-        span={},
-        frozen=True,
-        t_span=_SHORT,
-        terminal=0.0,
-        rate=20.0,
-    ),
+    "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
     "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
-    "lyapunov-1": Method("Lyapunov, rate 1", span={}, frozen=True, terminal=0.0, rate=1.0),
-    "lyapunov-10": Method("Lyapunov, rate 10", span={}, frozen=True, terminal=0.0, rate=10.0),
-    "lyapunov-20": Method("Lyapunov, rate 20", span={}, frozen=True, terminal=0.0, rate=20.0),
-    "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet(20.0),), solves=False),
+    "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
+    "lyapunov-10": replace(_LYAPUNOV, label="Lyapunov, rate 10", rate=10.0),
+    "lyapunov-20": replace(_LYAPUNOV, label="Lyapunov, rate 20", rate=20.0),
+    "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet,), solves=False),
     "steer": Method("STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
-    "taynode-2": Method("TayNODE, K = 2", terms=(_taylor(2),)),
-    "taynode-3": Method("TayNODE, K = 3", terms=(_taylor(3),)),
-    "rnode": Method("RNODE", terms=(_KINETIC, _JACOBIAN)),
-    "local-error": Method("local error", span={}, frozen=True, terms=(_local_error,)),
-    "step-doubling": Method("1 step, step doubling", span={}, frozen=True, t_span=span_of(1), terms=(_step_doubling,)),
+    "taynode-2": Method("TayNODE, K = 2", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=2),)),
+    "taynode-3": Method("TayNODE, K = 3", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=3),)),
+    "rnode": Method(
+        "RNODE",
+        terms=(_penalty(trajectory.KineticEnergy, weight=0.01), _penalty(trajectory.JacobianNorm, weight=0.01)),
+    ),
+    "local-error": Method(
+        "local error", span={}, frozen=True, terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
+    ),
+    "step-doubling": Method(
+        "1 step, step doubling", span={}, frozen=True, t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
+    ),
     "shallowest": Method("shallowest true ODE", span={}, driver=Search),
     "shallowest-adaptive": Method(
-        "shallowest true ODE, tsit5", span={}, node={"solver": "tsit5"}, t_span=span_of(1), driver=Search
+        "shallowest true ODE, tsit5", span={}, node={"solver": "tsit5"}, t_span=_ONE_STEP, driver=Search
     ),
     "skipped": Method("the ODE skipped", skips=True),
-    "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=span_of(1)),
+    "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),
     "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),
     "vanilla-adjoint-adaptive": Method(
-        "vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=span_of(1)
+        "vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=_ONE_STEP
     ),
-    "snopt": Method("SNOpt's time update, adjoint", **_SNOPT, node=_ADJOINT),
-    "snopt-adaptive": Method(
-        "SNOpt's time update, adjoint and dopri5", **_SNOPT, node={**_ADJOINT, "solver": "dopri5"}, t_span=span_of(1)
+    "snopt": _SNOPT,
+    "snopt-adaptive": replace(
+        _SNOPT,
+        label="SNOpt's time update, adjoint and dopri5",
+        node={**_ADJOINT, "solver": "dopri5"},
+        t_span=_ONE_STEP,
     ),
-    "coordinate-descent": Method(
-        "TO-FLOW's coordinate descent",
-        span={},
-        terms=(_price_of_time,),
-        times=lambda times: torch.optim.Adam(times, lr=0.02),
-        pair=lambda network, times: CoordinateDescent(network, times, turns=(5, 1)),
+    "coordinate-descent": replace(
+        _MINIMUM_TIME,
+        label="TO-FLOW's coordinate descent",
+        times=partial(torch.optim.Adam, lr=0.02),
+        in_turn=partial(CoordinateDescent, turns=(5, 1)),
     ),
-    "minimum-time-adjoint": Method("minimum-time, adjoint", span={}, node=_ADJOINT, terms=(_price_of_time,)),
+    "minimum-time-adjoint": replace(_MINIMUM_TIME, label="minimum-time, adjoint", node=_ADJOINT),
 }
 
-
-def vanilla_with(steps: int) -> Method:
-    """The control: vanilla on the same interval, with as many equal steps of rk4."""
-    return Method(f"vanilla, {steps} steps", node={"solver": "rk4"}, t_span=span_of(steps))
-
-
-def find_method(name: str) -> Method:
-    """The method of a name: an entry of ``METHODS``, or ``vanilla:12`` for vanilla with 12 equal steps.
-
-    Raises:
-        UsageError: there is none.
-    """
-    base, _, steps = name.partition(":")
-    if base == "vanilla" and steps.isdecimal() and int(steps) > 0:
-        return vanilla_with(int(steps))
-    if name not in METHODS:
-        raise UsageError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, vanilla:STEPS")
-    return METHODS[name]
+FLOW_METHODS: dict[str, Method] = {
+    "vanilla": METHODS["vanilla"],
+    "minimum-time": replace(_MINIMUM_TIME, t_span=span_of(12), span_lr=0.01),
+    "minimum-time-doubling": Method(
+        "minimum-time, step doubling",
+        span={},
+        t_span=span_of(12),
+        span_lr=0.01,
+        # At every fifth iteration alone, five times as heavy.
+        terms=(_price_of_time, _penalty(step_doubling.StepDoubling, every=5, weight=5.0)),
+    ),
+    "minimum-time-paper": replace(_MINIMUM_TIME, label="minimum-time, as in the paper"),
+    "default-adaptive": METHODS["default-adaptive"],
+}

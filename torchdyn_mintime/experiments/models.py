@@ -1,59 +1,41 @@
 """The networks of the experiments: a NeuralODE with what comes before and after it."""
 
 import io
-from collections.abc import Callable
+import math
 from contextlib import redirect_stdout
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import CNF, hutch_trace
 
-__all__ = ["Classifier", "FirstDimensions", "NoODE", "mlp", "quiet_node", "span_of"]
+from torchdyn_mintime import FlowModel, LearnableSpan
+from torchdyn_mintime.flows import Gaussian, HyperCNF
 
-
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with tanh between them."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-class FirstDimensions(nn.Module):
-    """The first ``n`` dimensions of the state as logits: a head that learns nothing, as the paper's code has it."""
-
-    def __init__(self, n: int):
-        super().__init__()
-        self.n = n
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z[:, : self.n]
+__all__ = [
+    "ConvField",
+    "FirstDimensions",
+    "LogDensity",
+    "Model",
+    "NoODE",
+    "conv_parts",
+    "flow_of",
+    "hyper_flow_parts",
+    "mlp",
+    "span_of",
+    "tutorial_flow_parts",
+]
 
 
-def quiet_node(field: Callable, **options: Any) -> NeuralODE:
-    """A NeuralODE without torchdyn's printed note about a field that takes no time."""
-    with redirect_stdout(io.StringIO()):
-        return NeuralODE(field, **options)
+def span_of(steps: int, end: float = 1.0) -> Tensor:
+    """Returns the points of ``steps`` equal steps on [0, end]."""
+    return torch.linspace(0, end, steps + 1)
 
 
-class _NoField(nn.Module):
-    nfe = 0.0  # counted as torchdyn's fields do
-
-
-class NoODE(nn.Module):
-    """In the place of a NeuralODE: z(t_f) = z(t0). What is left of the network must do without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vf = _NoField()
-
-    def forward(self, z: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
-        return t_span[:1], z[None]
-
-
-class Classifier(nn.Module):
+class Model(nn.Module):
     """``head(node(before(x)))``, with torchdyn's own NeuralODE as a user writes it today.
 
     Args:
@@ -77,18 +59,146 @@ class Classifier(nn.Module):
         super().__init__()
         self.t_span = t_span
         self.before = before or nn.Identity()
-        self.node = quiet_node(field, **{"solver": "rk4", **options})
+        with redirect_stdout(io.StringIO()):  # torchdyn prints a note about a field that takes no time
+            self.node = NeuralODE(field, **{"solver": "rk4", **options})
         self.head = head or FirstDimensions(2)
 
+    @property
+    def t_f(self) -> float:
+        """Where the interval ends, in units of time; where the ODE is skipped, where it begins."""
+        if isinstance(self.node, NoODE):
+            return self.t_span[0].item()
+        return self.node.t_f.item() if isinstance(self.node, LearnableSpan) else self.t_span[-1].item()
+
     def trajectory(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(t_eval, sol)``: the points ``[points]`` and the states ``[points, batch, ...]``."""
+        """Returns ``(t_eval, sol)``: the points ``[points]`` and the states ``[points, batch, ...]``."""
         return self.node(self.before(x), self.t_span)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[batch, classes]``."""
+        """Returns logits ``[batch, classes]``, or of a flow log-densities ``[batch]``."""
         return self.head(self.trajectory(x)[1][-1])
 
 
-def span_of(steps: int, end: float = 1.0) -> Tensor:
-    """``steps`` equal steps on [0, end]."""
-    return torch.linspace(0, end, steps + 1)
+class NoODE(nn.Module):
+    """In the place of a NeuralODE: z(t_f) = z(t0). What is left of the network must do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vf = SimpleNamespace(nfe=0.0)  # counted as torchdyn's fields do
+
+    def forward(self, z: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
+        return t_span[:1], z[None]
+
+
+def mlp(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    """Returns linear layers with an activation between them."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+class FirstDimensions(nn.Module):
+    """The first ``n`` dimensions of the state as logits: a head that learns nothing, as the paper's code has it."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z[:, : self.n]
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    # Two channels a group, as the paper's 32 groups of 64: with one, pooling behind it would see nothing.
+    return nn.GroupNorm(math.gcd(32, max(1, width // 2)), width)
+
+
+class _ConvWithTime(nn.Module):
+    """A 3 by 3 convolution that sees the time as one more channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width + 1, width, 3, padding=1)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        time = torch.as_tensor(t).to(x).expand(x.shape[0], 1, *x.shape[2:])
+        return self.conv(torch.cat([time, x], 1))
+
+
+class ConvField(nn.Module):
+    """f(t, z) on feature maps ``[batch, width, height, width]``: norm, ReLU and convolution, twice, and a norm."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.norms = nn.ModuleList(_norm(width) for _ in range(3))
+        self.convolutions = nn.ModuleList(_ConvWithTime(width) for _ in range(2))
+
+    def forward(self, t: Tensor, x: Tensor, args: dict | None = None) -> Tensor:
+        for norm, convolution in zip(self.norms, self.convolutions, strict=False):
+            x = convolution(t, torch.relu(norm(x)))
+        return self.norms[2](x)
+
+
+def conv_parts(channels: int, width: int = 64) -> dict[str, nn.Module]:
+    """Returns the paper's network for images, as keywords of ``Model``.
+
+    Args:
+        channels: of the images.
+        width: channels inside; the paper's is 64.
+    """
+    before = nn.Sequential(
+        nn.Conv2d(channels, width, 3),
+        _norm(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 4, 2, 1),
+        _norm(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 4, 2, 1),
+    )
+    head = nn.Sequential(_norm(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    return {"field": ConvField(width), "before": before, "head": head}
+
+
+# -------------------------------------------------------------------------------------------------------------- flows
+
+
+class LogDensity(nn.Module):
+    """log p(x) of eq. (5) from the state [l, z] at t_f: a flow's head.
+
+    Args:
+        base: the distribution at t_f.
+    """
+
+    def __init__(self, base: Gaussian):
+        super().__init__()
+        self.base: Gaussian = base
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.base.log_prob(z[:, 1:]) - z[:, 0]
+
+
+def _flow_parts(field: nn.Module, base: Gaussian) -> dict[str, nn.Module]:
+    return {"field": field, "before": nn.ConstantPad1d((1, 0), 0.0), "head": LogDensity(base)}  # l(t0) = 0
+
+
+def hyper_flow_parts() -> dict[str, nn.Module]:
+    """Returns the hypernetwork of the Neural ODEs example, with its base N(0, 0.1 I), as keywords of ``Model``."""
+    return _flow_parts(HyperCNF(), Gaussian(2, variance=0.1))
+
+
+def tutorial_flow_parts() -> dict[str, nn.Module]:
+    """Returns the CNF of torchdyn's tutorial, with Hutchinson's trace, as keywords of ``Model``."""
+    noise = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    net = mlp(2, 64, 64, 64, 2, activation=nn.Softplus)
+    return _flow_parts(CNF(net, trace_estimator=hutch_trace, noise_dist=noise), Gaussian(2))
+
+
+def flow_of(model: Model) -> FlowModel:
+    """Returns a trained flow with its samples and its density, by the same steps and parameters."""
+    assert isinstance(model.head, LogDensity)
+    span = model.node if isinstance(model.node, LearnableSpan) else LearnableSpan(model.node, model.t_span)
+    return FlowModel(span, model.head.base).eval()

@@ -1,110 +1,218 @@
-"""What is kept of a trained model: its figures as one flat record, printed, and written as CSV and JSON."""
+"""Results as DataFrames, one row a trained model: medians, ranges and ratios, printed, and written as CSV, JSON, Markdown."""
 
-import csv
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from torchdyn_mintime import IntegrationError
-from torchdyn_mintime.experiments import measure
-from torchdyn_mintime.experiments.training import Run
+try:
+    import pandas as pd
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the experiments need pandas: pip install 'torchdyn-mintime[experiments]'") from error
 
-__all__ = ["Result", "measured", "print_table", "write"]
+__all__ = ["Line", "Report", "cell", "frame_of", "print_table", "show", "write"]
 
-WIDTH = 110
+WIDTH = 170
+"""Tables are printed as wide as their figures need: a narrow window then wraps lines, but no figure is cut."""
+
+
+def frame_of(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Returns records as rows; what is None, NaN or a whole number stays so."""
+    return pd.DataFrame(list(records), dtype=object)
 
 
 @dataclass
-class Result:
-    """The figures of one trained model.
+class Line:
+    """A row of a table: the results of all seeds, and their baselines.
 
     Attributes:
-        t_f: terminal time, in units of time.
-        steps, nfe: of one forward pass on the test set; evaluations of the field.
-        training: seconds of all iterations.
-        inference: seconds of one forward pass over the test set; filled in where models are timed in turn.
-        pretraining: seconds of the first of two stages; None where there is one.
-        to_target: seconds of training until the loss first was .01 or less at 100 %; None if never.
-        train_loss, train_accuracy, accuracy: at the end, on the training and on the test set (accuracy).
-        reference_loss, reference_accuracy: on the test set, of the same model solved at tolerance 1e-7.
-        failure: why training stopped early, or an empty text.
+        label: as printed.
+        results: a row for each seed; empty where there is only a note.
+        base: those of the baseline, by the same seeds; None where nothing is compared with.
+        paper: what the paper reports, as printed.
+        note: said beside the figures; failures are added.
+        control: whether this is a control, and no method of the paper.
     """
 
-    task: str
-    method: str
-    seed: int
-    lr: float
-    iterations: int
-    t_f: float
-    steps: int
-    nfe: int
-    training: float
-    inference: float | None
-    pretraining: float | None
-    to_target: float | None
-    train_loss: float
-    train_accuracy: float
-    loss: float
-    accuracy: float
-    reference_loss: float
-    reference_accuracy: float
-    failure: str = ""
+    label: str
+    results: pd.DataFrame = field(default_factory=pd.DataFrame)
+    base: pd.DataFrame | None = None
+    paper: str = ""
+    note: str = ""
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        failed = [] if self.results.empty else [why for why in self.results["failure"] if why]
+        if failed and not self.note:
+            self.note = f"{len(failed)} of {len(self.results)} failed: {failed[0]}"
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The results that did not fail; those that did count in no figure, and stand in the note."""
+        return self.results[self.results["failure"] == ""]
+
+    def text(
+        self,
+        figure: str,
+        form: str = "{:g}",
+        scale: float = 1.0,
+        ratio: bool = False,
+        first: str = "",
+        of_failed: bool = False,
+    ) -> str:
+        """Returns the median, how many times less than the baseline that is, and the range where values differ as printed.
+
+        Results that have no such figure are left out, and those that are left counted.
+
+        Args:
+            figure: a column of the results.
+            form: of a number.
+            scale: factor on every value.
+            ratio: whether the baseline is compared with.
+            first: another column, of the first of two stages, whose median stands behind.
+            of_failed: whether models that failed have this figure too.
+        """
+        if self.results.empty:
+            return ""
+        rows = self.results if of_failed else self.finished
+        values = scale * rows[figure].dropna().astype(float)
+        if values.empty:
+            return "failed" if rows.empty else "never"
+        low, text, high = (form.format(v) for v in (values.min(), values.median(), values.max()))
+        span = f"\n[{low}, {high}]" if low != high else ""
+        if first and rows[first].notna().any():
+            text += f" (first {form.format(rows[first].dropna().median())})"
+        if ratio and (times := self.gain(figure)) is not None:
+            text += f" {times:.1f}x"
+        if len(values) < len(self.results):
+            text += f" ({len(values)} of {len(self.results)})"
+        return text + span
+
+    def by_seed(self, notes: Sequence[str]) -> "list[Line]":
+        """Returns a line for each seed, with its note."""
+        rows = [self.results.iloc[[i]] for i in range(len(self.results))]
+        return [Line(f"{self.label}, seed {r['seed'].iloc[0]}", r, note=n) for r, n in zip(rows, notes, strict=True)]
+
+    def gain(self, figure: str) -> float | None:
+        """Returns how many times less than the baseline it has of something: the median over seeds that did not fail.
+
+        None where one of these has no such figure.
+        """
+        if self.base is None or self.base is self.results or self.results.empty:
+            return None
+        both = self.results.merge(self.base, on="seed", suffixes=("", "_base"))
+        both = both[(both["failure"] == "") & (both["failure_base"] == "")]
+        own, base = (both[name].astype(float) for name in (figure, f"{figure}_base"))
+        ratios = base / own
+        usable = len(both) and (ratios > 0).all() and (own > 0).all()
+        return float(ratios.median()) if usable else None
 
 
-def measured(task: str, run: Run) -> Result:
-    """Measures the model of a finished run, all but the inference time. What cannot be solved has NaN figures, and failed."""
-    model, data, history = run.model, run.data, run.history
-    first, nan = run.driver.first_stage, math.nan
-    failure, steps, nfe = run.failure, 0, 0
-    on_training = on_test = exactly = (nan, nan)
-    try:
-        on_training = measure.evaluate(measure.forward(model, data.x).logits, data.y)
-        test = measure.forward(model, data.x_test)
-        on_test, steps, nfe = measure.evaluate(test.logits, data.y_test), test.steps, test.nfe
-        exactly = measure.evaluate(measure.reference_logits(model, data.x_test), data.y_test)
-    except IntegrationError as error:
-        failure = failure or f"the trained model cannot be solved: {error}"
-    return Result(
-        task=task,
-        method=run.method.label,
-        seed=run.settings.seed,
-        lr=run.settings.lr,
-        iterations=len(history.loss),
-        t_f=measure.end_of(model),
-        steps=steps,
-        nfe=nfe,
-        training=history.seconds_at(len(history.seconds)),
-        inference=None,
-        pretraining=None if first is None else history.seconds_at(first),
-        to_target=history.to_target(run.settings.target),
-        train_loss=on_training[0],
-        train_accuracy=on_training[1],
-        loss=on_test[0],
-        accuracy=on_test[1],
-        reference_loss=exactly[0],
-        reference_accuracy=exactly[1],
-        failure=failure,
-    )
+Cell = Callable[[Line], str]
 
 
-def print_table(table: Table, console: Console, width: int = WIDTH) -> None:
-    """Prints a table at the width that its figures need: a narrow window then wraps lines, but no figure is cut."""
-    Console(width=max(console.width, width), file=console.file).print(table)
+def cell(figure: str, form: str = "{:g}", **options: Any) -> Cell:
+    """Returns what shows one figure of a line; for the options see :meth:`Line.text`."""
+    return partial(Line.text, figure=figure, form=form, **options)
 
 
-def write(results: Sequence[Any], folder: Path, name: str) -> list[Path]:
-    """Writes ``name.csv`` and ``name.json``, of one record or more, all of one kind."""
+@dataclass(frozen=True)
+class Report:
+    """How the results of a task are shown, and what counts as good.
+
+    Attributes:
+        columns: what a cell holds, by the head of the column.
+        details: more columns, where each seed has a row of its own.
+        gains: the figures of which a learned row has less than the baseline, by their names in the sentences below.
+        exactly: what such a sentence says of a row's models solved exactly.
+        caption: below the table.
+        own, reference: figures of a model by its own steps and solved exactly, held against the baseline's ``own``.
+        slack: how much worse than the baseline they may be.
+        higher: whether more is better.
+    """
+
+    columns: Mapping[str, Cell]
+    gains: Mapping[str, str]
+    exactly: Callable[[pd.DataFrame], str]
+    caption: str
+    own: str
+    reference: str
+    slack: float
+    higher: bool = False
+    details: Mapping[str, Cell] = field(default_factory=dict)
+
+    def as_good(self, results: pd.DataFrame, base: pd.DataFrame) -> bool:
+        """Returns whether the models are as good as the baseline on every seed, as they are solved and solved exactly."""
+        sign = -1.0 if self.higher else 1.0
+        failed = (results["failure"] != "").any() or (base["failure"] != "").any()
+        bound = sign * base[self.own].astype(float).to_numpy() + self.slack
+        both = sign * results[[self.own, self.reference]].astype(float).to_numpy()
+        return bool(not failed and (both <= bound[:, None]).all())
+
+    def frame(self, lines: Sequence[Line], detailed: bool = False) -> pd.DataFrame:
+        """Returns the cells of a table, with the details where they are wanted."""
+        columns = {**self.columns, **(self.details if detailed else {})}
+        return pd.DataFrame(
+            {
+                "": f"control: {line.label}" if line.control else line.label,
+                "paper": line.paper,
+                **{head: show_in(line) for head, show_in in columns.items()},
+                "note": line.note,
+            }
+            for line in lines
+        )
+
+    def remarks(self, lines: Sequence[Line]) -> list[str]:
+        """Returns a sentence for each learned row: its gains, and between which the controls' lie."""
+        controls = [line for line in lines if line.control and not line.results.empty]
+        return [self._remark(line, controls) for line in lines[1:] if not (line.results.empty or line.control)]
+
+    def _remark(self, line: Line, controls: Sequence[Line]) -> str:
+        if line.finished.empty:
+            return f"{line.label} failed on every seed."
+        parts = []
+        for what, figure in self.gains.items():
+            own = line.gain(figure)
+            if own is None:
+                continue
+            others = [other for control in controls if (other := control.gain(figure)) is not None]
+            low, high = (f"{bound(others):.1f}x" for bound in (min, max)) if others else ("", "")
+            beside = f"{low} to {high}" if low != high else low
+            parts.append(f"{what} {own:.1f}x" + (f" (controls {beside})" if others else ""))
+        return f"{line.label}: {'; '.join([*parts, self.exactly(line.finished)])}."
+
+
+def print_table(cells: pd.DataFrame, title: str, caption: str, console: Console) -> None:
+    """Prints cells under their heads."""
+    table = Table(*map(str, cells), title=title, caption=caption, box=box.SIMPLE_HEAD)
+    for row in cells.itertuples(index=False):
+        table.add_row(*map(Text, row))  # as it is: brackets are no markup here
+    Console(width=max(console.width, WIDTH), file=console.file, quiet=console.quiet).print(table)
+
+
+def show(title: str, heading: str, lines: Sequence[Line], report: Report, console: Console) -> str:
+    """Prints a table with its sentences, and returns both as Markdown under ``heading``."""
+    cells, remarks = report.frame(lines), report.remarks(lines)
+    print_table(cells, title, report.caption, console)
+    for remark in remarks:
+        console.print(remark, highlight=False)
+    rows = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
+    text = "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
+    return f"## {heading}\n\n{text}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
+
+
+def write(results: pd.DataFrame, texts: Sequence[str], folder: Path, name: str, console: Console) -> None:
+    """Writes results as CSV and JSON, their tables as Markdown, and says where."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, record = folder / f"{name}.csv", folder / f"{name}.json"
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(results[0])])
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in results)
-    record.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
-    return [table, record]
+    table, record, page = (folder / f"{name}.{ending}" for ending in ("csv", "json", "md"))
+    results.to_csv(table, index=False)
+    record.write_text(json.dumps(results.to_dict("records"), indent=1) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    console.print(f"The table as data: {table}, {record}, {page}", highlight=False)

@@ -2,29 +2,34 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from torchdyn_mintime.experiments.methods import find_method
-from torchdyn_mintime.experiments.models import Classifier
-from torchdyn_mintime.experiments.results import Result, measured
+from torchdyn_mintime.experiments import UsageError, datasets, measure, models
+from torchdyn_mintime.experiments.context import History, Settings
 from torchdyn_mintime.experiments.tasks import TASKS
-from torchdyn_mintime.experiments.training import History
+from torchdyn_mintime.experiments.training import Run, race
 
-__all__ = ["JudgedStore", "Plan", "Store", "load_model"]
+__all__ = ["Plan", "Store", "load_model"]
+
+CHECKPOINT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run to be made: names of ``TASKS`` and of ``find_method``, or a flow's, and the settings, the seed among them."""
+    """One run to be made: names of a task and of one of its methods, and the settings, the seed among them."""
 
     task: str
     method: str
-    settings: Any
+    settings: Settings
 
     @property
     def key(self) -> str:
@@ -33,109 +38,134 @@ class Plan:
         return f"{self.task}-{self.method.replace(':', '-')}-seed{self.settings.seed}-{digest}"
 
 
-def load_model(plan: Plan, path: Path) -> Classifier:
-    """The trained model of a finished plan, from the file that a store has written."""
+def load_model(plan: Plan, path: Path) -> models.Model:
+    """Returns the trained model of a finished plan, from the file that a store has written."""
+    task = TASKS[plan.task]
     with torch.random.fork_rng(devices=[]):
-        model = find_method(plan.method).model(TASKS[plan.task], plan.settings)
-    saved = torch.load(path)
-    if "solver" in saved:
-        from torchdyn_mintime.shallow import set_steps
-
-        set_steps(model.node, saved["steps"], saved["solver"])
-    model.load_state_dict(saved["model"])
+        model = task.model(task.method(plan.method), plan.settings)
+    model.load_state_dict(torch.load(path))
     return model
 
 
 class Store:
-    """A folder with a JSON record (figures and history) and a model for each finished plan.
-
-    Of classifiers; for others see :class:`JudgedStore`.
+    """A folder with a JSON record (figures and history) and a model for each finished plan; it trains what is missing.
 
     Args:
         folder: made when something is written.
+        console: for progress bars and messages; default: none.
+        source: where image data is.
+        device: where to train.
     """
 
-    result_type: type = Result
-
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, console: Console | None = None, source: datasets.Source | None = None, device: str = "cpu"
+    ):
+        self.folder, self.source, self.device = folder, source or datasets.Source(), device
+        self.console = console or Console(quiet=True)
+        self._loaded: tuple[tuple, datasets.Data] | None = None
 
     def has(self, plan: Plan) -> bool:
-        """Whether the plan was finished."""
-        return self._record(plan).exists()
+        """Returns whether the plan was finished."""
+        return self._path(plan, ".json").exists()
 
-    def result(self, plan: Plan) -> Any:
-        """The figures of a finished plan."""
-        return self.result_type(**json.loads(self._record(plan).read_text(encoding="utf-8"))["result"])
+    def result(self, plan: Plan) -> dict[str, Any]:
+        """Returns the figures of a finished plan."""
+        return self._record(plan)["result"]
 
     def history(self, plan: Plan) -> History:
-        """The history of a finished plan."""
-        return History(**json.loads(self._record(plan).read_text(encoding="utf-8"))["history"])
+        """Returns the history of a finished plan."""
+        return History(**self._record(plan)["history"])
 
-    def model(self, plan: Plan) -> Any:
-        """The trained model of a finished plan."""
+    def model(self, plan: Plan) -> models.Model:
+        """Returns the trained model of a finished plan."""
         return load_model(plan, self._path(plan, ".pt"))
 
-    def measure(self, plan: Plan, run: Any) -> Any:
-        """The figures of a finished run."""
-        return measured(plan.task, run)
+    def data(self, plan: Plan) -> datasets.Data:
+        """Returns the data of a plan."""
+        wanted = (plan.task, plan.settings.seed, plan.settings.subset, plan.settings.test)
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = wanted, TASKS[plan.task].load(plan.settings, self.source)
+        return self._loaded[1]
 
-    def structure(self, run: Any) -> dict[str, Any]:
-        """What of a finished run's model its state_dict does not hold."""
-        return run.driver.structure(run)
+    def begin(self, plan: Plan) -> Run:
+        """Returns the run of a plan, at the checkpoint where it was stopped, if there is one.
 
-    def save(self, plan: Plan, run: Any) -> Any:
-        """Measures a finished run and writes it; its checkpoint goes."""
-        result = self.measure(plan, run)
+        Raises:
+            UsageError: a span, a method or a search refuses the settings.
+            MissingData: the data is not at hand.
+        """
+        task, data = TASKS[plan.task], self.data(plan)
+        method, path = task.method(plan.method), self._path(plan, ".checkpoint")
+        try:
+            run = Run(task, method, plan.settings, data, self.device)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{plan.task}, {plan.method}: {error}") from error
+        if path.exists():
+            run.load_state_dict(torch.load(path, map_location=run.device))
+            self.console.print(f"{plan.task}, {method.label}: goes on after {len(run.history.loss)} iterations")
+        return run
+
+    def finish(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+        """Trains the plans that are not finished, one iteration of each in turn, and returns the figures of all.
+
+        Args:
+            plans: of one task.
+        """
+        runs = {plan: self.begin(plan) for plan in plans if not self.has(plan)}
+        saved = time.monotonic()
+
+        def advanced(run: Run) -> None:
+            nonlocal saved
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                for plan, other in runs.items():
+                    if not other.done:
+                        self.checkpoint(plan, other)
+                saved = time.monotonic()
+
+        if runs:
+            title = f"{plans[0].task} {plans[0].settings.seed}"
+            race(list(runs.values()), self.console, title, advanced)
+        for plan, run in runs.items():
+            self.save(plan, run)
+        return [self.result(plan) for plan in plans]
+
+    def time_inference(self, plans: Iterable[Plan], calls: int = 11) -> None:
+        """Times one forward pass over the test set, all models in turn, unless every one of them was timed before.
+
+        A model that cannot be solved has no time, nor has a flow, whose sampling was timed.
+        """
+        results = {plan: self.result(plan) for plan in plans}
+        solved = [plan for plan, result in results.items() if not math.isnan(result.get("accuracy", math.nan))]
+        if all(results[plan]["inference"] is not None for plan in solved):
+            return
+        x = self.data(solved[0]).x_test
+        actions = [partial(self.model(plan).eval(), x) for plan in solved]
+        for plan, seconds in zip(solved, measure.median_seconds(actions, x.device, calls), strict=True):
+            self._write(plan, {**self._record(plan), "result": {**results[plan], "inference": seconds}})
+
+    def save(self, plan: Plan, run: Run) -> dict[str, Any]:
+        """Judges a finished run, writes it, and returns its figures; its checkpoint goes."""
+        result = run.judge()
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {"model": run.model.cpu().state_dict(), **self.structure(run)}
-        torch.save(kept, self._path(plan, ".pt"))
-        record = {"plan": asdict(plan), "result": asdict(result), "history": asdict(run.history)}
-        self._write(self._record(plan), json.dumps(record))
+        torch.save(run.model.cpu().state_dict(), self._path(plan, ".pt"))
+        self._write(plan, {"plan": asdict(plan), "result": result, "history": asdict(run.history)})
         self._path(plan, ".checkpoint").unlink(missing_ok=True)
         return result
 
-    def set_inference(self, plan: Plan, seconds: float) -> Result:
-        """Adds the inference time, which is measured when several models are at hand."""
-        record = json.loads(self._record(plan).read_text(encoding="utf-8"))
-        result = replace(Result(**record["result"]), inference=seconds)
-        self._write(self._record(plan), json.dumps({**record, "result": asdict(result)}))
-        return result
-
-    def checkpoint(self, plan: Plan, run: Any) -> None:
+    def checkpoint(self, plan: Plan, run: Run) -> None:
         """Writes what a stopped run needs to go on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(plan, ".checkpoint")
-        torch.save(run.state_dict(), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)  # never half a file
+        part = self._path(plan, ".part")
+        torch.save(run.state_dict(), part)
+        part.replace(self._path(plan, ".checkpoint"))  # never half a file
 
-    def resume(self, plan: Plan, run: Any, console: Console) -> None:
-        """Takes up the checkpoint of a stopped run, where there is one."""
-        path = self._path(plan, ".checkpoint")
-        if path.exists():
-            run.load_state_dict(torch.load(path, map_location=run.device))
-            console.print(f"{plan.task}, {run.method.label}: goes on after {len(run.history.loss)} iterations")
+    def _record(self, plan: Plan) -> dict[str, Any]:
+        return json.loads(self._path(plan, ".json").read_text(encoding="utf-8"))
 
-    def _record(self, plan: Plan) -> Path:
-        return self._path(plan, ".json")
+    def _write(self, plan: Plan, record: dict[str, Any]) -> None:
+        part = self._path(plan, ".part")
+        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        part.replace(self._path(plan, ".json"))
 
     def _path(self, plan: Plan, suffix: str) -> Path:
         return self.folder / f"{plan.key}{suffix}"
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        part = path.with_suffix(".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-
-
-class JudgedStore(Store):
-    """Of runs that judge themselves, into the ``result_type`` of a subclass, and whose models need only their state."""
-
-    def measure(self, plan: Plan, run: Any) -> Any:
-        """The figures of a finished run."""
-        return run.judge()
-
-    def structure(self, run: Any) -> dict[str, Any]:
-        """Nothing."""
-        return {}

@@ -1,410 +1,298 @@
-"""The paper's tables, with ours and the controls beside each of its rows."""
+"""The paper's tables, with ours and the controls beside each of their rows: ``TABLES``, by number.
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+``make`` makes these, ``make_own`` one of any task and methods, and ``demo`` a short one with figures.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import pandas as pd
 
-from torchdyn_mintime.experiments.data import Data
-from torchdyn_mintime.experiments.errors import UsageError
-from torchdyn_mintime.experiments.images import MissingData, Source
-from torchdyn_mintime.experiments.lines import Kind, Line, failures, save, show
-from torchdyn_mintime.experiments.results import Result
-from torchdyn_mintime.experiments.runner import carry_out, time_inference
+from torchdyn_mintime import spans
+from torchdyn_mintime.experiments import MissingData, UsageError, figures, measure
+from torchdyn_mintime.experiments.comparison import BEST_OF_SWEEP, TWIN, Options, Row, compare
+from torchdyn_mintime.experiments.results import Line, print_table, show, write
 from torchdyn_mintime.experiments.store import Plan, Store
-from torchdyn_mintime.experiments.tasks import TASKS, Settings
+from torchdyn_mintime.experiments.tasks import TASKS
 
-__all__ = ["TABLES", "Options", "Row", "Section", "make"]
+__all__ = ["DEMO", "FLOWS_FIRST_SEED", "FLOW_SWEEP", "TABLES", "demo", "make", "make_own"]
 
-SWEEP = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Steps of the control that a user without this package would try."""
+FLOW_SWEEP = (4, 6, 8, 12, 16)
+"""Steps of the control for flows, as a user without this package would try them."""
 
-GRID = (0.01, 0.03, 0.1)
-"""Learning rates that every method is tried with, but where the paper trains by SGD: there its schedule is kept."""
-
-TRIAL_SEED = 1000
-"""Learning rates are chosen on it, so that no seed of a table has had a say in them.
-
-Its points are drawn afresh; of images it has another split, whose test images may stand in a table's.
-"""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-        method: a name for ``find_method``.
-        paper: what the paper reports, as printed.
-        settings: what differs from the task's own, as pairs.
-        label: as printed; default: the method's.
-    """
-
-    method: str
-    paper: str = ""
-    settings: tuple[tuple[str, Any], ...] = ()
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """The rows of one task. The first is the baseline of the ratios; controls are added to all.
-
-    Attributes:
-        learned: the method whose number of steps the control "as many steps" takes.
-        others: controls besides.
-    """
-
-    task: str
-    rows: tuple[Row, ...]
-    learned: str = "minimum-time"
-    others: tuple[str, ...] = ("default-adaptive",)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much of a table is run.
-
-    Attributes:
-        seeds: how many of them, from 0 on.
-        rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty is the task's own alone.
-        iterations: optimizer steps instead of each task's own.
-        subset, width: of image tasks.
-        tasks: only these; empty is all.
-        sweep: steps of the control.
-        source: where image data is.
-        device: where to train.
-    """
-
-    seeds: int = 5
-    rates: tuple[float, ...] = GRID
-    iterations: int | None = None
-    subset: int | None = None
-    width: int | None = None
-    tasks: tuple[str, ...] = ()
-    sweep: tuple[int, ...] = SWEEP
-    source: Source = field(default_factory=Source)
-    device: str = "cpu"
-
-
-PEERS = ("lyanet", "steer", "taynode-2", "taynode-3", "rnode", "local-error", "step-doubling", "coordinate-descent")
-
-
-def _weight(value: float) -> tuple[tuple[str, float], ...]:
-    return (("weight", value),)
-
+FLOWS_FIRST_SEED = 3
+"""Of the table of flows; seeds 0 to 2 were used to choose its settings."""
 
 # One rate for all, as in the paper's code, drives t_f into its lower bound at .1: on two moons on most seeds, with an adaptive
 # solver on some. With these t_f keeps its own pace; .02 was chosen for the training time on moons' seeds 0 to 4.
 _MOONS_TIMES, _ADAPTIVE_TIMES = (("span_lr", 0.02),), (("span_lr", 0.01),)
 _LYAPUNOV = (("lr", 0.03),)  # the paper's code, where the table is run at each task's own learning rate
-_PEERS = tuple(Row(m) for m in PEERS)
+_PEERS = tuple(
+    Row(method)
+    for method in (
+        *("lyanet", "steer", "taynode-2", "taynode-3", "rnode"),
+        *("local-error", "step-doubling", "coordinate-descent"),
+    )
+)
 _ANNULI = (
     Row("vanilla", "t_f 1; 123 s; 86.6 ms"),
     Row("minimum-time", ".0819; 27 s (4.6x); 10.52 ms (8.2x)"),
     Row("convergence-rate", ".09; 15.98 + 1.02 s (7.2x); 10.24 ms", _LYAPUNOV),
 )
-_IMAGE_CONTROLS = ("default-adaptive", "skipped")
+_DEFAULT_ADAPTIVE = Row("default-adaptive", control=True)
+_CONTROLS = (TWIN, BEST_OF_SWEEP, _DEFAULT_ADAPTIVE)
+_IMAGE_CONTROLS = (*_CONTROLS, Row("skipped", control=True))
 
-TABLES: dict[str, tuple[str, tuple[Section, ...]]] = {
+TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
     "1": (
         "Table 1: supervised learning",
-        (
-            Section(
-                "moons",
-                (
-                    Row("vanilla", "t_f 1; 46.64 s; 71.88 ms"),
-                    Row("minimum-time", ".0904; 7.33 s (6.4x); 8.4 ms (8.6x)", _MOONS_TIMES),
-                    Row("convergence-rate", ".10; 5.42 + .79 s (7.5x); 8.44 ms", _LYAPUNOV),
-                    Row("target"),
-                    Row("shallowest"),
-                    *_PEERS,
-                ),
+        {
+            "moons": (
+                Row("vanilla", "t_f 1; 46.64 s; 71.88 ms"),
+                Row("minimum-time", ".0904; 7.33 s (6.4x); 8.4 ms (8.6x)", _MOONS_TIMES),
+                Row("convergence-rate", ".10; 5.42 + .79 s (7.5x); 8.44 ms", _LYAPUNOV),
+                Row("target"),
+                Row("shallowest"),
+                *_PEERS,
+                *_CONTROLS,
             ),
-            Section("annuli", (*_ANNULI, Row("target"), Row("shallowest"), Row("shallowest-adaptive"), *_PEERS)),
-        ),
+            "annuli": (*_ANNULI, Row("target"), Row("shallowest"), Row("shallowest-adaptive"), *_PEERS, *_CONTROLS),
+        },
     ),
     "2": (
         "Table 2: image classification",
-        (
-            Section("digits", (Row("vanilla"), Row("minimum-time"), Row("shallowest")), others=_IMAGE_CONTROLS),
-            Section(
-                "mnist",
-                (
-                    Row("vanilla", "99.57 %; 402.6 evaluations"),
-                    Row("minimum-time", "99.53 %; .0343; 16.1; 14x, 18x"),
-                ),
-                others=_IMAGE_CONTROLS,
+        {
+            "digits": (Row("vanilla"), Row("minimum-time"), Row("shallowest"), *_IMAGE_CONTROLS),
+            "mnist": (
+                Row("vanilla", "99.57 %; 402.6 evaluations"),
+                Row("minimum-time", "99.53 %; .0343; 16.1; 14x, 18x"),
+                *_IMAGE_CONTROLS,
             ),
-            Section(
-                "fashion-mnist",
-                (
-                    Row("vanilla", "93.07 %; 402.6 evaluations"),
-                    Row("minimum-time", "92.68 %; .0564; 24.2; 12.6x, 11x"),
-                ),
-                others=_IMAGE_CONTROLS,
+            "fashion-mnist": (
+                Row("vanilla", "93.07 %; 402.6 evaluations"),
+                Row("minimum-time", "92.68 %; .0564; 24.2; 12.6x, 11x"),
+                *_IMAGE_CONTROLS,
             ),
-            Section(
-                "fashion-mnist-cpu",
-                (Row("vanilla"), Row("minimum-time"), Row("target", "", (("start", 0.1),)), Row("shallowest")),
-                others=_IMAGE_CONTROLS,
+            "fashion-mnist-cpu": (
+                Row("vanilla"),
+                Row("minimum-time"),
+                Row("target", "", (("start", 0.1),)),
+                Row("shallowest"),
+                *_IMAGE_CONTROLS,
             ),
-            Section(
-                "cifar10",
-                (
-                    Row("vanilla", "82.60 %; 404.9 evaluations"),
-                    Row("minimum-time", "76.38 %; .1103; 47.3", _weight(1.0), "minimum-time, weight 1"),
-                    Row("minimum-time", "78.41 %; .1975; 81", _weight(0.5), "minimum-time, weight .5"),
-                    Row("minimum-time", "81.74 %; .3606; 146.1", _weight(0.1), "minimum-time, weight .1"),
-                ),
-                others=_IMAGE_CONTROLS,
+            "cifar10": (
+                Row("vanilla", "82.60 %; 404.9 evaluations"),
+                Row("minimum-time", "76.38 %; .1103; 47.3", (("weight", 1.0),), "minimum-time, weight 1"),
+                Row("minimum-time", "78.41 %; .1975; 81", (("weight", 0.5),), "minimum-time, weight .5"),
+                Row("minimum-time", "81.74 %; .3606; 146.1", (("weight", 0.1),), "minimum-time, weight .1"),
+                *_IMAGE_CONTROLS,
             ),
-        ),
+        },
     ),
     "3": (
         "Table 3: the combined method",
-        (
-            Section(
-                "annuli",
-                (
-                    *_ANNULI,
-                    Row("combined", ".0687; 16.03 s (7.7x); 10.01 ms", (*_LYAPUNOV, ("span_lr", 0.001))),
-                    Row("growth", "", _LYAPUNOV),
-                ),
+        {
+            "annuli": (
+                *_ANNULI,
+                Row("combined", ".0687; 16.03 s (7.7x); 10.01 ms", (*_LYAPUNOV, ("span_lr", 0.001))),
+                Row("growth", "", _LYAPUNOV),
+                *_CONTROLS,
             ),
-        ),
+        },
     ),
     "4": (
         "Table 4: against SNOpt",
-        (
-            Section(
-                "annuli",
-                (
-                    *_ANNULI,
-                    Row("vanilla-adjoint", "465 s; .33 s"),
-                    Row("snopt", "89 s; 34.2 ms"),
-                    Row("vanilla-adjoint-adaptive", "1307 s; .91 s"),
-                    Row("snopt-adaptive", "927 s; .54 s"),
-                ),
+        {
+            "annuli": (
+                *_ANNULI,
+                Row("vanilla-adjoint", "465 s; .33 s"),
+                Row("snopt", "89 s; 34.2 ms"),
+                Row("vanilla-adjoint-adaptive", "1307 s; .91 s"),
+                Row("snopt-adaptive", "927 s; .54 s"),
+                *_CONTROLS,
             ),
-        ),
+        },
     ),
     "5": (
         "Table 5: adaptive solvers",
-        (
-            Section(
-                "annuli-adaptive",
-                (
-                    Row("vanilla", "t_f 1; 168 s; 117.288 ms"),
-                    Row("minimum-time", ".0724; 129 s (1.3x); 86.493 ms (1.36x)", _ADAPTIVE_TIMES),
-                    Row("shallowest"),
-                ),
+        {
+            "annuli-adaptive": (
+                Row("vanilla", "t_f 1; 168 s; 117.288 ms"),
+                Row("minimum-time", ".0724; 129 s (1.3x); 86.493 ms (1.36x)", _ADAPTIVE_TIMES),
+                Row("shallowest"),
+                *_CONTROLS,
             ),
-        ),
+        },
     ),
     "6": (
         "Table 6: training time saved on images",
-        tuple(
-            Section(
-                task,
-                (Row("vanilla"), Row("minimum-time", paper, settings), Row("snopt", other)),
-                others=_IMAGE_CONTROLS,
-            )
-            for task, paper, other, settings in (
-                ("mnist", "94 %; t_f .0349; 99.53 %", "30 %; .38; 98.99 %", ()),
-                ("cifar10", "76 %; .3606; 81.74 %", "19 %; .49; 77.82 %", _weight(0.1)),
-            )
-        ),
+        {
+            "mnist": (
+                Row("vanilla"),
+                Row("minimum-time", "94 %; t_f .0349; 99.53 %"),
+                Row("snopt", "30 %; .38; 98.99 %"),
+                *_IMAGE_CONTROLS,
+            ),
+            "cifar10": (
+                Row("vanilla"),
+                Row("minimum-time", "76 %; .3606; 81.74 %", (("weight", 0.1),)),
+                Row("snopt", "19 %; .49; 77.82 %"),
+                *_IMAGE_CONTROLS,
+            ),
+        },
     ),
+    "flows": (
+        "Flows",
+        {
+            "flow-moons": (
+                Row("vanilla", "100 steps; over 18 min"),
+                Row("minimum-time-paper", "20 steps; about 6 min (3x)"),
+                Row("minimum-time"),
+                *(_DEFAULT_ADAPTIVE, TWIN, BEST_OF_SWEEP),
+            ),
+            "flow-circles": (
+                Row("vanilla"),
+                Row("minimum-time-paper"),
+                Row("minimum-time"),
+                *(_DEFAULT_ADAPTIVE, TWIN, BEST_OF_SWEEP),
+            ),
+        },
+    ),
+}
+"""By number: the title, and for each task its rows."""
+
+# Fewer iterations than the paper's, for all models alike, and a time that moves faster: a demo is short.
+DEMO: dict[str, dict[str, Any]] = {
+    "moons": dict(iterations=100, lr=0.1, span_lr=0.02, weight=1.0),
+    "digits": dict(iterations=100, lr=0.03, span_lr=0.02, weight=0.5, decay=0.99, batch=64),
 }
 
 
-def make(number: str, options: Options, folder: Path, console: Console) -> list[Result]:
+def make(number: str, options: Options, folder: Path, store: Store, only: tuple[str, ...] = ()) -> pd.DataFrame:
     """Runs a table's rows and their controls, prints it, and writes it as CSV, JSON and Markdown.
 
     What an earlier call has finished is not trained again.
 
+    Args:
+        number: a key of ``TABLES``.
+        options: seeds, learning rates, steps of the sweep, settings.
+        folder: for the table, and pictures of flows.
+        store: of the runs.
+        only: of the table's tasks; empty is all.
+
     Raises:
         UsageError: the table has no such task.
     """
-    title, sections = TABLES[number]
-    unknown = set(options.tasks) - {section.task for section in sections}
-    if unknown:
-        raise UsageError(f"table {number} has no {min(unknown)!r}; its tasks are {', '.join(s.task for s in sections)}")
-    store = Store(folder / "runs")
-    results: list[Result] = []
-    texts: list[str] = [f"# {title}"]
-    for section in sections:
-        if options.tasks and section.task not in options.tasks:
-            continue
+    (title, sections), console = TABLES[number], store.console
+    if unknown := set(only) - set(sections):
+        raise UsageError(f"table {number} has no {min(unknown)!r}; its tasks are {', '.join(sections)}")
+    results, texts = [], [f"# {title}"]
+    for name in only or sections:
+        task, rows = TASKS[name], sections[name]
         try:
-            lines = _run(section, options, store, console)
+            lines, plans = compare(name, rows, options, store)
         except (MissingData, UsageError) as error:
-            console.print(f"{TASKS[section.task].title}: not run: {error}")
-            texts.append(f"## {TASKS[section.task].title}\n\nNot run: {error}.")
+            console.print(f"{task.title}: not run: {error}")
+            texts.append(f"## {task.title}\n\nNot run: {error}.")
             continue
-        task = TASKS[section.task].title
-        texts.append(show(f"{title}: {task}", task, lines, KIND, console))
-        results += [r for line in lines for r in line.results]
+        texts.append(show(f"{title}: {task.title}", task.title, lines, task.goal.report, console))
+        results += [line.results for line in lines if not line.results.empty]
+        figures.draw_flows_of([plans[row][0] for row in rows if row in plans], store, folder / f"table-{name}")
+    found = pd.concat(results) if results else pd.DataFrame()
     if results:
-        save(results, texts, folder, f"table-{number}", console)
+        write(found, texts, folder, f"table-{number}", console)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- a table of one's own
+
+
+def make_own(
+    task: str, methods: Sequence[str], options: Options, folder: Path, store: Store, name: str = ""
+) -> pd.DataFrame:
+    """Trains some methods on one task, prints a row for each seed, then medians, and draws the models of the first seed.
+
+    What an earlier call has finished is not trained again; what it was stopped at goes on. Where a flow is learned by
+    minimum-time, vanilla with as many steps stands beside it.
+
+    Args:
+        task: a key of ``TASKS``.
+        methods: names for the task's ``method``; ratios are to the first.
+        options: seeds and settings.
+        folder: for the table and the figures.
+        store: of the runs.
+        name: of the files; default: after task and methods.
+
+    Raises:
+        UsageError: a method or a setting that the task does not take.
+        MissingData: the task's data is not at hand.
+    """
+    title, goal, console = TASKS[task].title, TASKS[task].goal, store.console
+    name = name or f"run-{task}-{'-'.join(methods).replace(':', '-')}"
+    rows = [Row(m, control=i > 0 and m.startswith(("default-adaptive", "vanilla:"))) for i, m in enumerate(methods)]
+    twin = [TWIN] if goal is measure.DENSITY and "minimum-time" in methods else []
+    lines, plans = compare(task, [*rows, *twin], options, store)
+    notes = [[note(plan, store) for plan in own] for own in plans.values()]
+    seeds = [line.by_seed(own) for line, own in zip(lines, notes, strict=True)]
+    first = [own[0] for own in plans.values()]
+    cells = goal.report.frame([line for own in seeds for line in own], detailed=True)
+    print_table(cells.drop(columns="paper"), f"{title}, seed by seed", "", console)
+    text = show(title, title, lines, goal.report, console)
+    if goal is measure.CLASSIFICATION:
+        for line, plan in zip(lines, first, strict=True):
+            console.print(_beside_published(line, plan), highlight=False)
+            figures.draw_classifier(plan, store, folder)
+    figures.draw_flows_of(first[: len(rows)], store, folder / name)
+    results = pd.concat([line.results for line in lines])
+    write(results, [text], folder, name, console)
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------ running
+def note(plan: Plan, store: Store) -> str:
+    """Returns what a reader should know of a run: that it failed, or that t_f ran into its lower bound."""
+    at_bound = (span.t_f.item() <= span.bounds[0] * (1 + 1e-5) for span in spans(store.model(plan)))
+    return store.result(plan)["failure"] or ("t_f is at its lower bound" if any(at_bound) else "")
 
 
-def _settings(section: Section, row: Row, options: Options, seed: int, rate: float | None) -> Settings:
-    own = TASKS[section.task].settings.but(seed=seed, **dict(row.settings))
-    return own.but(iterations=options.iterations, subset=options.subset, width=options.width, lr=rate)
-
-
-_TWIN = Row("vanilla, as many steps")
-"""The control that only a finished run can name: as many equal steps on the whole interval.
-
-It is trained after the others. Its learning rate is chosen for the number of steps on ``TRIAL_SEED``.
-"""
-
-
-def _run(section: Section, options: Options, store: Store, console: Console) -> list[Line]:
-    rows = [*section.rows, *(Row(method) for method in section.others)]
-    rows += [Row(f"vanilla:{k}") for k in options.sweep]
-    own = TASKS[section.task].settings
-    rates = options.rates if own.optimizer == "adam" else ()
-    if options.rates and not rates:
-        console.print(f"{TASKS[section.task].title}: trained by the paper's SGD schedule, not at the rates of a grid")
-    chosen: dict[Row, float | None] = dict.fromkeys([*rows, _TWIN], rates[0] if rates else None)
-    if len(rates) > 1:
-        chosen = _best_rates(section, rows, rates, options, store, console)
-    found: dict[Row, list[Result]] = {row: [] for row in [*rows, _TWIN]}
-    for seed in range(options.seeds):
-        plans, data = _finished(section, [(row, chosen[row]) for row in rows], options, seed, store, console)
-        twin = _twin(section, {row: store.result(plan) for (row, _), plan in plans.items()})
-        if twin is not None:
-            plan = Plan(section.task, twin, _settings(section, _TWIN, options, seed, chosen[_TWIN]))
-            carry_out([plan], data, store, console, options.device)
-            plans[_TWIN, chosen[_TWIN]] = plan
-        time_inference(list(dict.fromkeys(plans.values())), data, store)  # the twin may be one of the sweep
-        for (row, _), plan in plans.items():
-            found[row].append(store.result(plan))
-    return _lines(section, found, options)
-
-
-def _best_rates(
-    section: Section, rows: Sequence[Row], rates: Sequence[float], options: Options, store: Store, console: Console
-) -> dict[Row, float | None]:
-    """The learning rate of each row that does best on a seed of its own."""
-    console.print(f"{TASKS[section.task].title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
-    tried = [(row, rate) for row in rows for rate in rates]
-    plans, data = _finished(section, tried, options, TRIAL_SEED, store, console)
-
-    def best(plans: dict[float, Plan]) -> float:
-        return min(plans, key=lambda rate: _quality([store.result(plans[rate])]))
-
-    chosen: dict[Row, float | None] = {row: best({r: plans[row, r] for r in rates}) for row in rows}
-    twin = _twin(section, {row: store.result(plans[row, chosen[row]]) for row in rows})
-    if twin is not None:
-        own = {r: Plan(section.task, twin, _settings(section, _TWIN, options, TRIAL_SEED, r)) for r in rates}
-        carry_out(list(own.values()), data, store, console, options.device)
-        chosen[_TWIN] = best(own)
-    return chosen
-
-
-def _finished(
-    section: Section,
-    wanted: Sequence[tuple[Row, float | None]],
-    options: Options,
-    seed: int,
-    store: Store,
-    console: Console,
-) -> tuple[dict[tuple[Row, float | None], Plan], Data]:
-    """Trains rows at learning rates, side by side; with the data of the seed."""
-    plans = {
-        (row, rate): Plan(section.task, row.method, _settings(section, row, options, seed, rate))
-        for row, rate in wanted
-    }
-    data = TASKS[section.task].load(next(iter(plans.values())).settings, options.source)
-    carry_out(list(plans.values()), data, store, console, options.device)
-    return plans, data
-
-
-def _twin(section: Section, results: dict[Row, Result]) -> str | None:
-    learned = next((row for row in section.rows if row.method == section.learned), None)
-    # A model that cannot be solved has no steps.
-    return None if learned is None else f"vanilla:{results[learned].steps or 1}"
-
-
-def _lines(section: Section, found: dict[Row, list[Result]], options: Options) -> list[Line]:
-    base = found[section.rows[0]]
-    lines = [
-        Line(row.label or found[row][0].method, row.paper, found[row], base, failures(found[row]))
-        for row in section.rows
-    ]
-    if found[_TWIN]:
-        label = f"vanilla, as many steps as {section.learned}"
-        lines.append(Line(label, "", found[_TWIN], base, control=True))
-    sweep = [found[Row(f"vanilla:{k}")] for k in options.sweep]
-    good = [results for results in sweep if _as_good(results, base)]
-    if good:
-        best = min(good, key=lambda results: results[0].nfe)
-        lines.append(Line(f"best of a sweep ({best[0].steps} steps)", "", best, base, control=True))
-    elif sweep:
-        note = "no number of steps in the sweep is as good as vanilla"
-        lines.append(Line("best of a sweep", "", note=note, control=True))
-    for method in section.others:
-        results = found[Row(method)]
-        lines.append(Line(results[0].method, "", results, base, failures(results), control=True))
-    return lines
-
-
-def _quality(results: Sequence[Result]) -> tuple[float, ...]:
-    """Smaller is better: failures, then accuracy, then the time to the target, then the loss."""
-    reached = [r.to_target if r.to_target is not None else float("inf") for r in results]
-    return (
-        sum(bool(r.failure) for r in results),
-        -round(statistics.median(min(r.accuracy, r.reference_accuracy) for r in results), 3),
-        statistics.median(reached),
-        statistics.median(r.train_loss for r in results),
+def _beside_published(line: Line, plan: Plan) -> str:
+    values, perfect = line.results["t_f"].astype(float), (line.results["train_accuracy"] == 1).sum()
+    text = (
+        f"{line.label}: t_f {values.median():.4f} ({values.min():.4f} to {values.max():.4f}), "
+        f"100 % on the training data in {perfect} of {len(values)}"
     )
+    if published := TASKS[plan.task].published.get(plan.method):
+        near = (abs(values / published - 1) <= 0.25).sum()
+        text += f"; published t_f {published:g}: {near} of {len(values)} within 25 %"
+    return text
 
 
-def _as_good(results: Sequence[Result], base: Sequence[Result]) -> bool:
-    """Within .3 points of the baseline on every seed, as it is solved and solved exactly."""
-    return all(
-        min(r.accuracy, r.reference_accuracy) >= b.accuracy - 0.003 and not r.failure
-        for r, b in zip(results, base, strict=True)
-    )
+def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """Trains three models on each task, prints a table for each and writes them and the pictures into ``folder``.
 
-
-# ----------------------------------------------------------------------------------------------------------- printing
-
-
-def _training(line: Line) -> str:
-    first = [r.pretraining for r in line.finished if r.pretraining is not None]
-    note = f" (first {statistics.median(first):.2f})" if first else ""
-    return line.figure(lambda r: r.training, "{:.2f}", ratio=True, note=note)
-
-
-KIND = Kind(
-    columns={
-        "t_f": lambda line: line.figure(lambda r: r.t_f, "{:.4g}"),
-        "evals": lambda line: line.figure(lambda r: r.nfe, "{:g}"),
-        "training s": _training,
-        "inference ms": lambda line: line.figure(lambda r: r.inference, "{:.2f}", scale=1e3, ratio=True),
-        "to target s": lambda line: line.figure(lambda r: r.to_target, "{:.2f}", ratio=True),
-        "test %": lambda line: line.figure(lambda r: r.accuracy, "{:.1f}", scale=100),
-        "at 1e-7 %": lambda line: line.figure(lambda r: r.reference_accuracy, "{:.1f}", scale=100),
-        "lr": lambda line: f"{line.results[0].lr:g}",
-    },
-    gains={
-        "training": lambda r: r.training,
-        "time to target": lambda r: r.to_target,
-        "inference": lambda r: r.inference,
-    },
-    honest=lambda line: f"at 1e-7 at least {100 * min(r.reference_accuracy for r in line.finished):.1f} %",
-    caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
-    "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. Times of one thread, in turn.",
-)
+    Args:
+        folder: for pictures, CSV, JSON and Markdown.
+        store: of the runs.
+        iterations: optimizer steps of every model, instead of the demo's own.
+        seed: of data, initialisation and batches.
+    """
+    texts, results, console = ["# Vanilla and minimum-time"], [], store.console
+    for name, own in DEMO.items():
+        settings = {**own, "iterations": iterations or own["iterations"]}
+        # The control: does the learned end matter, or only that there are fewer steps?
+        rows = (Row("vanilla"), Row("minimum-time"), TWIN)
+        lines, plans = compare(name, rows, Options((seed,), settings=settings), store)
+        task, first = TASKS[name], [own[0] for own in plans.values()]
+        vanilla, ours, twin = (line.results.iloc[0] for line in lines)
+        texts += [
+            show(f"Vanilla and minimum-time: {task.title}", task.title, lines, task.goal.report, console),
+            f"Minimum-time went from {vanilla.steps} steps to {ours.steps} in the one training. Who knew that number "
+            f"beforehand would train in {twin.training:.1f} s instead of {ours.training:.1f} s.",
+        ]
+        console.print(
+            texts[-1], f"Pictures: {figures.draw_training_of(first, store, folder / f'{name}.png')}", sep="\n"
+        )
+        results += [line.results for line in lines]
+    found = pd.concat(results)
+    write(found, texts, folder, "demo", console)
+    return found

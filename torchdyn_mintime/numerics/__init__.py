@@ -1,7 +1,35 @@
 """Steppers, drives and adjoints: what torchdyn.numerics does, exact. Stands on torch and torchdyn alone."""
 
-from torchdyn_mintime.numerics.adjoint import solve_adjoint
+from torchdyn_mintime.numerics.adjoint import AdjointProblem, solve_adjoint, with_running_cost
+from torchdyn_mintime.numerics.checkpoint import solve_checkpointed
+from torchdyn_mintime.numerics.grid import MAX_POINTS, cut, merge
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, Solution, integrate
-from torchdyn_mintime.numerics.steppers import Stepper, make_stepper
+from torchdyn_mintime.numerics.problem import Problem, VectorField
+from torchdyn_mintime.numerics.steppers import (
+    AsynchronousLeapfrog,
+    Hypersolver,
+    RungeKutta,
+    Stepper,
+    make_stepper,
+)
 
-__all__ = ["Grid", "IntegrationError", "Solution", "Stepper", "integrate", "make_stepper", "solve_adjoint"]
+__all__ = [
+    "MAX_POINTS",
+    "AdjointProblem",
+    "AsynchronousLeapfrog",
+    "Grid",
+    "Hypersolver",
+    "IntegrationError",
+    "Problem",
+    "RungeKutta",
+    "Solution",
+    "Stepper",
+    "VectorField",
+    "cut",
+    "integrate",
+    "make_stepper",
+    "merge",
+    "solve_adjoint",
+    "solve_checkpointed",
+    "with_running_cost",
+]

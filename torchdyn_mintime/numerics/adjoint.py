@@ -15,56 +15,41 @@ The states that the solve returned are kept and nothing else; between two of the
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import Grid, Path, Solution, integrate
+from torchdyn_mintime.numerics.problem import Problem, VectorField, autocast, autocast_state
 from torchdyn_mintime.numerics.steppers import Stepper
 
-__all__ = ["AdjointProblem", "solve_adjoint"]
-
-VectorField = Callable[[Any, Tensor], Tensor]
+__all__ = ["AdjointProblem", "solve_adjoint", "with_running_cost"]
 
 
 @dataclass
-class AdjointProblem:
-    """What a solve with adjoint gradients needs to know.
+class AdjointProblem(Problem):
+    """What a solve with adjoint gradients needs to know, beside what every :class:`Problem` holds.
 
     Attributes:
-        f: the field.
-        module: the module that holds the parameters which f uses, by the names in ``parameters``.
-        parameters: those that require a gradient.
-        stepper, atol, rtol: of the solve.
-        backward_stepper, backward_atol, backward_rtol: of the backward solve. Its absolute tolerance is relative to
-            the largest incoming gradient, since the adjoint equation is linear in p.
+        backward_stepper, backward_atol, backward_rtol: of the backward solve; The absolute tolerance
+            is relative to the largest incoming gradient, since the adjoint equation is linear in p.
         running_cost: L(t, z) -> [batch]; the gradient of its integral, summed over the batch, is always added.
         interpolated: keep the path and interpolate it, instead of solving z backwards.
-        interpolator: of the forward solve (see :func:`integrate`).
-        restored: a context in which the field is as it was in the forward solve (data control, noise).
     """
 
-    f: VectorField
-    module: nn.Module
-    parameters: dict[str, Tensor]
-    stepper: Stepper
-    atol: float
-    rtol: float
+    _: KW_ONLY
     backward_stepper: Stepper
     backward_atol: float
     backward_rtol: float
     running_cost: Callable[[Any, Tensor], Tensor] | None = None
     interpolated: bool = False
-    interpolator: Callable | None = None
-    restored: Callable[[], AbstractContextManager] = nullcontext
 
 
 def solve_adjoint(problem: AdjointProblem, x: Tensor, grid: Grid) -> tuple[Solution, Tensor | None]:
-    """Solve along a grid; ``solution.states`` carries adjoint gradients to x, the times and the parameters.
+    """Solves along a grid; ``solution.states`` carries adjoint gradients to x, the times and the parameters.
 
     Returns:
         The solution, and the running cost's integral for each entry of the batch (detached; None without one).
@@ -77,18 +62,26 @@ def solve_adjoint(problem: AdjointProblem, x: Tensor, grid: Grid) -> tuple[Solut
     return Solution(states, info["steps"]), info["cost"]
 
 
-def _with_cost(problem: AdjointProblem, x: Tensor) -> tuple[VectorField, Tensor]:
-    """The field of the flat state [z, c] with c' = L(t, z), and its initial state."""
-    size, shape, running_cost = x.numel(), x.shape, problem.running_cost
-    assert running_cost is not None
+def with_running_cost(
+    f: VectorField, running_cost: VectorField | None, x: Tensor, t: float
+) -> tuple[VectorField, Tensor]:
+    """Returns the field of the flat state [z, c] with c' = L(t, z), and its initial state; c is empty where L is none.
 
-    def f(t, y):
-        z = y[:size].view(shape)
-        return torch.cat([problem.f(t, z).reshape(-1), running_cost(t, z).reshape(-1)])
+    Args:
+        f: the field of z.
+        running_cost: L(t, z) -> [batch].
+        x: the initial z, of any shape.
+        t: the initial time.
+    """
 
-    with problem.restored():
-        batch = running_cost(x.new_zeros(()), x).numel()
-    return f, torch.cat([x.reshape(-1), x.new_zeros(batch)])
+    def costs(t: Any, z: Tensor) -> Tensor:
+        return z.new_zeros(0) if running_cost is None else running_cost(t, z).reshape(-1)
+
+    def flat(t: Any, y: Tensor) -> Tensor:
+        z = y[: x.numel()].view(x.shape)
+        return torch.cat([f(t, z).reshape(-1), costs(t, z)])
+
+    return flat, torch.cat([x.reshape(-1), torch.zeros_like(costs(x.new_tensor(t), x))])
 
 
 class _Adjoint(torch.autograd.Function):
@@ -103,7 +96,8 @@ class _Adjoint(torch.autograd.Function):
         if problem.running_cost is None:
             solution = integrate(problem.f, x, plain, problem.stepper, record=record, **settings)
         else:
-            f, y = _with_cost(problem, x)
+            with problem.restored():
+                f, y = with_running_cost(problem.f, problem.running_cost, x, grid.nodes[0])
             flat = integrate(f, y, plain, problem.stepper, error_size=x.numel(), record=record, **settings)
             cut = x.numel()
             cost = flat.states[-1, cut:]
@@ -111,7 +105,7 @@ class _Adjoint(torch.autograd.Function):
             solution = Solution(flat.states[:, :cut].reshape(-1, *x.shape), flat.steps, path)
         ctx.problem, ctx.grid = problem, plain
         ctx.steps, ctx.times = solution.steps, [t for t, _, _ in solution.path]
-        ctx.autocast = _autocast_state(x.device.type)
+        ctx.autocast = autocast_state(x.device.type)
         ctx.ends = (start is not None, end is not None)
         # An empty tensor stands for a derivative that was not recorded.
         points = [y for _, z, k in solution.path for y in (z, z.new_empty(0) if k is None else k)]
@@ -135,21 +129,10 @@ class _Adjoint(torch.autograd.Function):
             for n, p in zip(names, parameters, strict=True)
             if own.get(n) is not p
         }
-        with problem.restored(), _autocast(*ctx.autocast):
+        with problem.restored(), autocast(*ctx.autocast):
             x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states))
         grads = [None if g is None else g.to(p.dtype) for g, p in zip(mu, parameters, strict=True)]
         return (None, None, None, x, start, end, *grads)
-
-
-def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
-    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
-@contextmanager
-def _autocast(device: str, enabled: bool, dtype: torch.dtype) -> Iterator[None]:
-    # Without the cache: a cast that was made without gradient would be taken where one is asked for (torch 2.9).
-    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-        yield
 
 
 class _Backward(nn.Module):
@@ -197,7 +180,7 @@ class _Backward(nn.Module):
         return p * scale, start, end, grads
 
     def _rate(self, t: float, z: Tensor, p: Tensor, scale: float) -> Tensor:
-        """p f + L, the Hamiltonian of eq. (21)."""
+        """Returns p f + L, the Hamiltonian of eq. (21)."""
         time = z.new_tensor(t)
         rate = (p * self._problem.f(time, z)).sum()
         if self._problem.running_cost is not None:
@@ -205,7 +188,7 @@ class _Backward(nn.Module):
         return rate
 
     def _between(self, t1: float, t0: float, z, p, mu, parameters, scale, path):
-        """Solve p and mu (and z) from t1 back to t0, over the forward solve's steps where they are fixed."""
+        """Solves p and mu (and z) from t1 back to t0, over the forward solve's steps where they are fixed."""
         problem, size, shape = self._problem, z.numel(), z.shape
         low, high = min(t0, t1), max(t0, t1)
         stepper = problem.backward_stepper

@@ -10,47 +10,20 @@ kept, so the gradient is the same to rounding, for one more evaluation of every 
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.numerics.adjoint import _autocast, _autocast_state
 from torchdyn_mintime.numerics.integrate import Grid, Solution, _cast, _interpolate, _stage_times, integrate
-from torchdyn_mintime.numerics.steppers import Stepper
+from torchdyn_mintime.numerics.problem import Problem, VectorField, autocast, autocast_state
 
-__all__ = ["CheckpointProblem", "solve_checkpointed"]
-
-VectorField = Callable[[Any, Tensor], Tensor]
+__all__ = ["solve_checkpointed"]
 
 
-@dataclass
-class CheckpointProblem:
-    """What a checkpointed solve needs to know.
-
-    Attributes:
-        f: the field. It must give the same again when it is evaluated again.
-        module: the module that holds the parameters which f uses, by the names in ``parameters``.
-        parameters: those that require a gradient.
-        stepper, atol, rtol, interpolator: of the solve (see :func:`integrate`).
-        restored: a context in which the field is as it was in the forward solve (data control, noise).
-    """
-
-    f: VectorField
-    module: nn.Module
-    parameters: dict[str, Tensor]
-    stepper: Stepper
-    atol: float
-    rtol: float
-    interpolator: Callable | None = None
-    restored: Callable[[], AbstractContextManager] = nullcontext
-
-
-def solve_checkpointed(problem: CheckpointProblem, x: Tensor, grid: Grid) -> Solution:
-    """Solve along a grid; ``solution.states`` carries the gradients of the discrete solution.
+def solve_checkpointed(problem: Problem, x: Tensor, grid: Grid) -> Solution:
+    """Solves along a grid; ``solution.states`` carries the gradients of the discrete solution.
 
     Raises:
         IntegrationError: as :func:`integrate`.
@@ -64,7 +37,7 @@ def solve_checkpointed(problem: CheckpointProblem, x: Tensor, grid: Grid) -> Sol
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: CheckpointProblem, info, grid: Grid, x, start, end, *parameters):
+    def forward(ctx, problem: Problem, info, grid: Grid, x, start, end, *parameters):
         stepper, fixed = problem.stepper, not problem.stepper.adaptive
         start, end = (None if t is None else t.detach() for t in (start, end))
         solution = integrate(
@@ -86,7 +59,7 @@ class _Checkpointed(torch.autograd.Function):
                 returned = returned[[i for i, kept in enumerate(grid.keep) if kept]]
         ctx.problem, ctx.steps = problem, solution.steps
         ctx.grid = Grid(grid.nodes, start, end, grid.keep)
-        ctx.autocast = _autocast_state(x.device.type)
+        ctx.autocast = autocast_state(x.device.type)
         ctx.save_for_backward(started, *parameters)
         info["steps"] = solution.steps
         return returned
@@ -98,7 +71,7 @@ class _Checkpointed(torch.autograd.Function):
         problem, names = ctx.problem, list(ctx.problem.parameters)
         replay = _Replay(problem, ctx.grid, ctx.steps)
         current = dict(problem.module.named_parameters())
-        with problem.restored(), _autocast(*ctx.autocast):
+        with problem.restored(), autocast(*ctx.autocast):
             if all(current.get(n) is p for n, p in zip(names, parameters, strict=True)):
                 x, start, end, totals = replay(started, grad_states, parameters)
             else:  # the module holds others by now (functional_call): put those of the forward solve in their place
@@ -111,7 +84,7 @@ class _Checkpointed(torch.autograd.Function):
 class _Replay(nn.Module):
     """The steps taken once more, last one first. A module, so that parameters can be put in its field's place."""
 
-    def __init__(self, problem: CheckpointProblem, grid: Grid, steps: Sequence[float]):
+    def __init__(self, problem: Problem, grid: Grid, steps: Sequence[float]):
         super().__init__()
         self.module = problem.module
         self._problem, self._grid, self._steps = problem, grid, steps
@@ -161,7 +134,7 @@ class _Replay(nn.Module):
         return carried, start, end, totals
 
     def _passes(self) -> list[tuple[int, int]] | None:
-        """The interior points that each step's interpolation gave, as ranges; None where every point was landed on."""
+        """Returns the interior points that each step's interpolation gave, as ranges; None where every point was landed on."""
         if self._problem.interpolator is None or not self._problem.stepper.adaptive:
             return None
         nodes, begin, passes = self._grid.nodes, 1, []
@@ -178,7 +151,7 @@ class _Replay(nn.Module):
 
 
 def _watched(f: VectorField, parameters: Sequence[Tensor]) -> VectorField:
-    """``f``, whose first evaluation looks for tensors that require a gradient and would get none."""
+    """Returns ``f``, whose first evaluation looks for tensors that require a gradient and would get none."""
     first = True
 
     def evaluate(t, z):
@@ -208,7 +181,7 @@ def _watched(f: VectorField, parameters: Sequence[Tensor]) -> VectorField:
 
 
 def _leaves(output: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The leaves of a graph, without what lies behind ``parameters`` (under functional_call they may be computed)."""
+    """Yields the leaves of a graph, without what lies behind ``parameters`` (under functional_call they may be computed)."""
     seen: set[Any] = {p.grad_fn for p in parameters}
     nodes = [output.grad_fn]
     while nodes:

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdyn_mintime.numerics.step_control import error_norm, factor, first_step
 from torchdyn_mintime.numerics.steppers import Stepper
 
 __all__ = ["MAX_STEPS", "Grid", "IntegrationError", "Solution", "integrate"]
 
 MAX_STEPS = 100_000
 """Steps, rejected ones included, after which an adaptive solve is given up."""
-
-# Step control of torchdyn (and of Hairer, Norsett and Wanner): the next step is dt * clamp(SAFETY * ratio^(-1/order)).
-SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0
 
 VectorField = Callable[[Any, Tensor], Tensor]
 
@@ -57,7 +55,7 @@ class Grid:
     keep: Sequence[bool] | None = None
 
     def times(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The returned points as one tensor, which carries the gradient of ``start`` and ``end``."""
+        """Returns the returned points as one tensor, which carries the gradient of ``start`` and ``end``."""
         keep = self.keep
         kept = list(self.nodes) if keep is None else [t for t, k in zip(self.nodes, keep, strict=True) if k]
         head = [self.start.reshape(1)] if self.start is not None and (keep is None or keep[0]) else []
@@ -68,7 +66,7 @@ class Grid:
         return torch.cat([*(t.to(plain) for t in head), plain, *(t.to(plain) for t in tail)])
 
     def size(self, i: int) -> float | Tensor:
-        """The i-th step: a number, or a tensor of float64 where it carries a gradient."""
+        """Returns the i-th step: a number, or a tensor of float64 where it carries a gradient."""
         a: float | Tensor = self.nodes[i]
         b: float | Tensor = self.nodes[i + 1]
         # In float64, so that a step has the same size with and without a gradient.
@@ -79,7 +77,7 @@ class Grid:
         return b - a
 
     def left(self, i: int) -> float | Tensor:
-        """The time at which the i-th step starts."""
+        """Returns the time at which the i-th step starts."""
         if i == 0 and self.start is not None:
             # A view: a field that keeps the time on a module (DepthCat.t) would else register the parameter t0 there.
             return self.start.double().view(())
@@ -115,7 +113,7 @@ def integrate(
     record: bool = False,
     adapt: bool = True,
 ) -> Solution:
-    """Solve z' = f(t, z), z(t_0) = x along a grid.
+    """Solves z' = f(t, z), z(t_0) = x along a grid.
 
     Args:
         f: the field; an attribute ``timed = False`` says that it ignores t, which is then None.
@@ -179,7 +177,7 @@ def _cast(dt: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def _stage_times(f: VectorField, grid: Grid, stepper: Stepper, x: Tensor) -> list[Sequence[Tensor | None]]:
-    """t_i + c_j dt_i for every step, in the state's dtype: one tensor for all steps that carry no gradient."""
+    """Returns t_i + c_j dt_i for every step, in the state's dtype: one tensor for all steps that carry no gradient."""
     n, c = len(grid.nodes) - 1, stepper.nodes
     if not (getattr(f, "timed", True) or stepper.timed):
         return [(None,) * len(c)] * n
@@ -197,7 +195,7 @@ def _stage_times(f: VectorField, grid: Grid, stepper: Stepper, x: Tensor) -> lis
 
 
 def _is_finite(x: Tensor) -> bool:
-    """One reduction where all is well. A sum may overflow while its terms are finite, so it is only a first look."""
+    """Returns whether all entries are finite. A sum may overflow while its terms are finite: it is a first, cheap look."""
     try:
         return math.isfinite(x.detach().sum().item()) or bool(torch.isfinite(x).all())
     except RuntimeError:  # under vmap there is no value to look at
@@ -248,7 +246,17 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
         if not _is_finite(x):
             raise ValueError("the initial state x holds NaN or infinite entries; check the data or the layer before")
         raise _failure("the vector field is not finite", t, 0, stepper, grid)
-    h = _first_step(f, k1, x, t, direction, stepper.order, atol, rtol, error_size, timed, abs(nodes[-1] - t))
+
+    def norm(*tensors: Tensor) -> float:
+        seen = tensors if error_size is None else [v[:error_size] for v in tensors]
+        return error_norm(*seen, atol=atol, rtol=rtol).item()
+
+    def time(passed: float) -> Tensor | None:
+        return torch.as_tensor(nodes[0] + direction * passed).to(x) if timed else None
+
+    length = abs(nodes[-1] - t)
+    with torch.no_grad():
+        h = first_step(f, x.detach(), k1.detach(), time, direction, length, stepper.order, norm)
     states = [x] if keep[0] else []
     steps, path, accepted = [t], [], 0
     # With an interpolator only the end is landed on; the points between are read off the step that passes them.
@@ -270,7 +278,7 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
         x_new, stages = stepper.step(f, x, times, _cast(step_grid.size(0), x), k1)
         with torch.no_grad():
             error = stepper.error([None if k is None else k.detach() for k in stages], t_new - t)
-            ratio = _error_ratio(error, x.detach(), x_new.detach(), atol, rtol, error_size)
+            ratio = norm(error, x.detach(), x_new.detach())
         if ratio <= 1.0:
             if record:
                 path.append((t, x, k1))
@@ -285,7 +293,7 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
                 if target == n:
                     break
                 target += 1
-        grown = size * _factor(ratio, stepper.order)
+        grown = size * factor(ratio, stepper.order)
         # A step cut short to land on a point says little about the step that the field allows.
         h = max(h, grown) if lands and ratio <= 1.0 else grown
     else:
@@ -305,43 +313,6 @@ def _failure(what: str, t: float, step: int, stepper: Stepper, grid: Grid) -> In
         step=step,
         solver=stepper.name,
     )
-
-
-def _rms(x: Tensor) -> float:
-    return (torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1))).item()
-
-
-def _error_ratio(error: Tensor, x: Tensor, x_new: Tensor, atol, rtol, error_size: int | None) -> float:
-    if error_size is not None:
-        error, x, x_new = error[:error_size], x[:error_size], x_new[:error_size]
-    ratio = _rms(error / torch.maximum(x.abs(), x_new.abs()).mul_(rtol).add_(atol))
-    return ratio if math.isfinite(ratio) else math.inf
-
-
-def _factor(ratio: float, order: int) -> float:
-    if ratio == 0.0:
-        return MAX_FACTOR
-    if ratio == math.inf:
-        return MIN_FACTOR
-    lowest = 1.0 if ratio < 1.0 else MIN_FACTOR
-    return min(MAX_FACTOR, max(SAFETY * ratio ** (-1.0 / order), lowest))
-
-
-@torch.no_grad()
-def _first_step(f, k1, x, t, direction, order, atol, rtol, error_size, timed, length) -> float:
-    """Hairer, Norsett and Wanner I, II.4: the start that torchdyn takes, at the cost of one evaluation."""
-    x, k1 = x.detach(), k1.detach()
-    cut = slice(None) if error_size is None else slice(error_size)
-    scale = x[cut].abs() * rtol + atol
-    d0, d1 = _rms(x[cut] / scale), _rms(k1[cut] / scale)
-    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
-    h0 = min(h0, length)
-    t1 = torch.as_tensor(t + direction * h0).to(x) if timed else None
-    d2 = _rms((f(t1, torch.add(x, k1, alpha=direction * h0)) - k1)[cut] / scale) / h0
-    if not math.isfinite(d2):
-        return h0
-    h1 = max(1e-6, h0 * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / (order + 1))
-    return min(100 * h0, h1)
 
 
 def _interpolate(interpolator, passed, nodes, keep, states, step, x, x_new, stages) -> int:

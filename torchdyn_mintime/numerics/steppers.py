@@ -47,16 +47,16 @@ class Stepper:
     first_same_as_last = False
 
     def prepare(self, x: Tensor) -> None:
-        """Called once before a solve, with its initial state."""
+        """Prepares for a solve from the initial state ``x``. Called once before it."""
 
     def step(
         self, f: VectorField, x: Tensor, times: Times, dt: float | Tensor, k1: Tensor | None = None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The state after a step of size ``dt``, and the stages. ``times[i]`` is t + c_i dt, or None if f ignores it."""
+        """Returns the state after a step of size ``dt``, and its stages. ``times[i]`` is t + c_i dt; None if f ignores it."""
         raise NotImplementedError
 
     def error(self, stages: Sequence[Tensor], dt: float) -> Tensor:
-        """The estimate of the local error, with the shape of the state (adaptive steppers)."""
+        """Returns the estimate of the local error, with the shape of the state (adaptive steppers)."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ class Stepper:
 
 
 def _combine(x: Tensor, dt: float | Tensor, stages: Sequence[Tensor], weights: Weights) -> Tensor:
-    """x + dt * sum_j w_j k_j."""
+    """Returns x + dt * sum_j w_j k_j."""
     (w, of_first), *rest = weights
     if isinstance(dt, float):
         out = torch.add(x, _sum(stages, of_first), alpha=dt * w)
@@ -151,7 +151,7 @@ def _rk4() -> RungeKutta:
 
 
 def _dopri5() -> RungeKutta:
-    """Dormand and Prince (1980), with Shampine's error weights, as torchdyn has them."""
+    """Returns the method of Dormand and Prince (1980), with Shampine's error weights, as torchdyn has them."""
     b = [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0]
     b_hat = [1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60]
     a = [
@@ -167,7 +167,7 @@ def _dopri5() -> RungeKutta:
 
 
 def _tsit5() -> RungeKutta:
-    """Tsitouras (2011)."""
+    """Returns the method of Tsitouras (2011)."""
     b = [
         0.09646076681806522951816731316512876333711995238157997181903319145764851595234062815396,
         1 / 100,
@@ -308,7 +308,7 @@ _TABLEAUS = {
 
 
 def _is_stock(solver: Any) -> bool:
-    """Whether the solver still has the tableau that torchdyn gave it (users may tweak or train it)."""
+    """Returns whether the solver still has the tableau that torchdyn gave it (users may tweak or train it)."""
     if type(solver) not in _TABLEAUS:
         return True
     given, stock = solver.tableau, _TABLEAUS[type(solver)](torch.float64)
@@ -319,7 +319,7 @@ def _is_stock(solver: Any) -> bool:
 
 
 def make_stepper(solver: Any) -> Stepper:
-    """The stepper of a torchdyn solver, given by name or as an instance.
+    """Returns the stepper of a torchdyn solver, given by name or as an instance.
 
     Raises:
         ValueError: for a name that torchdyn does not know, and for solvers that cannot give right values or gradients.

@@ -1,0 +1,174 @@
+"""What the benchmark measures, part by part. Each part takes the number of rounds and yields the table's lines."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contestants import contestants, mlp, node_of, plain_rk4, rk4_step, state, task
+from benchmarks.timing import MIB, Row, Run, compare, saved_bytes
+from torchdyn_mintime.core import LearnableSpan
+
+__all__ = ["PARTS"]
+
+PASS = {False: "forward", True: "forward + backward"}
+
+
+def _side_by_side(
+    part: str, case: str, sizes: tuple[int, int, int], steps: int, backward: bool, rounds: int, without: str = ""
+) -> list[Row]:
+    """Returns the lines of a case in which everyone takes so many steps of rk4.
+
+    Args:
+        part, case: what is measured.
+        sizes: of the state, of the hidden layer and of the batch.
+        steps: from 0 to 1.
+        backward: whether gradients are taken too.
+        rounds: at least so many.
+        without: who is left out.
+    """
+    size, width, batch = sizes
+    net = mlp(size, width)
+    runs = contestants(net, state(batch, size), steps, backward=backward)
+    runs.pop(without, None)
+    return compare(part, case, runs, rounds, net)
+
+
+def fixed(rounds: int) -> Iterator[Row]:
+    """rk4, 100 steps: two small states, and a larger one where the network itself counts for more."""
+    for size, width, batch, backward in ((2, 64, 64, False), (3, 32, 512, True), (64, 128, 512, True)):
+        case = f"{PASS[backward]}, {size}-{width}-{size}, batch {batch}"
+        fewer = rounds if size < 64 else max(3, rounds // 5)
+        yield from _side_by_side("fixed", case, (size, width, batch), 100, backward, fewer)
+
+
+def adaptive(rounds: int) -> Iterator[Row]:
+    """tsit5 and dopri5 at 1e-3 on [0, 1]; the reference is bare NeuralODE. Mind the evaluations beside the ratios."""
+    fields = ((1.0, "as initialised"), (6.0, "weights times 6"))
+    for (gain, what), solver, backward in product(fields, ("tsit5", "dopri5"), (False, True)):
+        net = mlp(3, 32, gain=gain)
+        found = contestants(net, state(512, 3), 1, backward=backward, solver=solver)
+        runs = {name: found[name] for name in ("NeuralODE", "LearnableSpan", f"torchdiffeq {solver}") if name in found}
+        yield from compare("adaptive", f"{solver}, {what}, {PASS[backward]}", runs, rounds, net)
+
+
+def shallow(rounds: int) -> Iterator[Row]:
+    """1, 2 and 4 steps of rk4: what a trained model ends with, where the cost of a call shows."""
+    for steps, backward in product((1, 2, 4), (False, True)):
+        case = f"{steps} step{'s' * (steps > 1)}, {PASS[backward]}"
+        yield from _side_by_side("shallow", case, (2, 64, 64), steps, backward, rounds)
+
+
+def memory(rounds: int) -> Iterator[Row]:
+    """What is alive between forward and backward, 512 x 64 state, 100 steps of rk4, and the time of both."""
+    net, x, grid = mlp(64, 128), state(512, 64), torch.linspace(0, 1, 101)
+    spans = {
+        "autograd": LearnableSpan(node_of(net), grid),
+        "checkpoint=True": LearnableSpan(node_of(net), grid, checkpoint=True),
+        "adjoint": LearnableSpan(node_of(net, sensitivity="adjoint"), grid),
+    }
+    held = [x, *net.parameters()]
+    kept = {name: saved_bytes(partial(_end, span, x), held) / MIB for name, span in spans.items()}
+    runs = {name: _training(span, x) for name, span in spans.items()}
+    forward, training = task(partial(_end, spans["autograd"], x), []), runs["autograd"]
+    # What recomputation costs at the least: autograd's own work and one more forward solve.
+    runs["autograd, forward twice"] = lambda: (forward(), training())
+    for row in compare("memory", "512 x 64, 100 steps", runs, max(3, rounds // 5)):
+        yield {**row, "mebibytes": kept.get(row["contestant"])}
+
+
+def _end(span: LearnableSpan, x: Tensor, **options: Any) -> Tensor:
+    return span(x, **options)[1][-1]
+
+
+def _training(span: LearnableSpan, x: Tensor) -> Run:
+    return task(partial(_end, span, x), [p for p in span.parameters() if p.requires_grad])
+
+
+def time_gradient(rounds: int) -> Iterator[Row]:
+    """The same training step with t_f frozen and learned: the difference is what the time gradient costs."""
+    for solver, points in (("rk4", 101), ("tsit5", 2)):
+        net = mlp(3, 32, gain=3.0)
+        frozen, learned = (LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, points)) for _ in range(2))
+        frozen.t_f.requires_grad_(False)
+        runs = {"frozen t_f": _training(frozen, state(512, 3)), "learned t_f": _training(learned, state(512, 3))}
+        yield from compare("time-gradient", solver, runs, rounds, net)
+
+
+def scaling(rounds: int) -> Iterator[Row]:
+    """Batch, state size and width: the ratio to the plain loop as the network grows (20 steps, forward + backward)."""
+    cases = [
+        *(("batch", b, 2, 64, b) for b in (16, 256, 4096)),
+        *(("state size", s, s, 64, 256) for s in (2, 32, 512)),
+        *(("width", w, 16, w, 256) for w in (16, 256, 2048)),
+    ]
+    for what, value, size, width, batch in cases:
+        case, fewer = f"{what} {value} ({size}-{width}-{size}, batch {batch})", max(3, rounds // 3)
+        yield from _side_by_side("scaling", case, (size, width, batch), 20, True, fewer, without="torchdiffeq rk4")
+
+
+def linearity(rounds: int) -> Iterator[Row]:
+    """Forward without gradient from 10 to 10,000 steps. NeuralODE stops at 1,000: its checks grow quadratically."""
+    for steps in (10, 30, 100, 300, 1000, 3000, 10000):
+        fewer, without = max(3, min(rounds, 1000 // steps)), "NeuralODE" if steps > 1000 else ""
+        yield from _side_by_side("linearity", str(steps), (2, 64, 64), steps, False, fewer, without)
+
+
+def final_state(rounds: int) -> Iterator[Row]:
+    """Inference that needs z(t_f) alone: what the returned states keep in memory, and the time."""
+    span = LearnableSpan(node_of(mlp(64, 128)), torch.linspace(0, 1, 101)).eval()
+    whole = partial(_end, span, state(512, 64))
+    solves = {"all points": whole, "save_at t_f only": partial(whole, save_at=[span.t_f.item()])}
+    runs = {name: task(solve, []) for name, solve in solves.items()}
+    for row in compare("final-state", "512 x 64, 100 steps", runs, max(3, rounds // 5)):
+        yield {**row, "mebibytes": runs[row["contestant"]]().untyped_storage().nbytes() / MIB}
+
+
+def compiled(rounds: int) -> Iterator[Row]:
+    """torch.compile on a step by hand, with the step size as a tensor, and on the field inside a LearnableSpan.
+
+    The graphs are those of a first solve, and what fewer steps (60, 30, 7, 2) add to them.
+    """
+    from torch._dynamo.utils import counters
+
+    for size, width, batch, backward in ((2, 64, 64, False), (3, 32, 512, True)):
+        net, x = mlp(size, width), state(batch, size)
+        counters.clear()
+        torch._dynamo.reset()
+        step = torch.compile(rk4_step, dynamic=False)
+        wanted = list(net.parameters()) if backward else []
+        graphs = []
+        start = time.perf_counter()
+        # Of two steps first: the second one's state carries a gradient, which makes a graph of its own.
+        for steps in (2, 60, 30, 7, 2, 100):
+            by_step = task(partial(plain_rk4, net, x, steps, step), wanted)
+            by_step()
+            graphs.append((counters["stats"]["unique_graphs"], time.perf_counter() - start))
+        (first, spent), (last, _) = graphs[0], graphs[-1]
+        plain, ours, *_ = contestants(net, x, 100, backward=backward).items()
+        quick = contestants(cast(nn.Module, torch.compile(net, dynamic=False)), x, 100, backward=backward)
+        runs = dict(
+            [plain, ours, ("compiled step", by_step), ("LearnableSpan, compiled field", quick["LearnableSpan"])]
+        )
+        case = (
+            f"{PASS[backward]}, {size}-{width}-{size}, batch {batch}, 100 steps; "
+            f"first call {spent:.0f} s, graphs {first} + {last - first}"
+        )
+        yield from compare("compile", case, runs, rounds)
+
+
+PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
+    "fixed": fixed,
+    "adaptive": adaptive,
+    "shallow": shallow,
+    "memory": memory,
+    "time-gradient": time_gradient,
+    "scaling": scaling,
+    "linearity": linearity,
+    "final-state": final_state,
+    "compile": compiled,
+}

@@ -1,0 +1,171 @@
+"""The training at one depth, on figures that are written down: no model is trained here.
+
+The numbers in these tests are the rules themselves, not the module's constants: a constant that is changed fails here.
+"""
+
+import math
+
+import pytest
+
+from torchdyn_mintime.depth.stage import Stage
+from torchdyn_mintime.depth.trials import Trial
+
+TARGET, BOUND = 0.1, 0.01
+
+
+def stage(**state):
+    return Stage(Trial("rk4", 1, 4), weight=TARGET / BOUND, **state)
+
+
+def observe(one, loss, penalty, **options):
+    """One iteration; loss and penalty over their bounds."""
+    one.trial.iterations += 1
+    return one.observe(loss * TARGET, penalty * BOUND, target=TARGET, bound=BOUND, **options)
+
+
+def until(condition, one, loss, penalty, most=2000):
+    """After how many iterations of these figures the condition holds. A figure may be a function of the iteration."""
+    for i in range(1, most):
+        observe(one, *(figure(i) if callable(figure) else figure for figure in (loss, penalty)))
+        if condition():
+            return i
+    return math.inf
+
+
+# ------------------------------------------------------------------------------------------------------------- the weight
+
+
+@pytest.mark.parametrize(("loss", "penalty", "iterations", "end"), [(1, 9, 231, 100.0), (9, 1, 70, 0.25)])
+def test_the_weight_moves_by_2_percent_an_iteration_between_a_quarter_and_a_hundred_times_its_first(
+    loss, penalty, iterations, end
+):
+    one, first = stage(), TARGET / BOUND
+    assert until(lambda: one.weight == end * first, one, loss, penalty) == iterations
+    observe(one, loss, penalty)
+    assert one.weight == end * first
+
+
+def test_the_weight_moves_by_less_where_the_constraints_are_nearly_even():
+    one = stage()
+    observe(one, 1.0, 1.1)
+    assert one.weight == pytest.approx(10 * 1.1**0.02, rel=1e-9)
+    assert until(lambda: False, one, 0.5, 0.5, 50) == math.inf
+    assert one.weight == pytest.approx(10 * 1.1**0.02, rel=1e-9)  # both as far from their bounds
+
+
+@pytest.mark.parametrize(("loss", "moves"), [(9.9, True), (10.1, False)])
+def test_the_weight_stays_until_the_loss_is_near_its_target(loss, moves):
+    one = stage()
+    observe(one, loss, 1000.0)
+    assert (one.weight != TARGET / BOUND) == moves
+
+
+def test_figures_of_zero_are_fine():
+    one = stage()
+    for _ in range(3):
+        observe(one, 0.0, 0.0)
+    one.trial.solver_error = 0.0
+    assert one.weight == TARGET / BOUND and not one.misled(0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the progress
+
+
+def test_about_twenty_iterations_are_remembered():
+    """The mean follows a loss that has fallen by a factor of ten, and is progress as long as it moves."""
+    one = stage()
+    observe(one, 100.0, 0.0)
+    last = 0
+    for i in range(1, 200):
+        observe(one, 10.0, 0.0)
+        last = i if one.since == 0 else last
+    # 0.95^n ln 10 of the way is left after n iterations: less than 0.02 from the 93rd on.
+    assert last == 111
+    assert one.smooth == pytest.approx(math.log(10), abs=1e-3)
+
+
+@pytest.mark.parametrize(("total", "counts"), [(0.015, False), (0.03, True)])
+def test_progress_is_a_fall_by_2_percent(total, counts):
+    one = stage()
+    observe(one, 5.0, 0.0)
+    observe(one, 5.0, 0.0)
+    until(lambda: False, one, 5.0 * math.exp(-total), 0.0, 200)
+    assert (one.best < math.log(5.0)) == counts
+
+
+def test_a_slow_fall_is_progress_every_so_often():
+    """A fall by a thousandth an iteration is progress every 20 of them, in the long run."""
+    one = stage()
+    until(lambda: one.trial.iterations == 200, one, lambda i: 5 * math.exp(-1e-3 * i), 0.0)
+    longest = 0
+    for i in range(201, 400):
+        observe(one, 5 * math.exp(-1e-3 * i), 0.0)
+        longest = max(longest, one.since)
+    assert longest in (19, 20)
+
+
+def test_the_further_constraint_is_the_progress():
+    one = stage()
+    until(lambda: False, one, lambda i: 5 * 0.9**i, 2.0, 100)
+    assert one.best > math.log(2.0) - 0.1
+    assert until(lambda: one.best < math.log(0.5), one, 0.1, lambda i: 2 * 0.9**i) < 60
+
+
+def test_below_a_thousandth_of_the_bounds_nothing_counts_as_progress():
+    """A loss that falls by 5 % an iteration for ever, at a penalty of 0, makes progress until the mean is there."""
+    one, last = stage(), 0
+    for i in range(1, 400):
+        observe(one, 0.95**i, 0.0)
+        last = i if one.since == 0 else last
+    # ln(1000) / -ln(0.95) = 134.7 iterations, and those in which the mean catches up.
+    assert last == 229
+    assert one.smooth == pytest.approx(math.log(1e-3), abs=1e-4)
+
+
+def test_near_is_below_ten_times_the_bounds():
+    assert stage(best=math.log(9.9)).near and not stage(best=math.log(10.1)).near
+
+
+def test_back_at_the_beginning_everything_but_the_cost_is_forgotten():
+    one = stage(refinement=4, drops=1, next_check=30)
+    until(lambda: False, one, 0.5, 2.0, 50)
+    one.trial.solver_error = 0.15
+    assert not one.misled(0.01)
+    one.restart(7.0)
+    assert (one.weight, one.scale, one.smooth, one.best, one.since, one.mean_loss) == (7, 1, None, math.inf, 0, None)
+    assert (one.refinement, one.drops, one.next_check) == (4, 1, 30)
+
+
+# --------------------------------------------------------------------------------------------------------------- the look
+
+
+def looks(losses, penalties, **options):
+    one = stage()
+    figures = zip(losses, penalties, strict=True)
+    return [i for i, (loss, penalty) in enumerate(figures, 1) if observe(one, loss, penalty, **options)]
+
+
+def test_a_model_within_both_bounds_is_looked_at_every_tenth_iteration():
+    assert looks([0.9] * 45, [0.9] * 45) == [1, 11, 21, 31, 41]
+    assert looks([0.9] * 45, [0.9] * 45, batches=17) == [1, 18, 35]
+    assert looks([1.1] * 20, [0.9] * 20) == looks([0.9] * 20, [1.1] * 20) == []
+    assert looks([1.0], [1.0]) == [1]
+
+
+def test_one_lucky_batch_is_no_proof():
+    """The mean of a pass must be below the target, and the last loss too."""
+    assert looks([1.5, 0.9] * 50, [0.5] * 100, batches=2) == []
+    assert looks([1.5, 0.2] * 8, [0.5] * 16, batches=2) == [2, 12]
+    lucky = [2.0, *[0.9] * 30]
+    assert looks(lucky, [0.5] * 31, batches=1)[0] == 2
+    first = looks(lucky, [0.5] * 31, batches=8)[0]
+    assert 0.9 + 1.1 * (7 / 8) ** (first - 1) <= 1 < 0.9 + 1.1 * (7 / 8) ** (first - 2)
+
+
+@pytest.mark.parametrize(("ratio", "misled", "scale"), [(0.5, False, 1.0), (3.9, False, 3.9), (4.1, True, 4.0)])
+def test_the_penalty_is_corrected_by_up_to_four_times_and_beyond_it_is_misled(ratio, misled, scale):
+    one = stage()
+    one.trial.solver_error = math.sqrt(ratio * 0.3 * BOUND)
+    assert one.misled(0.3 * BOUND) == misled
+    assert one.scale == pytest.approx(scale)
+    assert observe(one, 0.9, 0.3) == (0.3 * scale <= 1)  # a corrected penalty is what is held against its bound

@@ -1,0 +1,200 @@
+"""The verification of a depth by itself: each bound, the figures against their own measures, and several processes."""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torchdyn.core import NeuralODE
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.core.evaluation import evaluate_with_reference, mean_loss
+from torchdyn_mintime.core.reference import solver_error
+from torchdyn_mintime.depth.verification import Verification, verify
+from torchdyn_mintime.shallow import referenced  # the name of older versions of core.reference.exact_solves
+
+
+def model(solver="midpoint", steps=2, **options):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    return tm.wrap(NeuralODE(net, solver=solver, **options), torch.linspace(0, 1, steps + 1))
+
+
+X = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+
+def square(z):
+    return z.square().mean()
+
+
+def measured(span, x=X):
+    return lambda: square(span(x)[1][-1])
+
+
+def test_the_figures_are_those_of_the_other_measures():
+    span = model()
+    found = verify(span, measured(span), target=1e9, solver_tol=1e9)
+    assert found.passed and found.loss == mean_loss(span, [(X,)], square)[0]
+    assert found.solver_error == solver_error(span, X) > 1e-3
+    assert found.reference_loss == pytest.approx(evaluate_with_reference(span, [X], square)[0], rel=1e-6)
+    assert found.reference_loss != found.loss
+
+
+def test_each_bound_is_held_and_the_cheap_ones_first():
+    span = model()
+    whole = verify(span, measured(span), target=1e9, solver_tol=1e9, evaluations=4)
+    loss, error, reference = whole.loss, whole.solver_error, whole.reference_loss
+    fits = dict(target=max(loss, reference), solver_tol=error, evaluations=4, accept=lambda: True)
+    assert verify(span, measured(span), **fits).passed
+
+    def without(**change):
+        return verify(span, measured(span), **{**fits, **change})
+
+    assert without(target=0.999 * loss) == Verification(False, loss)
+    assert without(solver_tol=0.999 * error) == Verification(False, loss, error)
+    assert without(evaluations=3) == Verification(False, loss, error)
+    assert without(accept=lambda: False) == Verification(False, loss, error, reference)
+    # The loss of a model may be met at its steps alone, or only where it is solved exactly.
+    low, high = sorted((loss, reference))
+    between = without(target=(low + high) / 2)
+    assert between == (Verification(False, loss, error, reference) if loss < reference else Verification(False, loss))
+
+
+def test_it_measures_in_eval_mode_and_leaves_every_module_in_its_own():
+    whole = nn.Sequential(nn.BatchNorm1d(3), model(return_t_eval=False), nn.Dropout(0.5))
+    whole[2].eval()
+    modes, grads = [], []
+
+    def loss():
+        modes.append(whole[0].training)
+        grads.append(torch.is_grad_enabled())
+        return square(whole(X))
+
+    assert verify(whole, loss, target=1e9, solver_tol=1e9).passed
+    assert modes == [False, False] and grads == [False, False]  # at the steps, and solved exactly
+    with pytest.raises(ZeroDivisionError):
+        verify(whole, lambda: 1 / 0, target=1e9, solver_tol=1e9)
+    assert whole.training and whole[0].training and not whole[2].training
+    before = whole[1](X)
+    assert before.shape[0] == 3  # nothing stands in the span's place any more
+
+
+def test_evaluations_are_counted_over_all_that_is_measured():
+    """An adaptive solver may take few steps for the last batch, and more for another."""
+    span = tm.wrap(NeuralODE(nn.Linear(2, 2), solver="tsit5", atol=1e-3, rtol=1e-3), torch.linspace(0, 1, 2))
+    layer = next(m for m in span.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 8.0], [-8.0, 0.0]]))
+        layer.bias.zero_()
+    fast, still = torch.ones(2, 2), torch.full((2, 2), 1e-2)
+    span(still)
+    few = span.nfe
+    span(fast)
+    assert span.nfe > few
+    bounds = dict(target=1e9, solver_tol=10.0, evaluations=few)
+    assert verify(span, lambda: square(span(still)[1][-1]), **bounds).passed
+    both = lambda: square(span(fast)[1][-1]) + square(span(still)[1][-1])  # noqa: E731
+    assert not verify(span, both, **bounds).passed
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_without_a_measure_the_last_batch_is_solved_as_the_field_is_now(sensitivity):
+    span = model("rk4", 1, sensitivity=sensitivity)
+    square(span(X)[1][-1]).backward()  # an adjoint counts its way back as well
+    bounds = dict(target=1e-9, solver_tol=10.0, evaluations=4)
+    first = verify(span, **bounds)
+    assert first.passed and first.reference_loss is None
+    with torch.no_grad():
+        for p in span.node.vf.parameters():
+            p.mul_(3.0)
+    assert verify(span, **bounds).solver_error > 2 * first.solver_error
+
+
+def test_of_several_spans_the_worst_counts():
+    whole = nn.Sequential(model("euler", 1), nn.Identity())
+    whole[0].node.return_t_eval = False
+    other = model("rk4", 4)
+    both = nn.ModuleList([whole[0], other])
+
+    def loss():
+        return square(other(whole[0](X)[-1])[1][-1])
+
+    found = verify(both, loss, target=1e9, solver_tol=1e9)
+    assert found.solver_error == pytest.approx(solver_error(whole[0], X), rel=1e-5)
+    assert not verify(both, loss, target=1e9, solver_tol=1e9, evaluations=15).passed
+    assert verify(both, loss, target=1e9, solver_tol=1e9, evaluations=16).passed
+
+
+def test_solved_exactly_a_span_ends_where_its_ode_does():
+    span, x = model("euler", 1).double(), X.double()
+    exact = tm.wrap(NeuralODE(span.vf, solver="dopri5", atol=1e-9, rtol=1e-9), torch.tensor([0.0, 1.0]).double())
+    with torch.no_grad():
+        plain = span(x)[1][-1]
+        with referenced(span):
+            inside = span(x)[1][-1]
+        after = span(x)[1][-1]
+        truth = exact(x)[1][-1]
+    # 1e-6: the reference is solved at tolerance 1e-7.
+    torch.testing.assert_close(inside, truth, atol=1e-6, rtol=1e-6)
+    assert torch.equal(plain, after) and not torch.allclose(plain, truth, atol=1e-3)
+
+
+def test_a_model_without_spans_is_refused():
+    with pytest.raises(ValueError, match="Linear has no LearnableSpan"):
+        verify(nn.Linear(2, 2), lambda: 0.0, target=1.0, solver_tol=1.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- processes
+
+
+def in_two(*options):
+    """What two processes find, as threads that meet at every mean: the results, or the errors."""
+    meeting, said = threading.Barrier(2, timeout=60), [0.0, 0.0]
+
+    def mean(rank, value):
+        said[rank] = value
+        meeting.wait()
+        result = sum(said) / 2
+        meeting.wait()  # nobody says the next one before both have heard this one
+        return result
+
+    def process(rank, span, look, change):
+        bounds = {"target": 1e9, "solver_tol": 10.0, "evaluations": 4, **change}
+        try:
+            return verify(span, look, **bounds, reduce=lambda value: mean(rank, value)).passed
+        except (KeyError, RuntimeError) as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, range(2), *zip(*options, strict=True)))
+
+
+def fine(look=None, **change):
+    span = model()
+    return span, look or measured(span), change
+
+
+def test_it_is_decided_by_all_processes():
+    """What one finds alone, a failed solve or a defect among it, all decide, and none waits for ever."""
+
+    def failing():
+        raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
+
+    def broken():
+        raise KeyError("a defect")
+
+    assert in_two(fine(), fine()) == [True, True]
+    assert in_two(fine(), fine(failing)) == [False, False]
+    assert in_two(fine(), fine(lambda: 1e12)) == [False, False]
+    assert in_two(fine(accept=lambda: False), fine(accept=lambda: True)) == [False, False]
+    assert in_two(fine(), fine(evaluations=1)) == [False, False]
+    first, second = in_two(fine(), fine(broken))
+    assert isinstance(second, KeyError) and "failed in another process" in str(first)
+
+
+def test_a_solve_that_fails_is_an_infinite_loss():
+    def failing():
+        raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
+
+    assert verify(model(), failing, target=1e9, solver_tol=1.0) == Verification(False, math.inf)

@@ -1,0 +1,298 @@
+"""The command line, as a user calls it."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torchdyn.core import NeuralODE
+from typer.testing import CliRunner
+
+from torchdyn_mintime import __version__
+from torchdyn_mintime.__main__ import app
+from torchdyn_mintime.experiments import MissingData, datasets, tables
+from torchdyn_mintime.experiments.datasets import Source
+from torchdyn_mintime.experiments.methods import METHODS, Method
+from torchdyn_mintime.experiments.models import span_of
+from torchdyn_mintime.experiments.store import Store
+from torchdyn_mintime.experiments.tasks import TASKS
+from torchdyn_mintime.experiments.training import Run
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    """Ten steps instead of 100 for vanilla, and results in a folder of the test's own."""
+    for name, task in TASKS.items():
+        if len(task.t_span) > 2:
+            monkeypatch.setitem(TASKS, name, replace(task, t_span=span_of(10)))
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_demo_prints_its_table_and_says_where_the_pictures_are(tmp_path):
+    out = call("demo", "--iterations", "2")
+    for text in ("t_f", "steps", "evals", "training s", "inference ms", "test %", "at 1e-7 %", "as many steps"):
+        assert text in out
+    for task in ("moons", "digits"):
+        assert f"results/demo/{task}.png" in out
+        assert (tmp_path / f"results/demo/{task}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "results/demo/demo.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["moons"] * 3 + ["digits"] * 3
+    # The control has as many steps as minimum-time ended with.
+    assert rows[1]["steps"] == rows[2]["steps"]
+    assert str(tmp_path) not in out  # no path of the machine
+
+
+def test_run_shows_a_row_for_each_seed_and_does_not_train_twice(monkeypatch):
+    words = ("run", "moons", "--method", "minimum-time", "--method", "vanilla:2", "--seeds", "2", "--iterations", "2")
+    out = call(*words)
+    assert "published t_f 0.0904: 0 of 2 within 25 %" in out
+    assert "vanilla, 2 steps: t_f 1.0000" in out
+
+    def never(self):
+        raise AssertionError("a finished seed was trained again")
+
+    monkeypatch.setattr(Run, "step", never)
+    assert "published t_f 0.0904: 0 of 2 within 25 %" in call(*words)
+
+
+def test_run_shows_that_t_f_is_at_its_bound():
+    out = call("run", "moons", "--weight", "1000", "--lr", ".001", "--span-lr", "1", "--iterations", "3")
+    assert "t_f is at its lower bound" in out
+
+
+def test_missing_data_ends_with_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
+    out = call("run", "fashion-mnist", "--epochs", "1", code=1)
+    assert "not run: data missing: FashionMNIST" in out
+    assert "dataset-fashion-mnist" in out
+    assert "not run" in call("figure", "5", code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "moon"), "there is no task 'moon'"),
+        (("run", "moons", "--method", "vanila"), "there is no method 'vanila'"),
+        (("run", "moons", "--weight", "-1"), "'--weight'"),
+        (("run", "moons", "--seeds", "0"), "'--seeds'"),
+        (("table", "7"), "there is no table '7'"),
+        (("table", "1", "--lrs", "a,b"), "numbers with commas"),
+        (("table", "1", "--sweep", "0"), "positive"),
+        (("figure", "2"), "there is no figure '2'"),
+    ],
+)
+def test_bad_input_names_the_value_and_the_way_out(words, said):
+    assert said in call(*words, code=2)
+
+
+def test_a_table_and_a_figure(tmp_path):
+    out = call("table", "5", "--seeds", "1", "--lrs", "own", "--iterations", "2", "--sweep", "2")
+    assert "Table 5" in out
+    assert "as many steps" in out
+    assert "figure-7.png" in call("figure", "7")
+    assert (tmp_path / "results/figure-7.png").exists()
+
+
+def test_the_module_runs_by_its_name():
+    done = subprocess.run(
+        [sys.executable, "-m", "torchdyn_mintime", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "run", "table", "figure", "bench"):
+        assert command in done.stdout
+
+
+def test_the_help_of_run_has_a_line_on_each_task_and_method():
+    lines = [line.strip() for line in call("run", "--help").splitlines()]
+    for name in ("moons", "flow-tutorial", "minimum-time", "vanilla:STEPS", "minimum-time-paper"):
+        assert any(line.startswith(f"{name} ") and len(line) > len(name) + 5 for line in lines)
+
+
+def test_the_version_is_printed():
+    assert call("--version").strip() == __version__
+
+
+def test_bench_has_options_of_its_own():
+    assert "--rounds must be at least 1" in call("bench", "--rounds", "0", code=2)
+
+
+def test_compress_writes_a_shallow_model_that_plain_torchdyn_loads(tmp_path):
+    call("run", "digits", "--method", "vanilla", "--iterations", "60")
+    (checkpoint,) = (tmp_path / "results/runs").glob("digits-vanilla*.pt")
+    out = call("compress", str(checkpoint), "--target", "1.0", "--iterations", "200")
+    assert "evals" in out and "times fewer" in out
+    (written,) = (tmp_path / "results/compressed").glob("*.pt")
+    saved = torch.load(written)
+    assert set(saved) == {"state", "t_span", "solver", "task", "how"}
+    model = TASKS["digits"].model(Method("vanilla", node={"solver": saved["solver"]}), TASKS["digits"].settings)
+    model.load_state_dict(saved["state"])
+    model.t_span = saved["t_span"]
+    assert type(model.node) is NeuralODE and len(saved["t_span"]) <= 3
+    test = TASKS["digits"].load(TASKS["digits"].settings, Source())
+    with torch.no_grad():
+        accuracy = (model(test.x_test).argmax(1) == test.y_test).double().mean().item()
+    assert f"In plain torchdyn {100 * accuracy:.2f} %" in " ".join(out.split())
+
+
+def test_compress_says_what_it_cannot_take(tmp_path):
+    assert "is not the .pt of a finished run" in call("compress", str(tmp_path / "none.pt"), code=2)
+    call("run", "moons", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*.pt")
+    assert "made shallow by its training" in call("compress", str(checkpoint), code=2)
+    call("run", "digits", "--method", "skipped", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*skipped*.pt")
+    assert "has no ODE" in call("compress", str(checkpoint), code=2)
+    call("run", "moons", "--method", "vanilla:2", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*vanilla*.pt")
+    assert "Nothing was written" in call("compress", str(checkpoint), "--target", "1e-6", "--iterations", "1")
+
+
+@pytest.fixture
+def small_flows(monkeypatch):
+    for name in ("flow-moons", "flow-circles", "flow-tutorial"):
+        task = TASKS[name]
+        monkeypatch.setitem(TASKS, name, replace(task, settings=task.settings.but(test=64, batch=32)))
+
+
+def test_the_flow_tutorial_runs_bare_and_wrapped(monkeypatch, tmp_path):
+    task = TASKS["flow-tutorial"]
+    monkeypatch.setitem(TASKS, "flow-tutorial", replace(task, settings=task.settings.but(test=50)))
+    assert "minimum-time" in call("run", "flow-tutorial", "--iterations", "1")
+    vanilla, ours = json.loads((tmp_path / "results/run-flow-tutorial.json").read_text())
+    assert [vanilla["method"], ours["method"]] == ["vanilla", "minimum-time"]
+    # One step of training has not taken them apart yet: the same start, the same batches, the same noise.
+    assert ours["nll"] == pytest.approx(vanilla["nll"], rel=1e-2)
+    monkeypatch.setattr(Run, "step", lambda run: pytest.fail("trained again"))
+    call("run", "flow-tutorial", "--iterations", "1")
+
+
+def test_a_flow_tutorial_that_breaks_ends_and_says_so(monkeypatch, tmp_path, small_flows):
+    """A bare model would not come back from weights that are NaN."""
+
+    def breaks(model, settings):
+        return lambda step: math.nan if step.iteration else 0.0
+
+    task = TASKS["flow-tutorial"]
+    own = {name: replace(METHODS[name], terms=(breaks,)) for name in ("vanilla", "minimum-time")}
+    monkeypatch.setitem(TASKS, "flow-tutorial", replace(task, methods=own))
+    out = " ".join(call("run", "flow-tutorial", "--iterations", "3").split())
+    assert "failed on every seed" in out
+    assert all(math.isnan(r["nll"]) for r in json.loads((tmp_path / "results/run-flow-tutorial.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "flow-tutorial", "--lr", ".1"), "flow-tutorial has no use for --lr: leave it out"),
+        (("run", "flow-moons", "--start", ".1", "--data", "x"), "flow-moons has no use for --start, --data"),
+        (("run", "flow-moons", "--method", "target"), "there is no method 'target' for a flow on two moons"),
+        (("run", "flow-stars"), "there is no task 'flow-stars'"),
+        (("table", "flows", "--lrs", ".1"), "table flows has no use for --lrs"),
+        (("table", "3", "--only", "moons"), "table 3 has no 'moons'; its tasks are annuli"),
+        (("run", "moons", "--method", "vanilla:²"), "there is no method 'vanilla:²'"),
+        (("table", "flows", "--only", "moons"), "table flows has no 'moons'; its tasks are flow-moons"),
+        (("figure", "6", "--width", "4"), "flow-moons has no use for --width"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words, said):
+    assert said in " ".join(call(*words, code=2).replace("│", " ").split())
+
+
+def test_the_table_of_flows(tmp_path, small_flows):
+    out = call("table", "flows", "--only", "flow-moons", "--seeds", "1", "--iterations", "1")
+    for label in ("over 18 min", "as in the paper", "as many steps", "best of a"):
+        assert label in out
+    assert (tmp_path / "results/table-flow-moons.gif").exists()
+    assert (tmp_path / "results/table-flows.md").read_text().startswith("# Flows")
+
+
+def test_compress_can_take_away_steps_alone(tmp_path):
+    call("run", "annuli", "--method", "vanilla", "--iterations", "40", "--lr", ".03")
+    (checkpoint,) = (tmp_path / "results/runs").glob("annuli-vanilla*.pt")
+    out = call("compress", str(checkpoint), "--trim", "--target", "0.65")
+    before, after = (re.search(rf"{label}\s+\S+\s+(\d+)", out).group(1) for label in ("before", "after"))
+    assert int(after) < int(before) == 40
+    (share,) = re.findall(r"in the mean \(([.\d]+) of them\)", " ".join(out.split()))
+    assert 0 <= float(share) <= 1
+    assert "error" not in out and "above threshold" in call(
+        "compress", str(checkpoint), "--trim", "--target", "1e-9", code=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--start", "2"), "moons, minimum-time: t_f = 2 lies outside its bounds"),
+        (("--method", "shallowest", "--target", "0"), "moons, shallowest: target must be positive"),
+    ],
+)
+def test_settings_that_a_method_refuses_are_said_as_such(words, message):
+    assert message in " ".join(call("run", "moons", *words, code=2).replace("│", " ").split())
+
+
+def test_epochs_are_passes_over_the_data(tmp_path):
+    call("run", "digits", "--method", "vanilla:1", "--epochs", "1")
+    (record,) = (tmp_path / "results/runs").glob("digits-vanilla-1*.json")
+    assert json.loads(record.read_text())["plan"]["settings"]["iterations"] == 1347 // 128
+
+
+@pytest.mark.parametrize(("number", "task"), [("6", "flow-moons"), ("12", "flow-circles")])
+def test_the_figures_of_flows_come_with_their_runs(monkeypatch, number, task):
+    called = []
+    monkeypatch.setattr(tables, "make_own", lambda *args: called.append(args))
+    call("figure", number, "--iterations", "2", "--seed", "5")
+    ((own, methods, options, _, store, name),) = called
+    assert (own, methods, options.settings["iterations"]) == (task, ("vanilla", "minimum-time"), 2)
+    assert list(options.seeds) == [5] and isinstance(store, Store)
+    assert name == f"figure-{number}"
+
+
+def test_a_damaged_image_file_is_said_where_its_figures_would_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in datasets.IDX:
+        (folder / name).write_bytes(b"not an IDX file")
+    words = ("--data", str(folder), "--iterations", "1")
+    assert "is not an IDX file" in call("figure", "5", *words, code=1)
+    assert "is not an IDX file" in call("table", "2", "--only", "mnist", "--seeds", "1", "--lrs", "own", *words)
+    assert "is not an IDX file" in call("run", "mnist", *words, code=2)
+
+
+def test_compress_says_that_its_data_is_missing(tmp_path, monkeypatch):
+    call("run", "digits", "--method", "vanilla:1", "--iterations", "1")
+    (checkpoint,) = (tmp_path / "results/runs").glob("digits-vanilla-1*.pt")
+
+    def missing(*args):
+        raise MissingData("data missing: digits")
+
+    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], load=missing))
+    assert "not run: data missing: digits" in call("compress", str(checkpoint), code=1)
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("torchdyn_mintime.experiments.tables.compare", broken)
+    result = CliRunner().invoke(app, ["run", "moons"])
+    assert isinstance(result.exception, ValueError) and "a defect" in str(result.exception)
+
+
+def test_run_draws_what_it_did_and_prints_the_rate_that_held(tmp_path):
+    assert "nothing is left to train" in call("run", "annuli", "--method", "skipped", code=2)
+    out = call("run", "digits", "--method", "pretrained", "--method", "skipped", "--iterations", "2")
+    assert "V(z(t)) <= V(z(t0)) exp(-20 (t - t0))" in out and "samples" in out
+    for method in ("pretrained", "skipped"):
+        assert (tmp_path / f"results/run-digits-{method}-seed0.png").read_bytes().startswith(b"\x89PNG")

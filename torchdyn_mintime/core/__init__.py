@@ -1,0 +1,91 @@
+"""The learnable interval around a NeuralODE: spans, the field bound to a solve, and solves beside the model's own.
+
+What other rooms use of this one is named here.
+"""
+
+from torchdyn_mintime.core import checks
+from torchdyn_mintime.core.evaluation import (
+    Loss,
+    as_batches,
+    as_number,
+    evaluate_with_reference,
+    evaluate_without_ode,
+    mean_loss,
+    model_output,
+    rest_of,
+)
+from torchdyn_mintime.core.field import STATEFUL, BoundField, Field, cost_columns, evaluating, takes
+from torchdyn_mintime.core.interval import Interval
+from torchdyn_mintime.core.random_span import RandomSpan
+from torchdyn_mintime.core.reference import (
+    TOLERANCE,
+    ending,
+    exact_solves,
+    position,
+    reference_solution,
+    relative_error,
+    replaced_solves,
+    solved_spans,
+    solver_error,
+)
+from torchdyn_mintime.core.solve import LastSolve, Method
+from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.core.speed_limit import SpeedLimit
+from torchdyn_mintime.core.untraced import last_solve, refine, undisturbed, untraced
+from torchdyn_mintime.core.wrapping import (
+    freeze_times,
+    has_bare,
+    named_spans,
+    only_span,
+    parameter_groups,
+    require_spans,
+    spans,
+    unwrap,
+    wrap,
+)
+
+__all__ = [
+    "STATEFUL",
+    "TOLERANCE",
+    "BoundField",
+    "Field",
+    "Interval",
+    "LastSolve",
+    "LearnableSpan",
+    "Loss",
+    "Method",
+    "RandomSpan",
+    "SpeedLimit",
+    "as_batches",
+    "as_number",
+    "checks",
+    "cost_columns",
+    "ending",
+    "evaluate_with_reference",
+    "evaluate_without_ode",
+    "evaluating",
+    "exact_solves",
+    "freeze_times",
+    "has_bare",
+    "last_solve",
+    "mean_loss",
+    "model_output",
+    "named_spans",
+    "only_span",
+    "parameter_groups",
+    "position",
+    "reference_solution",
+    "refine",
+    "relative_error",
+    "replaced_solves",
+    "require_spans",
+    "rest_of",
+    "solved_spans",
+    "solver_error",
+    "spans",
+    "takes",
+    "undisturbed",
+    "untraced",
+    "unwrap",
+    "wrap",
+]

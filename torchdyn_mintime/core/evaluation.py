@@ -1,0 +1,134 @@
+"""The loss of a model over batches: as it is, solved exactly, and with its ODE skipped.
+
+Convention for all that take ``model``, ``batches`` and ``loss``: a batch is ``x`` or ``(x, *target)``; the loss is
+called as ``loss(output, *target)`` and returns the mean over the batch. ``output`` is what the model returns; where the
+model is a span itself, which returns times and states, it is z(t_f) alone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdyn_mintime.core import checks
+from torchdyn_mintime.core.reference import TOLERANCE, ending, exact_solves, replaced_solves
+from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.core.untraced import evaluating, undisturbed
+from torchdyn_mintime.core.wrapping import require_spans
+
+__all__ = [
+    "Loss",
+    "as_batches",
+    "as_number",
+    "evaluate_with_reference",
+    "evaluate_without_ode",
+    "mean_loss",
+    "model_output",
+    "rest_of",
+]
+
+Loss = Callable[..., Tensor | float]
+
+
+def as_batches(batches: Any) -> list[tuple[Tensor, ...]]:
+    """Returns the batches as a list of ``(x, *target)``, since most figures pass over them more than once.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: one of them does not begin with a tensor, or ``batches`` is a tensor itself.
+    """
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be a list, or a loader, of x or (x, *target); got {type(batches).__name__}: pass [x] for one"
+        )
+    found = []
+    for batch in batches:
+        parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, Sequence) else None
+        if not parts or not isinstance(parts[0], Tensor):
+            raise TypeError(
+                f"a batch is a tensor x, or (x, *target); got {type(batch).__name__}: pass [(x, y)] for one"
+            )
+        if parts[0].dim() < 1 or not len(parts[0]):
+            raise ValueError(f"a batch must have rows, [batch, ...]; got x of the shape {tuple(parts[0].shape)}")
+        found.append(parts)
+    if not found:
+        raise ValueError("batches is empty; give at least one (x, *target)")
+    return found
+
+
+def model_output(model: nn.Module, x: Tensor) -> Any:
+    """Returns what the loss is given for ``x``: the model's output, or z(t_f) where the model is a span itself."""
+    out = model(x)
+    if isinstance(model, LearnableSpan):
+        return (out[1] if isinstance(out, tuple) else out)[-1]
+    return out
+
+
+def rest_of(model: nn.Module, span: LearnableSpan, state: Tensor, x: Tensor) -> Any:
+    """Returns what the rest of ``model`` makes of ``state`` at the end of the span, for the input ``x``."""
+    if model is span:
+        return state
+    with replaced_solves([span], lambda *_: ending(span, state)):
+        return model_output(model, x)
+
+
+def mean_loss(
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], loss: Loss, others: Sequence[Loss] = ()
+) -> list[float]:
+    """Returns the mean of ``loss``, and of further functions of the same arguments, over all entries of the batches."""
+    totals, count = [0.0] * (1 + len(others)), 0
+    with torch.no_grad():
+        for x, *target in batches:
+            output = model_output(model, x)
+            for i, function in enumerate((loss, *others)):
+                value = function(output, *target)
+                totals[i] += as_number(value, "the loss" if i == 0 else "accuracy") * len(x)
+            count += len(x)
+    return [total / count for total in totals]
+
+
+def evaluate_with_reference(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, accuracy: Loss | None = None, tolerance: float = TOLERANCE
+) -> tuple[float, float | None]:
+    """Returns loss and accuracy with every span solved in float64 at ``tolerance`` instead of by its own solver.
+
+    The model is called in eval mode. Of a trajectory, the last state alone is replaced.
+
+    Args:
+        model: a LearnableSpan, or a module that holds some.
+        batches: of ``x`` or ``(x, *target)``.
+        loss, accuracy: ``function(output, *target)``, the mean over a batch; of a span itself the output is z(t_f).
+        tolerance: absolute and relative, of the reference solve.
+
+    Returns:
+        (loss, accuracy), the latter None without a function for it.
+    """
+    with exact_solves(model, tolerance):
+        return _evaluate(model, batches, loss, accuracy)
+
+
+def evaluate_without_ode(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, accuracy: Loss | None = None
+) -> tuple[float, float | None]:
+    """Returns loss and accuracy with every ODE skipped, z(t_f) = z(t0): what the rest of the model does by itself.
+
+    Arguments and result are those of :func:`evaluate_with_reference`.
+    """
+    with replaced_solves(require_spans(model), lambda span, x, own: ending(span, x)):
+        return _evaluate(model, batches, loss, accuracy)
+
+
+def _evaluate(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, accuracy: Loss | None
+) -> tuple[float, float | None]:
+    with evaluating(model), undisturbed(model):
+        values = mean_loss(model, as_batches(batches), loss, () if accuracy is None else (accuracy,))
+    return values[0], None if accuracy is None else values[1]
+
+
+def as_number(value: Tensor | float, name: str) -> float:
+    """Returns a scalar's value; a vector is a loss without a reduction, which would pass unseen otherwise."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number for a batch; got the shape {tuple(value.shape)}: take its mean")
+    return checks.scalar(value, name)

@@ -1,0 +1,213 @@
+"""The ODE's own solution: in float64, by dopri5 at a tight tolerance, of the field as it is. And solves in a span's place.
+
+The solver error of a model is rms(z(t_f) - z*(t_f)) / rms(z*(t_f)), z* being that solution: see :func:`solver_error`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdyn_mintime.core.field import BoundField
+from torchdyn_mintime.core.span import LearnableSpan, Solve
+from torchdyn_mintime.core.untraced import evaluating, last_solve, undisturbed, untraced
+from torchdyn_mintime.core.wrapping import require_spans
+from torchdyn_mintime.numerics import AsynchronousLeapfrog, Grid, integrate, make_stepper
+from torchdyn_mintime.numerics.step_control import rms
+
+__all__ = [
+    "TOLERANCE",
+    "end_by_steps",
+    "ending",
+    "exact_solves",
+    "position",
+    "reference_end",
+    "reference_solution",
+    "relative_error",
+    "replaced_solves",
+    "solved_spans",
+    "solver_error",
+]
+
+TOLERANCE = 1e-7
+"""Of reference solutions: absolute and relative."""
+
+
+def end_by_steps(span: LearnableSpan) -> Tensor:
+    """Returns the state at the end of the last forward, without alf's velocity."""
+    last = last_solve(span)
+    state = last.states[-1]
+    if not last.reaches_end:
+        with untraced(last.bound):
+            state = integrate(last.bound.function, last.x, Grid(last.steps), span.stepper, adapt=False).states[-1]
+    return position(span, state)
+
+
+def position(span: LearnableSpan, state: Tensor) -> Tensor:
+    """Returns the ODE's own state: that of alf without its velocity."""
+    return state.chunk(2, -1)[0] if isinstance(span.stepper, AsynchronousLeapfrog) else state
+
+
+def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE) -> Tensor:
+    """Returns the end of the last forward's interval, solved anew in float64 at ``tolerance``."""
+    last = last_solve(span)
+    with untraced(last.bound):
+        return reference_solution(last.bound, position(span, last.x), [last.steps[0], last.steps[-1]], tolerance)[-1]
+
+
+def relative_error(span: LearnableSpan, tolerance: float = TOLERANCE) -> float:
+    """Returns rms(z(t_f) - z*(t_f)) / rms(z*(t_f)) of the last forward, z* being the solution at ``tolerance``."""
+    exact = reference_end(span, tolerance)
+    return float(rms(end_by_steps(span).double() - exact) / rms(exact).clamp_min(torch.finfo(torch.float64).tiny))
+
+
+@torch.no_grad()
+def reference_solution(bound: BoundField, x: Tensor, times: list[float], tolerance: float = TOLERANCE) -> Tensor:
+    """Returns z at ``times`` from z(times[0]) = x, in float64, ``[len(times), *x.shape]``; to be called inside ``untraced``."""
+    own_dtype = x.dtype
+    x = x.detach().double()
+
+    def solve(f: Callable) -> Tensor:
+        return integrate(f, x, Grid(times), make_stepper("dopri5"), atol=tolerance, rtol=tolerance).states
+
+    with _in_float64(bound, x, times[0]) as run:
+        if run is not None:
+            return run(lambda: solve(bound.function))
+
+    # The field in its own type; only the states between its evaluations are of float64.
+    def rounded(t: Tensor, z: Tensor) -> Tensor:
+        return bound.function(t.to(own_dtype), z.to(own_dtype)).double()
+
+    return solve(rounded)
+
+
+class _Holder(nn.Module):
+    """Runs an action while ``functional_call`` has other tensors in the place of ``vf``'s own."""
+
+    def __init__(self, vf: Any):
+        super().__init__()
+        self.vf = vf
+
+    def forward(self, action: Callable[[], Tensor]) -> Tensor:
+        return action()
+
+
+@contextmanager
+def _in_float64(bound: BoundField, x: Tensor, t: float) -> Iterator[Callable | None]:
+    """Gives a function that runs an action with the field in float64; None if the field does not take that."""
+    holder = _Holder(bound.node.vf)
+    named = (*holder.named_parameters(), *holder.named_buffers())
+    tensors = {n: v.detach().double() for n, v in named if v.is_floating_point() and v.dtype != torch.float64}
+    captured = [(m, name, v) for m, name, v in bound.captured if isinstance(v, Tensor)]
+    for module, name, value in captured:
+        setattr(module, name, value.double())
+
+    def run(action: Callable[[], Tensor]) -> Tensor:
+        return torch.func.functional_call(holder, tensors, (action,))
+
+    try:
+        try:
+            fits = run(lambda: bound.function(x.new_tensor(t), x)).dtype == torch.float64
+        except RuntimeError:  # a constant, or a tensor that no module holds, is of another type
+            fits = False
+        yield run if fits else None
+    finally:
+        for module, name, value in captured:
+            setattr(module, name, value)
+
+
+@contextmanager
+def replaced_solves(found: Iterable[LearnableSpan], solve: Solve) -> Iterator[None]:
+    """Puts another solve in the place of those of ``found``. The rest of their model runs as ever.
+
+    Args:
+        found: the spans.
+        solve: ``solve(span, x, own) -> (t_eval, sol)``: what the span returns for the state ``x``; ``own()`` is what it
+            would return by itself.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> span = LearnableSpan(NeuralODE(nn.Tanh(), solver="rk4"))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> with replaced_solves([span], lambda span, x, own: ending(span, 2 * x)):
+        ...     span(torch.ones(1, 2))[1][-1]
+        tensor([[2., 2.]])
+    """
+    held = [(span, span._replacement) for span in found]
+    for span, _ in held:
+        span._replacement = solve
+    try:
+        yield
+    finally:
+        for span, before in held:
+            span._replacement = before
+
+
+def ending(span: LearnableSpan, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what a span returns whose trajectory is the state ``end`` at t_f alone."""
+    return span.t_f.detach().reshape(1), end[None]
+
+
+@contextmanager
+def exact_solves(model: nn.Module, tolerance: float = TOLERANCE) -> Iterator[None]:
+    """Gives, as the last state of every span of ``model``, the ODE's own solution at ``tolerance``."""
+
+    def solve(span: LearnableSpan, x: Tensor, own: Callable) -> tuple[Tensor, Tensor]:
+        t_eval, sol = own()
+        end = reference_end(span, tolerance).to(sol)
+        if isinstance(span.stepper, AsynchronousLeapfrog):  # whose state is [z, v]
+            end = torch.cat([end, sol[-1].chunk(2, -1)[1]], -1)
+        return t_eval, torch.cat([sol[:-1], end[None]])
+
+    with replaced_solves(require_spans(model), solve):
+        yield
+
+
+@torch.no_grad()
+def solver_error(model: nn.Module, x: Tensor, tolerance: float = TOLERANCE) -> float:
+    """Returns how far the model's solver is from the ODE that its field describes.
+
+    The model is called in eval mode. For each of its spans, the state z(t_f) is compared with z*(t_f), the end of a
+    solve from the same initial state over the same interval in float64, by dopri5 at ``tolerance``, with the data
+    control and noise of the first solve:
+
+        rms(z(t_f) - z*(t_f)) / rms(z*(t_f)),
+
+    rms being the root of the mean square over all entries, a running cost or log-density in the state included.
+    Nothing of the model is changed or copied. A field that cannot be evaluated in float64 is evaluated in its own type,
+    and only the solve is in float64.
+
+    Args:
+        model: a LearnableSpan, or a module that holds some.
+        x: what it is called with.
+        tolerance: absolute and relative, of the reference solve.
+
+    Returns:
+        That figure, a pure number; the largest where there are several spans.
+
+    Raises:
+        ValueError: ``model`` has no LearnableSpan.
+        IntegrationError: the solve, or the reference solve, failed.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> span = LearnableSpan(NeuralODE(nn.Tanh(), solver="rk4"), torch.tensor([0.0, 1.0]))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> 0 < solver_error(span, torch.randn(8, 2)) < 1e-2
+        True
+    """
+    with evaluating(model), undisturbed(model):
+        return max(relative_error(span, tolerance) for span in solved_spans(model, x))
+
+
+def solved_spans(model: nn.Module, x: Tensor) -> list[LearnableSpan]:
+    """Calls ``model`` and returns those of its spans that this call has solved; to be called inside ``undisturbed``."""
+    found = require_spans(model)
+    before = [span.last for span in found]
+    model(x)
+    solved = [span for span, last in zip(found, before, strict=True) if span.last is not last]
+    if not solved:
+        raise ValueError(f"calling {type(model).__name__} solved none of its LearnableSpans")
+    return solved

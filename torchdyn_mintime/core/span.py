@@ -1,0 +1,333 @@
+r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) to (14) of the paper)."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
+
+from torchdyn_mintime.core.field import Field
+from torchdyn_mintime.core.interval import Interval, check_span
+from torchdyn_mintime.core.learnable_interval import LearnableInterval
+from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
+from torchdyn_mintime.numerics import IntegrationError, Stepper
+
+__all__ = ["LearnableSpan"]
+
+_log = logging.getLogger(__name__)
+
+Solve = Callable[["LearnableSpan", Tensor, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
+"""``solve(span, x, own) -> (t_eval, sol)``: what stands in a span's place; ``own()`` is its own solve from ``x``."""
+
+
+class LearnableSpan(LearnableInterval):
+    r"""A ``NeuralODE`` whose terminal time t_f, and t0 on request, are parameters.
+
+    Calls go through to the node: ``span(x)`` returns what ``node(x)`` would, solved up to the learned t_f. The template
+    ``t_span`` is cut at t_f: the grid is t0, the template's points before t_f, then t_f itself.
+
+    Args:
+        node: a torchdyn ``NeuralODE``. Its solver, tolerances, sensitivity and other settings are used as they are.
+        t_span: the template, 1-D, strictly ascending, two points or more (units of time). Its first time is t0, its
+            last the initial t_f. Default: ``node.t_span``, else 101 points on [0, 1] for fixed-step solvers and [0, 1]
+            for adaptive ones, until a forward call passes a span, which then becomes the template.
+        t_f: the initial terminal time, where it is not the template's end.
+        bounds: (lower, upper) of t_f, eq. (14). Default: t0 + min(step_size, half the template) and the template's end;
+            for adaptive solvers the lower is t0 + 1e-3 of the template's length.
+        step_size: of fixed-step solvers; where it is not the template's first spacing, the template is laid anew with it.
+        learn_t0: whether t0 is a parameter too. It is clipped to t_f - step_size.
+        checkpoint: keep one state a step for backward, and evaluate the field once more there. The gradient is the
+            same, to rounding, as without: exactly that of the discrete solution (sensitivity "autograd").
+
+    Attributes:
+        node: the NeuralODE.
+        t_f: scalar ``nn.Parameter``, float32 at least.
+        t0: scalar buffer, or parameter with ``learn_t0=True``.
+        interval: the template, the bounds and what has laid them, a value that never changes; assign one that was read
+            before to put it back.
+        last: the record of the last forward (:class:`LastSolve`); None before the first, and in copies.
+        field: the node's field, to be bound to one solve after another.
+
+    Raises:
+        TypeError: ``node`` is not a NeuralODE, or a span is not a floating-point tensor.
+        ValueError: a span, bounds or step size that cannot be used, or a solver that gives no right gradient.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        >>> span = LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 101))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> t_eval, sol = span(torch.randn(8, 2))
+        >>> loss = sol[-1].square().mean() + 0.1 * span.duration  # eq. (13)
+        >>> loss.backward()
+        >>> span.t_f.grad is not None
+        True
+    """
+
+    def __init__(
+        self,
+        node: NeuralODE,
+        t_span: Tensor | None = None,
+        *,
+        t_f: float | None = None,
+        bounds: tuple[float, float] | None = None,
+        step_size: float | None = None,
+        learn_t0: bool = False,
+        checkpoint: bool = False,
+    ):
+        method = _method_of(node)
+        stepper = method.stepper
+        given = t_span if t_span is not None else node.t_span
+        settled = given is not None
+        if given is None:
+            given = torch.linspace(0, 1, 2 if stepper.adaptive else 101)
+        template, dtype = check_span(given, "t_span")
+        interval = Interval(template, stepper.name, stepper.adaptive, settled=settled)
+        if step_size is not None:
+            interval = interval.with_step_size(step_size, dtype)
+        super().__init__(interval.with_bounds(bounds), t_f, dtype, learn_t0)
+        if checkpoint and node.sensitivity != "autograd":
+            raise ValueError(
+                f"checkpoint=True is for sensitivity='autograd'; the node has {node.sensitivity!r}, which keeps few states "
+                "by itself"
+            )
+        self.node, self.field, self.checkpoint, self._method = node, Field(node), checkpoint, method
+        self.last: LastSolve | None = None
+        self._replacement: Solve | None = None  # see core.reference.replaced_solves
+        self.release()
+        self.register_state_dict_post_hook(_without_node_prefix)
+
+    @torch.no_grad()
+    def lay(self, nodes: Sequence[float], solver: str | nn.Module | None = None) -> None:
+        """Takes steps between these times from now on, whatever span is passed, and ends at the last of them.
+
+        Bounds that were given stay. t_f is not clipped to them: who lays the steps keeps to them.
+
+        Args:
+            nodes: strictly ascending, two or more (units of time); the first is t0. An adaptive solver lands on each.
+            solver: another solver for the node, if given.
+
+        Raises:
+            ValueError, TypeError: nodes or a solver that cannot be used. Nothing is changed then.
+        """
+        template, _ = check_span(torch.tensor(nodes, dtype=self.t_f.dtype), "nodes")
+        interval = self.interval.with_template(template)
+        if solver is not None:
+            self.solver = solver
+        self.interval = replace(interval, solver=self.stepper.name, adaptive=self.adaptive, pinned=True)
+        self.t0.fill_(template[0])
+        self.t_f.fill_(template[-1])
+
+    # --------------------------------------------------------------------------------------------------- the solve
+
+    def forward(
+        self,
+        x: Tensor,
+        t_span: Tensor | None = None,
+        save_at: Iterable[float] | Tensor = (),
+        args: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Solves the ODE over the learned interval.
+
+        Args:
+            x: initial state, ``[batch, ...]``.
+            t_span: a span of the caller's own. It is cut at t_f too, and must start at t0. A descending one integrates
+                from t_f to t0.
+            save_at: times to return instead of all points, within [t0, t_f].
+            args: passed on to a field that takes ``args``.
+
+        Returns:
+            ``(t_eval, sol)`` with ``t_eval`` ``[points]`` and ``sol`` ``[points, *x.shape]``; only ``sol`` where the
+            node was made with ``return_t_eval=False``. ``sol[-1]`` is z(t_f), with its gradient in t_f.
+
+        Raises:
+            IntegrationError: the state is not finite, or the solver's steps ran out.
+            ValueError, TypeError: an argument that cannot be used; nothing is changed then.
+        """
+        if self._replacement is not None:
+            t_eval, sol = self._replacement(self, x, lambda: self._returned(self._solve(x, t_span, save_at, args)))
+            return (t_eval, sol) if self.node.return_t_eval else sol
+        last = self._solve(x, t_span, save_at, args)
+        return self._returned(last) if self.node.return_t_eval else last.states
+
+    def _returned(self, last: LastSolve) -> tuple[Tensor, Tensor]:
+        return last.grid.times(self.t_f.dtype, self.t_f.device), last.states
+
+    def _solve(self, x: Tensor, t_span: Tensor | None, save_at: Any, args: Mapping[str, Any] | None) -> LastSolve:
+        # The first span passed may become the template, but not that of a call that fails.
+        before = None if self.interval.settled else (self.interval, self.t0.item(), self.t_f.item())
+        try:
+            grid = self._grid(t_span, save_at)
+            with self.field.bind(x, args) as bound:
+                last = self._method.solve(bound, x, grid, self.checkpoint)
+        except BaseException as error:
+            if before is not None:
+                self._put_back(*before)
+            if isinstance(error, IntegrationError):
+                where = " (t_f = {:.6g}, bounds {:.6g} to {:.6g})".format(self.t_f.item(), *self.bounds)
+                error.args = (f"{error.args[0]}{where}", *error.args[1:])
+            raise
+        if before is not None:
+            if self.training:
+                # A span passed later is one of many, and must not reset what was learned.
+                self.interval = replace(self.interval, settled=True)
+            else:
+                self._put_back(*before)  # a look in eval mode does not decide what is to be learned
+        self.last = last
+        return last
+
+    def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
+        """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``, as torchdyn's own."""
+        out = self(x, t_span)
+        return out[1] if isinstance(out, tuple) else out
+
+    # ---------------------------------------------------------------------------------------- what the last forward did
+
+    @property
+    def steps(self) -> int:
+        """Steps of the last forward (adaptive: the accepted ones); before one, those of the grid (fixed steps)."""
+        if self.last is not None:
+            return len(self.last.steps) - 1
+        if self.adaptive:
+            raise RuntimeError("an adaptive solver's steps are known after a forward call; make one first")
+        return len(self.nodes) - 1
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the field in the last forward, and in its backward once that ran (adjoints)."""
+        return 0 if self.last is None else self.last.bound.nfe
+
+    @property
+    def running_cost(self) -> Tensor:
+        """The integral of ``node.integral_loss`` over the last forward, ``[batch]``.
+
+        Under autograd it is the first column of the state and carries its gradient; under an adjoint it is a value
+        alone, since the backward pass adds its gradient by itself (torchdyn's convention).
+        """
+        if self.node.integral_loss is None:
+            raise RuntimeError("the node has no integral_loss, so there is no running cost")
+        if self.last is None:
+            raise RuntimeError("the running cost is known after a forward call; make one first")
+        if self.node.sensitivity == "autograd":
+            return self.last.states[-1][:, 0] - self.last.x[:, 0]
+        assert self.last.running_cost is not None
+        return self.last.running_cost
+
+    # -------------------------------------------------------------------------------------------- the node's own names
+
+    @property
+    def solver(self) -> nn.Module:
+        """The node's solver. It can be set, by torchdyn's names or to an instance."""
+        return self.node.solver
+
+    @solver.setter
+    def solver(self, value: str | nn.Module) -> None:
+        node = self.node
+        before = node.solver, node.solver_adjoint
+        node.solver = str_to_solver(value) if isinstance(value, str) and value in SOLVER_DICT else value
+        if node.solver_adjoint is before[0]:
+            node.solver_adjoint = node.solver
+        try:
+            self._method = _method_of(node)
+        except (TypeError, ValueError):
+            node.solver, node.solver_adjoint = before
+            raise
+        self.interval = replace(self.interval, solver=self.stepper.name, adaptive=self.adaptive)
+
+    @property
+    def stepper(self) -> Stepper:
+        """The method that the span steps with: the node's solver, exact."""
+        return self._method.stepper
+
+    @property
+    def interpolator(self) -> Callable | None:
+        """What gives the points between t0 and t_f without landing on them (dopri5 on request), or None."""
+        return interpolator_of(self.node, self.stepper)
+
+    @property
+    def vf(self) -> nn.Module:
+        """The node's vector field."""
+        return self.node.vf
+
+    @property
+    def order(self) -> int:
+        """The order of the node's ODE."""
+        return self.node.order
+
+    @property
+    def sensitivity(self) -> str:
+        """The node's way to gradients."""
+        return self.node.sensitivity
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the node's solver chooses its steps."""
+        return self.stepper.adaptive
+
+    # -------------------------------------------------------------------------------------------- copies and checkpoints
+
+    def release(self) -> None:
+        """Lets go of graphs that torchdyn's modules keep: a non-leaf tensor can be neither copied nor pickled."""
+        self.node.vf_params = self.node.vf_params.detach()
+        for module in self.node.vf.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(module, name, value.detach())
+
+    def __getstate__(self):
+        self.release()
+        return {**self.__dict__, "last": None}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name, value in self.interval.state().items()})
+        if self.pinned:  # the steps were laid for this solver
+            destination[prefix + "solver"] = torch.tensor(list(self.stepper.name.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        # The names are those of the bare node, so that checkpoints of the bare and the wrapped model fit both.
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            name = key[len(prefix) :]
+            if "." in name and not name.startswith("node."):
+                state_dict[prefix + "node." + name] = state_dict.pop(key)
+        own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
+        extra = {k: own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")}
+        if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
+            own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
+        # Looked at before anything is taken over.
+        for name in ("t0", "t_f"):
+            if prefix + name in own and own[prefix + name].dim():  # of a vector, torch 2.9 takes the first entry
+                raise ValueError(
+                    f"{prefix}{name} must be one time; the state has the shape {tuple(own[prefix + name].shape)}"
+                )
+        interval, solver = self.interval.loaded(extra, prefix), extra["solver"]
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        self.interval = interval
+        name = self.stepper.name if solver is None else bytes(solver.tolist()).decode()
+        if name != self.stepper.name and name in SOLVER_DICT:
+            self.solver = name
+
+    def extra_repr(self) -> str:
+        lower, upper = self.bounds
+        return f"t0={self.t0.item():.4g}, t_f={self.t_f.item():.4g}, bounds=({lower:.4g}, {upper:.4g}), {self.stepper.name}"
+
+
+def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:
+    inner = prefix + "node."
+    for key in [k for k in state_dict if k.startswith(inner)]:
+        state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)
+
+
+def _method_of(node: Any) -> Method:
+    if isinstance(node, LearnableSpan):
+        raise TypeError("this NeuralODE is wrapped already: got a LearnableSpan; use it as it is, or wrap its `node`")
+    if not isinstance(node, NeuralODE):
+        raise TypeError(
+            f"LearnableSpan wraps a torchdyn NeuralODE; got {type(node).__name__}. NeuralSDE, HybridNeuralDE and "
+            "MultipleShootingLayer are not supported; for a module that contains NeuralODEs use `wrap(module)`"
+        )
+    return Method(node)

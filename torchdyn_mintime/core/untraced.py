@@ -1,0 +1,99 @@
+"""A second solve or evaluation of a model's field that leaves no trace.
+
+Penalties and diagnostics evaluate the field beside the solve that the model is used for. What such evaluations would
+change (counters, times and weights that torchdyn keeps on its modules, batch statistics, what the spans remember) is
+put back, and what the first solve drew (data control, Hutchinson's noise) is seen by the second one too.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from torchdyn_mintime.core.field import BoundField, evaluating, kept
+from torchdyn_mintime.core.solve import LastSolve
+from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.core.wrapping import spans
+from torchdyn_mintime.numerics import Grid
+
+__all__ = ["LastSolve", "RefinedGrid", "evaluating", "last_solve", "refine", "undisturbed", "untraced"]
+
+
+def last_solve(span: LearnableSpan) -> LastSolve:
+    """Returns the record of the last forward of ``span``.
+
+    Raises:
+        RuntimeError: no forward was made, or the span was copied or loaded since.
+    """
+    if span.last is None:
+        raise RuntimeError("this needs the last forward of the span; call the model first")
+    return span.last
+
+
+@contextmanager
+def untraced(bound: BoundField) -> Iterator[None]:
+    """Puts the field as it was in the solve that ``bound`` belongs to, dropout off; afterwards all is as it was before."""
+    # Dropout draws a new mask at every evaluation, so that two solves have no field in common.
+    dropout = [m for m in bound.modules if isinstance(m, nn.modules.dropout._DropoutNd)]
+    nfe = bound.nfe
+    try:
+        with kept(bound.modules), evaluating(*dropout), bound.restored():
+            yield
+    finally:
+        bound.nfe = nfe
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Lets calls of ``model`` leave no trace: what its spans remember and count, batch statistics, mode."""
+    held = [(span, span.last) for span in spans(model)]
+    with kept([module for module in model.modules() if not isinstance(module, LearnableSpan)]):
+        try:
+            yield
+        finally:
+            for span, last in held:
+                span.last = last
+
+
+@dataclass(frozen=True)
+class RefinedGrid(Grid):
+    """A grid whose every step is split into ``parts`` equal ones; all parts of a step that moves with an end move too.
+
+    Attributes:
+        nodes: all points, the new ones included.
+        parts: into how many each step is split.
+    """
+
+    parts: int = 1
+
+    def _step(self, i: int) -> tuple[float | Tensor, float | Tensor, int]:
+        """Returns the whole step that part ``i`` lies in: its start, its size, and which part of it ``i`` is."""
+        first = i - i % self.parts
+        a: float | Tensor = self.nodes[first]
+        b: float | Tensor = self.nodes[first + self.parts]
+        if first == 0 and self.start is not None:
+            a = self.start.double().view(())  # see Grid.left
+        if first + self.parts == len(self.nodes) - 1 and self.end is not None:
+            b = self.end.double()
+        return a, b - a, i - first
+
+    def size(self, i: int) -> float | Tensor:
+        return self._step(i)[1] / self.parts
+
+    def left(self, i: int) -> float | Tensor:
+        a, whole, part = self._step(i)
+        return a + whole * (part / self.parts) if part else a
+
+
+def refine(steps: Sequence[float], start: Tensor | None, end: Tensor | None, parts: int) -> RefinedGrid:
+    """Returns the grid of ``steps``, each split into ``parts`` equal ones, of which only the last point is returned.
+
+    Example:
+        >>> refine([0.0, 0.5, 1.0], None, None, 2).nodes
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    nodes = [a + (b - a) * (k / parts) for a, b in pairwise(steps) for k in range(parts)]
+    nodes.append(steps[-1])
+    return RefinedGrid(nodes, start, end, [False] * (len(nodes) - 1) + [True], parts)

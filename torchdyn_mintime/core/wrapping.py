@@ -1,0 +1,297 @@
+"""Putting learnable spans into a model, and taking them out again."""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+from torchdyn.numerics.solvers.ode import RungeKutta4
+
+from torchdyn_mintime.core import checks
+from torchdyn_mintime.core.field import evaluating, kept
+from torchdyn_mintime.core.span import LearnableSpan
+
+__all__ = [
+    "freeze_times",
+    "has_bare",
+    "named_spans",
+    "only_span",
+    "parameter_groups",
+    "require_spans",
+    "spans",
+    "unwrap",
+    "wrap",
+]
+
+
+def named_spans(model: nn.Module) -> Iterator[tuple[str, LearnableSpan]]:
+    """Yields (name, span) of every LearnableSpan in ``model``, each once. The name of ``model`` itself is empty."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module that holds LearnableSpans; got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, LearnableSpan):
+            yield name, module
+
+
+def spans(model: nn.Module) -> Iterator[LearnableSpan]:
+    """Yields every LearnableSpan in ``model``, itself included, each once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> model = wrap(nn.Sequential(nn.Linear(4, 2), NeuralODE(net, return_t_eval=False)))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> [round(span.duration.item(), 2) for span in spans(model)]
+        [1.0]
+    """
+    for _, span in named_spans(model):
+        yield span
+
+
+def require_spans(model: nn.Module) -> list[LearnableSpan]:
+    """Returns the spans of ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: it has no LearnableSpan.
+    """
+    found = list(spans(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LearnableSpan; wrap it first: torchdyn_mintime.wrap(model)")
+    return found
+
+
+def only_span(model: nn.Module, span: LearnableSpan | None = None) -> LearnableSpan:
+    """Returns the span to look at: ``span`` if it is given, else the only one of ``model``.
+
+    Raises:
+        ValueError: ``model`` has no span, several and none was given, or not the one that was given.
+    """
+    require_spans(model)
+    found = dict(named_spans(model))
+    if span is not None:
+        if all(span is not s for s in found.values()):
+            raise ValueError(f"the span given is not one of this {type(model).__name__}: {list(found)}")
+        return span
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} LearnableSpans, {list(found)}: pass span=, one of them"
+        )
+    return next(iter(found.values()))
+
+
+def freeze_times(found: Iterable[LearnableSpan]) -> list[Tensor]:
+    """Takes the times of the spans from the optimizers, and returns those that were free."""
+    free: list[Tensor] = [time for span in found for time in span.parameters(recurse=False) if time.requires_grad]
+    for time in free:
+        time.requires_grad_(False)
+        time.grad = None  # an optimizer would go on applying a gradient that is left there
+    return free
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, NeuralODE]]:
+    """Yields where a bare NeuralODE hangs in ``model``: (parent, name of the child, node)."""
+    seen: set[int] = set()
+
+    def walk(parent: nn.Module) -> Iterator[tuple[nn.Module, str, NeuralODE]]:
+        if id(parent) in seen or isinstance(parent, LearnableSpan):
+            return
+        seen.add(id(parent))
+        for name, child in parent._modules.items():
+            if isinstance(child, NeuralODE):
+                yield parent, name, child
+            elif child is not None:
+                yield from walk(child)
+
+    return walk(model)
+
+
+def has_bare(model: nn.Module) -> bool:
+    """Returns whether some NeuralODE in ``model`` is not wrapped."""
+    return isinstance(model, NeuralODE) or next(_places(model), None) is not None
+
+
+def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.Module:
+    """Puts a :class:`LearnableSpan` around every ``NeuralODE`` inside ``model``, in place, and returns it.
+
+    Args:
+        model: any module. Given a NeuralODE itself, its span is returned.
+        t_span: the template of every span; default: each node's own.
+        options: those of :class:`LearnableSpan`.
+
+    Returns:
+        ``model``, or the span of a NeuralODE. A node that is used twice gets one span.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there is nothing to wrap, or an option cannot be used. Nothing is changed then.
+
+    Example:
+        >>> node = NeuralODE(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> wrap(node).t_f.item()
+        1.0
+    """
+    if isinstance(model, NeuralODE):
+        return LearnableSpan(model, t_span, **options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wrap takes a torch.nn.Module; got {type(model).__name__}")
+    places = list(_places(model))
+    if not places:
+        wrapped = sum(1 for _ in spans(model))
+        raise ValueError(
+            f"the model is wrapped already: it holds {wrapped} LearnableSpan and no bare NeuralODE"
+            if wrapped
+            else f"there is no NeuralODE to wrap in {type(model).__name__}; one that is kept in a plain list or dict is "
+            "not seen: use nn.ModuleList or nn.ModuleDict"
+        )
+    made = {id(node): LearnableSpan(node, t_span, **options) for _, _, node in places}
+    for parent, name, node in places:
+        parent._modules[name] = made[id(node)]
+    return model
+
+
+def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
+    """Takes the spans out of ``model``, in place: plain NeuralODEs remain, whose ``t_span`` is the learned grid.
+
+    For each one a solve by torchdyn is compared with the span's own. torchdyn's adaptive solvers sometimes lose the last
+    point; t_f is then moved by units in the last place until they do not.
+
+    Args:
+        model: the wrapped model, or a span.
+        x: initial state for the check; default: random, of the shape of the span's last forward, or of its first layer.
+
+    Returns:
+        ``model``, or the node of a span. Call it without a span: one that is passed would be used instead of the grid.
+
+    Raises:
+        ValueError: nothing to unwrap, no shape to check with, or torchdyn cannot solve up to t_f. Nothing is changed then.
+
+    Warns:
+        UserWarning: torchdyn's result differs, as with rk4 and a field that depends on time.
+    """
+    found = list(named_spans(model))
+    if not found:
+        raise ValueError(f"there is no LearnableSpan to unwrap in {type(model).__name__}")
+    grids = {name: _checked_grid(span, x, name) for name, span in found}
+    for name, span in found:
+        span.node.t_span = grids[name]
+        span.release()
+    if isinstance(model, LearnableSpan):
+        return model.node
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, LearnableSpan):
+                parent._modules[name] = child.node
+    return model
+
+
+def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
+    """Returns the learned grid, such that torchdyn's own solve over it ends at t_f."""
+    node = span.node
+    if not isinstance(x, Tensor):
+        x = _random_state(span, name)
+    before = node.t_span
+    try:
+        with evaluating(span), kept(list(node.vf.modules())), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            grid = span.grid().detach()
+            if span.adaptive and x.dtype.itemsize >= 4:
+                # In torchdyn's step control a span of another precision moves the state to its own.
+                grid = grid.to(x.dtype)
+            torch.manual_seed(0)
+            ours = span(x)
+            for _ in range(64):
+                torch.manual_seed(0)  # the same noise for both, where the field draws some
+                node.t_span = grid
+                theirs = node(x)
+                times = theirs[0] if node.return_t_eval else None
+                states, own = (out[1] if node.return_t_eval else out for out in (theirs, ours))
+                # torchdyn's interpolated adjoint returns every step of the solver, whatever was asked.
+                points = states.shape == own.shape or (node.sensitivity == "interpolated_adjoint" and span.adaptive)
+                if points and (times is None or times[-1] == grid[-1]):
+                    break
+                # To a multiple of the largest time's unit in the last place: one that torchdyn's own sum of times can hit,
+                # also where t_f is near 0 and has far finer units.
+                unit = math.ldexp(torch.finfo(grid.dtype).eps, math.frexp(grid.abs().max().item())[1] - 1)
+                grid = grid.clone()
+                grid[-1] = (math.ceil(grid[-1].item() / unit) - 1) * unit
+            else:
+                raise ValueError(
+                    f"{name or 'the span'}: torchdyn's {span.stepper.name} gave no state at t_f = {grid[-1]:g}"
+                )
+    except TypeError as error:
+        raise ValueError(
+            f"{name or 'the span'}: plain torchdyn cannot call this vector field ({error}); "
+            "give its forward the signature (t, x, args=None)"
+        ) from error
+    finally:
+        node.t_span = before
+    _compare(span, states[-1], own[-1], name)
+    return grid
+
+
+def _compare(span: LearnableSpan, theirs: Tensor, ours: Tensor, name: str) -> None:
+    node = span.node
+    difference = (theirs - ours).abs().max().item() if ours.numel() else 0.0
+    scale = ours.abs().max().item() if ours.numel() else 0.0
+    # Fixed steps should agree to rounding; adaptive ones may choose other steps, within the tolerance.
+    allowed = 10 * (node.atol + node.rtol * scale) if span.adaptive else 1e-4 * (1 + scale)
+    if not math.isfinite(difference) or difference > allowed:
+        reason = (
+            "; torchdyn's rk4 is first order for a field that depends on time, ours is fourth order"
+            if isinstance(node.solver, RungeKutta4)
+            else ""
+        )
+        warnings.warn(
+            f"{name or 'the span'}: torchdyn's own solve differs by {difference:.3g} from the wrapped one{reason}. "
+            "The unwrapped model will differ as much",
+            stacklevel=4,
+        )
+
+
+def _random_state(span: LearnableSpan, name: str) -> Tensor:
+    parameter = next(iter(span.node.vf.parameters()))
+    shape: tuple[int, ...] = () if span.last is None else tuple(span.last.x.shape)
+    if not shape:
+        first = next((m for m in span.node.vf.modules() if isinstance(m, nn.Linear)), None)
+        if first is None:
+            raise ValueError(
+                f"pass x, an initial state to check {name or 'the span'} with: no forward has shown its shape"
+            )
+        shape = (8, first.in_features)
+    return torch.randn(shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, span_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Returns optimizer groups in which times have their own learning rate and never decay.
+
+    Args:
+        model: a wrapped model.
+        lr: learning rate of everything else.
+        span_lr: learning rate of the times, in units of time per step for Adam; default ``lr``.
+        weight_decay: of everything else. A decay of t_f would be a price of time that nobody set.
+
+    Returns:
+        Two groups, the times last; parameters that require no gradient are left out.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> groups = parameter_groups(wrap(NeuralODE(net)), lr=0.1, span_lr=0.01)  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> [(group["lr"], len(group["params"])) for group in groups]
+        [(0.1, 4), (0.01, 1)]
+    """
+    rates = {"lr": lr, "span_lr": lr if span_lr is None else span_lr, "weight_decay": weight_decay}
+    for key, value in rates.items():
+        checks.number(value, key, least=0)
+    times = [p for span in require_spans(model) for p in span.parameters(recurse=False)]
+    ids = {id(p) for p in times}
+    others = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
+    return [
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in times if p.requires_grad], "lr": rates["span_lr"], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,172 @@
+r"""The price of time that holds a loss on its target.
+
+    minimise t_f - t0   subject to   loss <= target.
+
+Its Lagrangian is, up to a factor, loss + w (t_f - t0) as in eq. (13), with a price w that is right when the loss sits on
+the target. The dual update raises w while the loss is below the target and lowers it while it is above, and t_f follows
+the gradient of eq. (12) plus w. Both move by factors, and the gradient counts relative to its own size, so that neither
+the unit of time nor the learning rate of the network matters.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdyn_mintime.core import LearnableSpan, checks, require_spans
+from torchdyn_mintime.depth.rollback import Snapshot
+
+__all__ = ["TargetLoss"]
+
+_log = logging.getLogger(__name__)
+
+TIME_RATE, PRICE_RATE = 0.02, 0.05
+"""The duration and its price change by these shares a step, at most, so that the network has time to follow."""
+SMOOTHING = 0.9
+"""The share of the last mean of the loss, and of the gradient's size, in the next: about ten steps are remembered."""
+
+
+class TargetLoss:
+    """Finds the shortest interval at which a target loss is met, the price of time with it.
+
+    It moves the times itself: call :meth:`step` after backward and before the optimizer's step, which then passes the
+    times over. The best feasible model (the smallest duration at which the loss, smoothed and at the moment, was at most
+    the target) is kept; :meth:`restore_best` brings it back.
+
+    Args:
+        model: a LearnableSpan, or a module that holds some; they share one price.
+        target: the loss to reach.
+        max_t_f: how far t_f may grow. Default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1.
+
+    Attributes:
+        weight: the price of time (loss per unit of time); None before the first step.
+        best: {"duration", "loss", "step"} of the best feasible model, or None.
+
+    Raises:
+        ValueError: a target that is not positive and finite, no span, or ``max_t_f`` below t_f.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> span = LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> price, optimizer = TargetLoss(span, target=0.1), torch.optim.Adam(span.parameters(), lr=0.01)
+        >>> for _ in range(3):
+        ...     loss = span(torch.ones(4, 2))[1][-1].square().mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     price.step(loss)
+        ...     optimizer.step()
+        >>> price.weight > 0
+        True
+    """
+
+    def __init__(self, model: nn.Module, target: float, *, max_t_f: float | None = None):
+        self.model, self.target = model, checks.positive(target, "target")
+        self._spans = require_spans(model)
+        if max_t_f is not None:
+            longest = max(span.t_f.item() for span in self._spans)
+            max_t_f = checks.number(max_t_f, "max_t_f", least=longest, wanted=f"finite and at least t_f = {longest:g}")
+        for span in self._spans:
+            lower, upper = span.bounds
+            if max_t_f is None:
+                span.raise_to_default()
+            else:
+                span.bounds = (lower, max_t_f)
+            if span.bounds[1] != upper:
+                _log.info("the upper bound of t_f is now %g (it was %g)", span.bounds[1], upper)
+        self.weight: float | None = None
+        self.best: dict[str, Any] | None = None
+        self._steps = 0
+        self._log_loss = 0.0
+        self._size = [0.0] * len(self._spans)
+        self._state = Snapshot()
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the target was met at some step."""
+        return self.best is not None
+
+    @property
+    def duration(self) -> float:
+        """The durations of the spans together, in units of time."""
+        return sum(span.duration.item() for span in self._spans)
+
+    def step(self, loss: float | Tensor) -> None:
+        """Moves the times and their price, from the gradients that backward has left on the times.
+
+        Args:
+            loss: what is held against the target: the loss of this batch, averaged over the processes where several run.
+
+        Raises:
+            ValueError: the loss is not finite; nothing is changed then.
+        """
+        value = checks.scalar(loss, "the loss")
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value}; the times and their price were left as they are")
+        # In the logarithm: a loss falls by orders of magnitude, and its mean would be that of the early steps.
+        log_loss = math.log(max(value, 1e-12))
+        self._steps += 1
+        beta = min(SMOOTHING, 1 - 1 / self._steps)
+        self._log_loss = beta * self._log_loss + (1 - beta) * log_loss
+        smooth = math.exp(self._log_loss)
+        self._remember(value, smooth)
+        if self.weight is None:
+            self.weight = max(value, 1e-3 * self.target) / self.duration
+        gap = math.log(self.target / smooth)
+        self.weight *= math.exp(PRICE_RATE * min(max(gap, -1.0), 1.0))
+        # The part of the price that answers at once damps the swing between the two updates.
+        price = self.weight * min(max(self.target / max(value, 1e-12), 0.1), 10.0)
+        for i, span in enumerate(self._spans):
+            if span.t_f.grad is not None:
+                self._move(i, span, price, beta)
+
+    @torch.no_grad()
+    def _move(self, i: int, span: LearnableSpan, price: float, beta: float) -> None:
+        t0, t_f = span.t0.item(), span.t_f.item()
+        duration = t_f - t0
+        assert span.t_f.grad is not None
+        gradient = span.t_f.grad.item() * duration
+        span.t_f.grad = None  # left here, it would make the optimizer move t_f once more
+        if not math.isfinite(gradient):  # a gradient scaler skips such a step too
+            return
+        self._size[i] = beta * self._size[i] + (1 - beta) * abs(gradient)
+        cost = price * duration
+        # Relative to its own size; a gradient far above its usual size counts as one of that size.
+        size = max(self._size[i], 1e-30)
+        slope = (min(max(gradient, -3 * size), 3 * size) + cost) / (size + cost)
+        factor = math.exp(-TIME_RATE * min(max(slope, -1.0), 1.0))
+        span.t_f.fill_(t0 + duration * factor)
+        span.clip_()
+
+    def _remember(self, value: float, smooth: float) -> None:
+        if max(value, smooth) > self.target:
+            return
+        duration = self.duration
+        # A percent is too little to copy the model for.
+        if self.best is None or duration < 0.99 * self.best["duration"]:
+            self.best = {"duration": duration, "loss": value, "step": self._steps}
+            self._state.take(self.model)
+
+    def restore_best(self) -> bool:
+        """Loads the best feasible model, as it was when its loss was measured. False if there was none."""
+        if not self._state:
+            _log.warning("no step met the target loss %g; the model is left as it is", self.target)
+            return False
+        self._state.restore(self.model)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain values and tensors, for a checkpoint."""
+        plain = {"weight": self.weight, "best": self.best and dict(self.best), "steps": self._steps}
+        return {**plain, "log_loss": self._log_loss, "size": list(self._size), "state": self._state.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        self.weight, self.best, self._steps = state["weight"], state["best"], state["steps"]
+        self._log_loss, self._size = state["log_loss"], list(state["size"])
+        self._state.load_state_dict(state["state"])
+
+    def __repr__(self) -> str:
+        return f"TargetLoss(target={self.target:g}, weight={self.weight}, best={self.best})"

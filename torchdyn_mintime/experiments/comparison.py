@@ -1,0 +1,159 @@
+"""One task with its rows and controls: learning rates are chosen, every row is trained on every seed, medians are compared."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchdyn_mintime.experiments.results import Line, Report, frame_of
+from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.experiments.tasks import TASKS
+
+__all__ = ["BEST_OF_SWEEP", "LEARNED", "TWIN", "Options", "Row", "compare", "lines_of", "rank"]
+
+TRIAL_SEED = 1000
+"""Learning rates are chosen on it, so that no seed of a table has had a say in them.
+
+Its points are drawn afresh; of images it has another split, whose test images may stand in a table's.
+"""
+
+
+LEARNED = "minimum-time"
+"""The method whose number of steps the twin takes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table. The first is the baseline of the ratios.
+
+    Attributes:
+        method: a name for the task's ``method``.
+        paper: what the paper reports, as printed.
+        settings: what differs from the task's own, as pairs.
+        label: as printed; default: the method's.
+        control: whether it is a control, and no method of the paper.
+    """
+
+    method: str
+    paper: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    label: str = ""
+    control: bool = False
+
+
+TWIN = Row("vanilla, as many steps", control=True)
+"""The control that only a finished run can name: as many equal steps on the whole interval as the learned row ended with.
+
+It is trained after the others. Its learning rate is chosen for the number of steps on ``TRIAL_SEED``.
+"""
+
+BEST_OF_SWEEP = Row("best of a sweep", control=True)
+"""The control with the fewest steps, among those of the options, that is as good as the baseline."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is run.
+
+    Attributes:
+        seeds: of data, initialisation and batches.
+        rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty is the task's own alone.
+        sweep: steps of the control.
+        settings: what is given in the place of each task's and row's own; None is not given.
+    """
+
+    seeds: Sequence[int] = (0,)
+    rates: tuple[float, ...] = ()
+    sweep: tuple[int, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compare(
+    name: str, table: Sequence[Row], options: Options, store: Store
+) -> tuple[list[Line], dict[Row, list[Plan]]]:
+    """Trains every row on every seed, and compares them. What an earlier call has finished is not trained again.
+
+    Args:
+        name: of the task.
+        table: the rows; the first is the baseline of the ratios.
+        options: seeds, learning rates, steps of the sweep, settings.
+        store: of the runs.
+
+    Returns:
+        The lines of its table, and the plans of each row, in the order of the seeds.
+
+    Raises:
+        UsageError: a method or a setting that the task does not take.
+        MissingData: the task's data is not at hand.
+    """
+    task, console = TASKS[name], store.console
+    sweep = [Row(f"vanilla:{k}") for k in options.sweep] if BEST_OF_SWEEP in table else []
+    rows = [*(row for row in table if row not in (TWIN, BEST_OF_SWEEP)), *sweep]
+    learned = [row for row in rows if row.method == LEARNED] if TWIN in table else []
+    rates = options.rates
+    if rates and task.settings.optimizer == "sgd":
+        console.print(f"{task.title}: trained by the paper's SGD schedule, not at the rates of a grid")
+        rates = ()
+    chosen: dict[Row, float | None] = dict.fromkeys([*rows, TWIN], rates[0] if rates else None)
+
+    def plan(row: Row, rate: float | None, seed: int) -> Plan:
+        own = task.settings.but(seed=seed, **dict(row.settings)).but(**options.settings).but(lr=rate)
+        return Plan(name, row.method, own)
+
+    def twin(seed: int) -> Row:
+        result = store.result(plan(learned[0], chosen[learned[0]], seed))
+        return Row(f"vanilla:{result['steps'] or 1}")  # a model that cannot be solved has no steps
+
+    def choose(among: Sequence[Row]) -> list[float]:
+        """The learning rate of each row that does best on a seed of its own."""
+        tried = {(row, rate): plan(row, rate, TRIAL_SEED) for row in among for rate in rates}
+        store.finish(list(tried.values()))
+        return [min(rates, key=lambda rate: rank(store.result(tried[row, rate]))) for row in among]
+
+    if len(rates) > 1:
+        console.print(f"{task.title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
+        chosen.update(zip(rows, choose(rows), strict=True))
+        if learned:
+            (chosen[TWIN],) = choose([twin(TRIAL_SEED)])
+    plans: dict[Row, list[Plan]] = {row: [] for row in (*rows, *([TWIN] if learned else []))}
+    for seed in options.seeds:
+        own = {row: plan(row, chosen[row], seed) for row in rows}
+        store.finish(list(own.values()))
+        if learned:
+            own[TWIN] = plan(twin(seed), chosen[TWIN], seed)
+            store.finish([own[TWIN]])
+        store.time_inference(dict.fromkeys(own.values()))  # the twin may be one of the sweep
+        for row, made in own.items():
+            plans[row].append(made)
+    found = {row: [store.result(made) for made in own] for row, own in plans.items()}
+    return lines_of(table, found, task.goal.report, sweep), plans
+
+
+def lines_of(
+    table: Sequence[Row],
+    found: Mapping[Row, Sequence[Mapping[str, Any]]],
+    report: Report,
+    sweep: Iterable[Row] = (),
+) -> list[Line]:
+    """Returns the lines of a table, from the results of each row and of the rows of the sweep."""
+    frames = {row: frame_of(results) for row, results in found.items()}
+    base, labels = frames[table[0]], {TWIN: f"{TWIN.method} as {LEARNED}"}
+    good = [row for row in sweep if report.as_good(frames[row], base)]
+    if good:
+        best = frames[BEST_OF_SWEEP] = min((frames[row] for row in good), key=lambda frame: frame["nfe"].iloc[0])
+        labels[BEST_OF_SWEEP] = f"{BEST_OF_SWEEP.method} ({best['steps'].iloc[0]} steps)"
+    lines = []
+    for row in table:
+        if row in frames:
+            label = labels.get(row) or row.label or frames[row]["method"].iloc[0]
+            lines.append(Line(label, frames[row], base, row.paper, control=row.control))
+        else:
+            note = "no number of steps in the sweep is as good as vanilla"
+            lines.append(Line(row.method, note=note, control=True))
+    return lines
+
+
+def rank(result: Mapping[str, Any]) -> tuple[float, ...]:
+    """Returns what a learning rate is chosen by, smaller is better: failure, accuracy, time to the target, loss."""
+    reached = float("inf") if result["to_target"] is None else result["to_target"]
+    accuracy = min(result["accuracy"], result["reference_accuracy"])
+    return bool(result["failure"]), -round(accuracy, 3), reached, result["train_loss"]

@@ -1,0 +1,331 @@
+"""The data sets of the experiments: labelled points and images for classifiers, and points to learn the density of."""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.nn import functional
+
+from torchdyn_mintime.experiments import MissingData, UsageError
+
+__all__ = [
+    "Batches",
+    "Data",
+    "Source",
+    "annuli",
+    "augmented",
+    "cifar10",
+    "cropped",
+    "density_circles",
+    "density_moons",
+    "digits",
+    "fashion_mnist",
+    "fresh",
+    "mnist",
+    "moons",
+    "seeded",
+    "spiral",
+]
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+PAD = 4
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    Attributes:
+        x, y: training points ``[n, ...]`` and labels ``[n]`` (int64).
+        x_test, y_test: those of the test.
+        pad: how far training images are shifted at random (random crop with so much padding); 0 is not at all.
+        draw: (n, generator) -> fresh training points ``[n, ...]``, in the place of ``x``; there are no labels then.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    pad: int = 0
+    draw: Callable[[int, torch.Generator], Tensor] | None = None
+
+    def to(self, device: torch.device) -> "Data":
+        """Returns the same data on a device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("x", "y", "x_test", "y_test")})
+
+
+def fresh(draw: Callable[[int, torch.Generator], Tensor], x_test: Tensor) -> Data:
+    """Returns data of which every batch is drawn anew."""
+    none = torch.empty(0)
+    return Data(none, none, x_test, none, draw=draw)
+
+
+class Batches:
+    """The batches of one training; the same seed gives the same ones.
+
+    Args:
+        data: where they come from.
+        size: samples of a batch; None is all.
+        seed: of their order.
+    """
+
+    def __init__(self, data: Data, size: int | None, seed: int):
+        self.data, self.size = data, size
+        self.per_pass = max(1, len(data.x) // size) if size else 1
+        # Fresh points need a stream of their own, apart from all that is drawn from the seed itself.
+        self.generator = torch.Generator().manual_seed(seed + (data.draw is not None))
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Returns points and labels of the next batch."""
+        data, size = self.data, self.size
+        if size is None:
+            return data.x, data.y
+        if data.draw is not None:
+            return data.draw(size, self.generator).to(data.x.device), data.y
+        if len(self.order) < size:
+            self.order = torch.randperm(len(data.x), generator=self.generator)
+        index, self.order = self.order[:size].to(data.x.device), self.order[size:]
+        return cropped(data.x[index], data.pad, self.generator), data.y[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where in its order it is."""
+        return {"generator": self.generator.get_state(), "order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.generator.set_state(state["generator"].cpu())
+        self.order = state["order"].cpu()
+
+
+def cropped(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+    """Returns images ``[n, channels, height, width]``, each shifted by up to ``pad`` pixels at random, zeros coming in."""
+    if pad == 0:
+        return x
+    height, width = x.shape[-2:]
+    padded = functional.pad(x, (pad, pad, pad, pad))
+    corner = torch.randint(2 * pad + 1, (2, len(x)), generator=generator).to(x.device)
+    rows = corner[0, :, None] + torch.arange(height, device=x.device)
+    columns = corner[1, :, None] + torch.arange(width, device=x.device)
+    samples = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[samples, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global states of numpy and torch, which torchdyn's generators draw from; both are put back afterwards."""
+    with isolate_rng(include_cuda=False):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- to classify
+
+
+def _drawn_twice(kind: str, n: int, seed: int, **options: float) -> Data:
+    from torchdyn.datasets import ToyDataset
+
+    with seeded(seed):
+        (x, y), (x_test, y_test) = (ToyDataset().generate(n, kind, **options) for _ in range(2))
+    return Data(x.float(), y.long(), x_test.float(), y_test.long())
+
+
+def moons(seed: int = 0, n: int = 512, noise: float = 0.1) -> Data:
+    """Returns torchdyn's two moons, ``[n, 2]``. The test set is a second draw.
+
+    Example:
+        >>> moons().x.shape
+        torch.Size([512, 2])
+    """
+    return _drawn_twice("moons", n, seed, noise=noise)
+
+
+def annuli(seed: int = 0, n: int = 512, noise: float = 1e-2) -> Data:
+    """Returns concentric annuli, eq. (42): radius 1 is class 0 and radius .5 class 1, ``[n, 3]``.
+
+    The third dimension is zero. In the plane no flow can part them (paths of an ODE do not cross); the zero is the
+    augmentation that allows it.
+    """
+    return augmented(_drawn_twice("spheres", n, seed, dim=2, noise=noise, inner_radius=0.5, outer_radius=1.0))
+
+
+def augmented(data: Data) -> Data:
+    """Adds one zero to each state: a dimension through which paths can pass each other."""
+    return replace(data, x=functional.pad(data.x, (0, 1)), x_test=functional.pad(data.x_test, (0, 1)))
+
+
+def digits(seed: int = 0) -> Data:
+    """Returns scikit-learn's handwritten digits, ``[n, 64]`` in [0, 1]: 1,347 for training, 450 for the test.
+
+    Args:
+        seed: of the split, which keeps the share of each digit.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    parts = train_test_split(x / 16, y, test_size=450, random_state=seed, stratify=y)
+    x, x_test, y, y_test = (torch.as_tensor(part) for part in parts)
+    return Data(x.float(), y.long(), x_test.float(), y_test.long())
+
+
+# -------------------------------------------------------------------------------------------------- images to classify
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where image data comes from.
+
+    Attributes:
+        folder: of the user's; what torchvision downloads lies below it, too.
+        download: whether torchvision may fetch what is missing.
+    """
+
+    folder: Path = Path("data")
+    download: bool = False
+
+
+def mnist(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
+    """MNIST, ``[n, 1, 28, 28]``. For arguments see ``cifar10``."""
+    return _prepared(_idx("MNIST", source or Source(), []), seed, subset)
+
+
+def fashion_mnist(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
+    """Fashion-MNIST, ``[n, 1, 28, 28]``; Debian's package is found by itself. For arguments see ``cifar10``."""
+    return _prepared(_idx("FashionMNIST", source or Source(), [DEBIAN]), seed, subset)
+
+
+def cifar10(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
+    """CIFAR-10, ``[n, 3, 32, 32]``, normalised by the mean and deviation of the training images of each channel.
+
+    Args:
+        seed: of the choice of a subset.
+        subset: how many training images; a fifth as many are taken for the test. None is all.
+        source: where the files are.
+
+    Raises:
+        MissingData: they are nowhere.
+    """
+    return _prepared(_torchvision("CIFAR10", source or Source()), seed, subset)
+
+
+def _idx(name: str, source: Source, folders: Sequence[Path]) -> list[Tensor]:
+    """The training images and labels and those of the test, from the first folder that has all four files."""
+    for folder in (source.folder, source.folder / name / "raw", *folders):
+        files = [_existing(folder / file) for file in IDX]
+        if all(files):
+            return [_read_idx(file) for file in files if file]
+    return _torchvision(name, source)
+
+
+def _existing(path: Path) -> Path | None:
+    return next((p for p in (path, path.with_name(path.name + ".gz")) if p.exists()), None)
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The IDX format: two zero bytes, the type (8: bytes), how many dimensions, each as 4 bytes, then the entries."""
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UsageError(f"{path.name} cannot be unpacked: {error}; fetch it again") from error
+    if raw[:3] != b"\0\0\x08":
+        raise UsageError(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
+    dimensions, begin = raw[3] if len(raw) > 3 else 0, 4
+    begin += 4 * dimensions
+    # Labels have one dimension, images three; a file that says otherwise has been swapped with another.
+    expected = 1 if "labels" in path.name else 3
+    if dimensions != expected or len(raw) < begin:
+        raise UsageError(f"{path.name} has {dimensions} dimensions in {len(raw)} bytes, not {expected}; fetch it again")
+    shape = np.frombuffer(raw, ">u4", dimensions, 4).tolist()
+    if len(raw) - begin != math.prod(shape):
+        raise UsageError(
+            f"{path.name} has {len(raw) - begin} entries, not the {math.prod(shape)} of {shape}; fetch it again"
+        )
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy())
+
+
+def _torchvision(name: str, source: Source) -> list[Tensor]:
+    import torchvision.datasets  # type: ignore[import-untyped]  # slow, and not needed for anything else
+
+    try:
+        load = partial(getattr(torchvision.datasets, name), source.folder, download=source.download)
+        parts = [load(train=train) for train in (True, False)]
+    except RuntimeError as error:
+        package = ", or install Debian's package dataset-fashion-mnist" if name == "FashionMNIST" else ""
+        raise MissingData(
+            f"data missing: {name}; give --data with a folder that holds it as torchvision lays it out, or --download "
+            f"where there is a network{package}"
+        ) from error
+    return [torch.as_tensor(values) for part in parts for values in (part.data, part.targets)]
+
+
+def _prepared(parts: Sequence[Tensor], seed: int, subset: int | None) -> Data:
+    x, y, x_test, y_test = parts
+    if subset is not None:
+        chosen = torch.Generator().manual_seed(seed)
+        first, second = (
+            torch.randperm(len(a), generator=chosen)[:n] for a, n in ((x, subset), (x_test, max(1, subset // 5)))
+        )
+        x, y, x_test, y_test = x[first], y[first], x_test[second], y_test[second]
+    # One channel where there is no dimension of channels; CIFAR-10 has it last.
+    channels = (a[:, None] if a.ndim == 3 else a.movedim(3, 1) for a in (x, x_test))
+    x, x_test = (a.float() / 255 for a in channels)
+    mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+    return Data((x - mean) / deviation, y.long(), (x_test - mean) / deviation, y_test.long(), pad=PAD)
+
+
+# ------------------------------------------------------------------------------------------ to learn the density of
+
+
+def density_moons(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Returns fresh points of two moons with noise 0.06, ``[n, 2]``.
+
+    Example:
+        >>> density_moons(5).shape
+        torch.Size([5, 2])
+    """
+    angle = math.pi * torch.rand(n, generator=generator)
+    side = torch.where(torch.rand(n, generator=generator) < 0.5, 1.0, -1.0)
+    # The lower moon is the upper one turned by half a turn about (1/2, 1/4).
+    x = torch.stack([0.5 + side * (torch.cos(angle) - 0.5), 0.25 + side * (torch.sin(angle) - 0.25)], 1)
+    return x + 0.06 * torch.randn(n, 2, generator=generator)
+
+
+def density_circles(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Returns fresh points of two circles of radius 1 and 0.5 with noise 0.06, ``[n, 2]``: the Neural ODEs example's.
+
+    Example:
+        >>> density_circles(5).shape
+        torch.Size([5, 2])
+    """
+    angle = 2 * math.pi * torch.rand(n, generator=generator)
+    radius = torch.where(torch.rand(n, generator=generator) < 0.5, 1.0, 0.5)
+    x = radius[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+    return x + 0.06 * torch.randn(n, 2, generator=generator)
+
+
+def spiral(seed: int, test: int) -> Data:
+    """Returns the Gaussian spiral of torchdyn's tutorial, ``[16384, 2]``, of unit size; the last ``test`` are kept aside."""
+    from torchdyn.datasets import ToyDataset
+
+    with seeded(seed):
+        spread = {"std_gaussians_start": 0.05, "std_gaussians_end": 0.02}
+        x, _ = ToyDataset().generate(1 << 14, "gaussians_spiral", n_gaussians=7, n_gaussians_per_loop=4, **spread)
+        x = x[torch.randperm(len(x))].float()
+    x = (x - x.mean(0)) / x.std(0)
+    # As in the tutorial: with repetitions, from torch's own generator, which Hutchinson's noise comes from too.
+    return fresh(lambda n, generator: x[torch.randint(len(x) - test, (n,))], x[-test:])

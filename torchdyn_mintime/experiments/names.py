@@ -1,0 +1,61 @@
+"""The names of tasks and methods, with a line on each. Imports nothing, so that ``--help`` is fast."""
+
+__all__ = ["FLOW_METHODS", "METHODS", "TASKS"]
+
+TASKS = {
+    "moons": "two moons",
+    "moons-augmented": "two moons, one zero added",
+    "annuli": "concentric annuli",
+    "annuli-adaptive": "concentric annuli, adaptive solver",
+    "digits": "handwritten digits",
+    "mnist": "MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "fashion-mnist-cpu": "Fashion-MNIST, 10,000 images, 16 channels",
+    "cifar10": "CIFAR-10",
+    "flow-moons": "a flow on two moons",
+    "flow-circles": "a flow on two circles",
+    "flow-tutorial": "torchdyn's tutorial on continuous normalizing flows",
+}
+"""Titles, as printed."""
+
+METHODS = {
+    "vanilla": "torchdyn's NeuralODE on the whole interval",
+    "vanilla:STEPS": "vanilla with so many equal steps of rk4",
+    "minimum-time": "t_f learned, with a price of time on the loss, eq. (13)",
+    "target": "minimum-time, with the price found for a target loss",
+    "convergence-rate": "Algorithm 2: the Lyapunov loss on [0, .05], then growth of t_f until the target",
+    "convergence-rate-patient": "Algorithm 2, which grows when the loss has not improved for three looks",
+    "growth": "growth of t_f from one step, on the terminal loss",
+    "pretrained": "the first stage of Algorithm 2 alone",
+    "combined": "the Lyapunov loss, the terminal loss and the price of time in one stage",
+    "lyapunov-1": "the Lyapunov loss at the rate 1, t_f frozen",
+    "lyapunov-10": "the Lyapunov loss at the rate 10, t_f frozen",
+    "lyapunov-20": "the Lyapunov loss at the rate 20, t_f frozen",
+    "lyanet": "LyaNet: the Lyapunov loss at states drawn at random, without a solve",
+    "steer": "STEER: vanilla, with an end of the interval drawn at random",
+    "taynode-2": "TayNODE: vanilla, with the second derivative of the path penalised",
+    "taynode-3": "TayNODE: vanilla, with the third derivative of the path penalised",
+    "rnode": "RNODE: vanilla, with kinetic energy and Jacobian norm penalised",
+    "local-error": "the solver's local error penalised, t_f frozen",
+    "step-doubling": "one step, with its difference to two half steps penalised",
+    "shallowest": "search for the fewest evaluations at which the target is met by a true ODE",
+    "shallowest-adaptive": "the same search, started from tsit5",
+    "skipped": "no ODE: the layers around it alone",
+    "default-adaptive": "vanilla with tsit5 at torchdyn's default tolerances",
+    "vanilla-adjoint": "vanilla with the adjoint",
+    "vanilla-adjoint-adaptive": "vanilla with the adjoint and dopri5",
+    "snopt": "SNOpt's second-order update of t_f, with the adjoint",
+    "snopt-adaptive": "SNOpt's update of t_f, with the adjoint and dopri5",
+    "coordinate-descent": "TO-FLOW: five steps of the network, then one of t_f, with a price of time",
+    "minimum-time-adjoint": "minimum-time with the adjoint",
+}
+
+FLOW_METHODS = {
+    "vanilla": "torchdyn's NeuralODE with 100 steps",
+    "vanilla:STEPS": "vanilla with so many equal steps of rk4",
+    "minimum-time": "t_f learned on a template of 12 steps, at a rate of its own",
+    "minimum-time-doubling": "the same, with the step-doubling penalty at every fifth iteration",
+    "minimum-time-paper": "t_f learned on a template of 100 steps, at the network's rate, as in the paper",
+    "default-adaptive": "vanilla with tsit5 at torchdyn's default tolerances",
+}
+"""Of ``flow-moons`` and ``flow-circles``; ``flow-tutorial`` is trained with vanilla and minimum-time."""

@@ -1,0 +1,356 @@
+r"""Lyapunov conditions along a neural ODE: the penalty of eq. (15) to (17).
+
+For a potential V >= 0 of the state z(t), with z' = f(t, z, theta), the chain rule gives
+
+    V-dot = dV/dz f + dV/dt,
+
+and wherever V-dot + kappa V <= 0 along a trajectory, V(z(t)) <= V(z(t0)) exp(-kappa (t - t0)), eq. (8) and (9). The
+point-wise violation is relu(V-dot + kappa V), eq. (16); its mean over samples, integrated over time, is eq. (17).
+
+With ``order=2`` the condition is V-dotdot + 2 kappa V-dot + kappa^2 V <= 0 (a double root at -kappa), which a potential
+of positions alone needs when the field gives accelerations: its first derivative does not contain the field yet. It
+implies V(t) <= exp(-kappa s) (V0 + s (V-dot0 + kappa V0)) with s = t - t0.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+
+from torchdyn_mintime.core import Field, LearnableSpan, Method, checks, cost_columns, last_solve, only_span, takes
+from torchdyn_mintime.losses.batched_points import BatchedPoints
+from torchdyn_mintime.losses.certificate import Certificate, certify
+from torchdyn_mintime.losses.samplers import Sampler
+from torchdyn_mintime.losses.trajectory import differentiable, rate_of_change
+from torchdyn_mintime.numerics import Grid
+
+__all__ = ["LyapunovRegularizer", "keep_points", "regularizer_for"]
+
+REDUCTIONS = ("mean", "integral", "points")
+
+MIN_POINTS = 5
+"""A trajectory shown at fewer points says too little of what lies between them."""
+
+ROUNDING = 1e-5
+"""How far below 0 a potential may be: cross entropies that are a difference of two logits are a rounding error below."""
+
+
+class LyapunovRegularizer(nn.Module):
+    r"""A NeuralODE, bare or in a :class:`LearnableSpan`, with the Lyapunov loss of a potential beside it.
+
+    Calls go through to the model. The evaluations made here are not counted in the node's ``nfe``.
+
+    Args:
+        model: the NeuralODE or LearnableSpan.
+        potential: ``potential(z, *target) -> [batch]``, V >= 0, each entry of its own sample's state and target alone. A
+            keyword ``t`` is passed the time where it asks for one. Ready ones: :class:`CrossEntropy`,
+            :class:`TruncatedCrossEntropy`, :class:`SquaredDistance`. A module's parameters are parameters here too.
+        rate: kappa, per unit of time.
+        detach_potential: V gets no gradient in V-dot + kappa V, as in LyaNet and the paper's code: the loss then asks for
+            a faster decay instead of states that merely have a smaller V.
+        order: 1, or 2 for the second-order condition (see the module's text).
+
+    Raises:
+        TypeError: the model is neither, or the potential is not callable.
+        ValueError: a rate or order that cannot be used.
+
+    Example:
+        >>> from torchdyn_mintime.losses.potentials import CrossEntropy
+        >>> net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3))
+        >>> span = LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 0.05, 6))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> model = LyapunovRegularizer(span, CrossEntropy(classes=2), rate=20.0)
+        >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+        >>> t_eval, sol = model(x)
+        >>> model.penalty(t_eval, sol, y).backward()
+        >>> model.violation(t_eval, sol, y).shape
+        torch.Size([6, 8])
+    """
+
+    def __init__(
+        self,
+        model: NeuralODE | LearnableSpan,
+        potential: Callable[..., Tensor],
+        rate: float,
+        *,
+        detach_potential: bool = True,
+        order: int = 1,
+    ):
+        super().__init__()
+        if not isinstance(model, NeuralODE | LearnableSpan):
+            raise TypeError(
+                f"LyapunovRegularizer takes a NeuralODE or a LearnableSpan; got {type(model).__name__}. For one inside a "
+                "larger model, pass it alone: LyapunovRegularizer(next(spans(model)), ...)"
+            )
+        if not callable(potential):
+            raise TypeError(f"potential must be callable as potential(z, *target); got {potential!r}")
+        self.model = model
+        self.potential = potential
+        self.rate = checks.positive(rate, "rate")
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2; got {order!r}")
+        self.order = order
+        self.detach_potential = detach_potential
+        self._takes_time = takes(potential, "t")
+        self._args: Mapping[str, Any] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._points = BatchedPoints()
+
+    def forward(self, x: Tensor, *inputs: Any, **options: Any) -> Any:
+        """Calls the model."""
+        out = self.model(x, *inputs, **options)
+        self._args = options.get("args")
+        self._last = out if isinstance(self.model, NeuralODE) and isinstance(out, tuple) else None
+        return out
+
+    # ------------------------------------------------------------------------------------------------------ the loss
+
+    def penalty(self, t_eval: Tensor, sol: Tensor, *target: Any, reduction: str = "mean") -> Tensor:
+        """Returns eq. (17), a scalar, for what a forward call returned.
+
+        Args:
+            t_eval: ``[points]``, ascending, 5 points or more.
+            sol: ``[points, batch, ...]``.
+            target: passed on to the potential; tensors of the batch's size.
+            reduction: ``"mean"``, the average over time weighted by the steps; ``"integral"``, the integral over time
+                (trapezoid rule), whose gradient in t_f is that of eq. (12)'s running cost; ``"points"``, the plain mean
+                over points, as in the paper's code.
+
+        Raises:
+            ValueError: too few points, shapes that do not fit, or a potential that is negative or NaN.
+            TypeError: the potential does not return a tensor.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}; got {reduction!r}")
+        per_point = self.violation(t_eval, sol, *target).mean(1)
+        if reduction == "points":
+            return per_point.mean()
+        t = t_eval.to(per_point)
+        integral = torch.trapezoid(per_point, t)
+        return integral if reduction == "integral" else integral / (t[-1] - t[0])
+
+    def penalty_of_last(self, *target: Any, reduction: str = "mean") -> Tensor:
+        """Returns the :meth:`penalty` of the model's last forward, for where it sits inside a larger model.
+
+        Raises:
+            RuntimeError: no forward was made.
+        """
+        if isinstance(self.model, LearnableSpan):
+            last = last_solve(self.model)
+            trajectory = last.grid.times(self.model.t_f.dtype, self.model.t_f.device), last.states
+        elif self._last is not None:
+            trajectory = self._last
+        else:
+            raise RuntimeError(
+                "there is no last forward to look at; call the NeuralODE through this regularizer first, with "
+                "return_t_eval=True"
+            )
+        return self.penalty(*trajectory, *target, reduction=reduction)
+
+    def violation(self, t_eval: Tensor, sol: Tensor, *target: Any) -> Tensor:
+        """Returns relu(V-dot + rate V) of eq. (16) at every point, ``[points, batch]``, in units of V per unit of time."""
+        return self._violation(self.derivatives(t_eval, sol, *target))
+
+    def _violation(self, terms: list[Tensor]) -> Tensor:
+        v = terms[0].detach() if self.detach_potential else terms[0]
+        if self.order == 1:
+            return F.relu(terms[1] + self.rate * v)
+        return F.relu(terms[2] + 2 * self.rate * terms[1] + self.rate**2 * v)
+
+    def derivatives(self, t_eval: Tensor, sol: Tensor, *target: Any) -> list[Tensor]:
+        """Returns [V, V-dot], and V-dotdot with ``order=2``, along the field, each ``[points, batch]``."""
+        _check_trajectory(t_eval, sol, target)
+        together = not self._takes_time and all(isinstance(v, Tensor) for v in target)
+        with self._field().beside(sol[0].detach(), self._args) as bound:
+
+            def at(t: Tensor, z: Tensor, copies: int) -> list[Tensor]:
+                return self._terms(bound.function, t, z, tuple(_repeat(v, copies) for v in target))
+
+            return self._points(at, bound, t_eval.to(sol.dtype), sol, [self.potential], together)
+
+    def sampled_penalty(
+        self, x: Tensor, *target: Any, sampler: Sampler, samples: int = 512, t_span: Tensor | None = None
+    ) -> Tensor:
+        """Returns the mean violation at drawn states and one drawn time, without any solve: LyaNet's training.
+
+        Every state is looked at with every sample's control and target, ``samples * batch`` pairs in all. No gradient
+        reaches t_f, nor a potential's way to it: freeze t_f (``span.t_f.requires_grad_(False)``) and choose it later.
+
+        Args:
+            x: initial states ``[batch, ...]``, which set the data control.
+            target: passed on to the potential.
+            sampler: ``sampler(n, like) -> [n, *like.shape]``; :func:`~torchdyn_mintime.losses.samplers.ball`,
+                :func:`~torchdyn_mintime.losses.samplers.box` or the user's own.
+            samples: how many states.
+            t_span: where the time is drawn between; default: the model's interval.
+        """
+        samples = checks.count(samples, "samples", 1, " of states")
+        _check_targets(target, x.shape[0])
+        first, last = self._interval(t_span)
+        states = sampler(samples, x[0])
+        if states.shape != (samples, *x.shape[1:]):
+            raise ValueError(
+                f"the sampler returned the shape {tuple(states.shape)}; asked were {(samples, *x.shape[1:])}"
+            )
+        z = states.repeat_interleave(x.shape[0], 0)
+        t = (first + (last - first) * torch.rand((), device=x.device)).to(x.dtype)
+        with self._field().beside(_repeat(x, samples), self._args) as bound:
+            terms = self._terms(bound.function, t, z, tuple(_repeat(v, samples) for v in target))
+            return self._violation(terms).mean()
+
+    # ---------------------------------------------------------------------------------------------- V and its derivatives
+
+    def _field(self) -> Field:
+        # Asked for anew each time: `wrap` may have put a span around the node since.
+        return self.model.field if isinstance(self.model, LearnableSpan) else Field(self.model)
+
+    def _terms(self, function: Callable, t: Tensor, z: Tensor, target: tuple) -> list[Tensor]:
+        """Returns V, V-dot (and V-dotdot) at one time, for states ``[batch, ...]``: each ``[batch]``."""
+        # V-dot needs the field's value alone, V-dotdot its derivatives in t and z too.
+        velocity = function(t, z) if self.order == 1 else None
+        with torch.enable_grad():
+            t, z = differentiable(t), differentiable(z)
+            v = self._potential(t, z, target)
+            slope = (
+                torch.autograd.grad(v.sum(), z, create_graph=True, allow_unused=True)[0] if v.requires_grad else None
+            )
+            if slope is None:
+                raise ValueError(
+                    "the potential has no gradient with respect to the state: it is detached from z, or does not use it, so "
+                    "V-dot would be 0 whatever the field does; compute it from z with differentiable operations"
+                )
+            if velocity is None:
+                velocity = function(t, z)
+            if self.order == 1 and not self._takes_time:
+                # One reverse pass less, since each sample's V is its own.
+                terms = [v, (slope * velocity).reshape(z.shape[0], -1).sum(1)]
+            else:
+                terms = [v]
+                for _ in range(self.order):
+                    terms.append(rate_of_change(terms[-1], t, z, velocity))
+        return terms if torch.is_grad_enabled() else [term.detach() for term in terms]
+
+    def _potential(self, t: Tensor, z: Tensor, target: tuple) -> Tensor:
+        node = self._field().node
+        # The running cost's column is no part of the state.
+        state = z[:, cost_columns(node) :] if cost_columns(node) else z
+        v = self.potential(state, *target, t=t) if self._takes_time else self.potential(state, *target)
+        if not isinstance(v, Tensor):
+            raise TypeError(f"the potential must return a tensor [batch]; got {type(v).__name__}")
+        if v.shape != z.shape[:1]:
+            raise ValueError(
+                f"the potential must return one value a sample, {tuple(z.shape[:1])}; got {tuple(v.shape)}"
+            )
+        lowest = v.detach().min().item() if v.numel() else 0.0
+        if not lowest >= -ROUNDING:
+            cause = "is NaN" if math.isnan(lowest) else f"is negative ({lowest:.6g})"
+            where = "" if bool(torch.isfinite(z).all()) else "; the state itself is not finite"
+            raise ValueError(
+                f"the potential {cause} at t = {t.item():.6g}{where}; it must be 0 or more: subtract its minimum"
+            )
+        return v
+
+    # -------------------------------------------------------------------------------------------------- the certificate
+
+    @torch.no_grad()
+    def certificate(
+        self, x: Tensor, *target: Any, rate: float | None = None, points: int = 101, t_span: Tensor | None = None
+    ) -> Certificate:
+        """Returns for which samples eq. (18) held, and the rate that did hold (Theorem 2 checked on data).
+
+        The ODE is solved anew, at ``points`` points at least and no fewer than the model's own grid has, without
+        touching counters or the last forward.
+
+        Args:
+            x: initial states ``[batch, ...]``.
+            target: passed on to the potential.
+            rate: default: the regularizer's own.
+            points: how many points, evenly spaced.
+            t_span: first and last time, for a bare node without a span of its own.
+        """
+        rate = self.rate if rate is None else checks.positive(rate, "rate")
+        points = checks.count(points, "points", MIN_POINTS)
+        _check_targets(target, x.shape[0])
+        own = len(self.model.nodes) if isinstance(self.model, LearnableSpan) and not self.model.adaptive else 0
+        t = torch.linspace(*self._interval(t_span), max(points, own), dtype=torch.float64)
+        with self._field().beside(x, self._args) as bound:
+            states = Method(bound.node).solve(bound, x, Grid(t.tolist()), checkpoint=False).states
+            values = torch.stack([self._potential(time, z, target) for time, z in zip(t.to(x), states, strict=True)])
+            slope = None if self.order == 1 else self._terms(bound.function, t[0].to(x), x, target)[1].double()
+        return certify(rate, t.to(x.device), values.double(), slope, math.sqrt(torch.finfo(x.dtype).eps))
+
+    def _interval(self, t_span: Tensor | None) -> tuple[float, float]:
+        if t_span is None:
+            t_span = self.model.grid() if isinstance(self.model, LearnableSpan) else self.model.t_span
+        if t_span is None:
+            raise ValueError("the NeuralODE has no span of its own; pass t_span=")
+        return t_span[0].item(), t_span[-1].item()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs can be neither copied nor pickled.
+        return {**self.__dict__, "_last": None}
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}, order={self.order}, detach_potential={self.detach_potential}"
+
+
+def _check_trajectory(t_eval: Tensor, sol: Tensor, target: tuple) -> None:
+    if not (isinstance(t_eval, Tensor) and isinstance(sol, Tensor)):
+        raise TypeError(f"t_eval and sol must be tensors; got {type(t_eval).__name__} and {type(sol).__name__}")
+    if t_eval.dim() != 1 or sol.dim() < 2 or len(t_eval) != len(sol):
+        raise ValueError(
+            "t_eval must be [points] and sol [points, batch, ...], as a forward call returns them; got the shapes "
+            f"{tuple(t_eval.shape)} and {tuple(sol.shape)}"
+        )
+    if len(t_eval) < MIN_POINTS:
+        raise ValueError(
+            f"the trajectory has {len(t_eval)} points, and {MIN_POINTS} at least are needed to see what lies between "
+            "the ends; give the span a template with more points, or ask for them with save_at="
+        )
+    if not bool((t_eval.detach().diff() > 0).all()):
+        raise ValueError(
+            f"t_eval must ascend: the rate is one of decay in time; it runs from {t_eval[0]:g} to {t_eval[-1]:g}"
+        )
+    _check_targets(target, sol.shape[1])
+
+
+def _check_targets(target: tuple, batch: int) -> None:
+    for value in target:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != batch:
+            raise ValueError(
+                f"a target has {value.shape[0]} rows for a batch of {batch} states; pass the batch's own targets"
+            )
+
+
+def _repeat(value: Any, times: int) -> Any:
+    """Returns the rows of a target, once for every point. What has no rows is shared."""
+    rows = isinstance(value, Tensor) and value.dim() > 0
+    return value.repeat(times, *[1] * (value.dim() - 1)) if rows else value
+
+
+def regularizer_for(model: nn.Module, potential: nn.Module, rate: float) -> LyapunovRegularizer:
+    """Returns the regularizer of the only span of ``model``.
+
+    V gets a gradient in V-dot + rate V where layers around the field are trained too, as eq. (16) is printed: an encoder
+    without that learns to start from a large V, which falls fast and never arrives. Where the field is all that is
+    trained, V is detached, as in the paper's code.
+    """
+    regularizer = LyapunovRegularizer(only_span(model), potential, rate)
+    own = set(regularizer.model.parameters())
+    trained = [p for p in (*model.parameters(), *regularizer.parameters()) if p.requires_grad]
+    regularizer.detach_potential = all(p in own for p in trained)
+    return regularizer
+
+
+def keep_points(span: LearnableSpan) -> None:
+    """Sets bounds within which a learned t_f leaves the Lyapunov loss enough points to look at, and room to grow."""
+    if span.adaptive:
+        raise ValueError(
+            f"the Lyapunov loss needs the points of a fixed-step solver to look at; {span.stepper.name} is adaptive"
+        )
+    least = span.t0.item() + (MIN_POINTS - 1) * span.step_size
+    span.bounds = (least, max(span.bounds[1], span.default_max_t_f()))
