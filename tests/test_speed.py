@@ -5,7 +5,9 @@ pytest tests/test_speed.py --benchmark-only      the timed comparisons, one grou
 """
 
 import copy
+import gzip
 import json
+import lzma
 
 import pandas
 import pytest
@@ -17,8 +19,9 @@ from torchdyn.models import CNF
 from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
-from benchmarks import bench, cases, timing
+from benchmarks import bench, cases, gpu, timing
 from benchmarks.contestants import contestants, mlp, state
+from benchmarks.gpu_images import compare_trainings
 from benchmarks.report import COLUMNS, write
 from benchmarks.timing import saved_bytes
 from torchdyn_mintime.numerics import Grid, integrate, make_stepper
@@ -330,6 +333,51 @@ def test_forward_and_backward(benchmark, name, steps):
     benchmark(contestants(mlp(3, 32), state(512, 3), steps, backward=True)[name])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The run on a GPU, rehearsed
+
+
+def test_the_run_on_a_gpu_is_rehearsed_without_data(tmp_path):
+    arguments = ["--tiny", "--only", "memory", "mnist", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    found = gpu.main(arguments)
+    assert [row["contestant"] for row in found["memory"]["rows"]] == ["autograd", "checkpoint=True"]
+    assert found["mnist"]["rows"] == [] and found["mnist"]["notes"][0].startswith("left out: ")
+    assert json.loads((tmp_path / "out" / "gpu.json").read_text())["sections"].keys() == found.keys()
+    assert "| memory | 2 x rk4, batch 16 | autograd |" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_a_section_that_fails_leaves_its_traceback_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fails(session, part):
+        part["rows"].append({"of": "before"})
+        raise KeyError("a fault")
+
+    monkeypatch.setitem(gpu.SECTIONS, "speed", (1, 1, fails))
+    found = gpu.main(["--tiny", "--only", "speed", "memory", "--out", str(tmp_path)])
+    assert found["speed"]["rows"] == [{"of": "before"}] and "KeyError: 'a fault'" in found["speed"]["notes"][0]
+    assert len(found["memory"]["rows"]) == 2
+
+
+def write_idx(folder, images):
+    """MNIST's four files, packed in two ways, of random images."""
+    folder.mkdir()
+    for name, n in (("train", images), ("t10k", images // 2)):
+        pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8).numpy().tobytes()
+        (folder / f"{name}-images-idx3-ubyte.xz").write_bytes(lzma.compress(bytes(16) + pixels))
+        labels = (torch.arange(n) % 10).to(torch.uint8).numpy().tobytes()
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
+
+
+def test_the_images_are_read_trained_on_and_judged(tmp_path):
+    write_idx(tmp_path / "mnist", 128)
+    part = {"rows": [], "notes": []}
+    compare_trainings(part, tmp_path / "mnist", torch.device("cpu"), seconds=0.5, batch=8, tiny=True)
+    assert [row["evaluations"] for row in part["rows"]][::2] == [16, 40]
+    for row in part["rows"]:
+        assert row["iterations"] >= 1 and 0 <= row["accuracy"] <= 1 and row["solver error"] < 0.1
+    assert part["notes"][0].startswith("the search")
+
+
+@pytest.mark.parametrize("size", [10, 1000])
 def test_a_grid_costs_no_more_than_its_points(size):
     """No work that is quadratic in the number of points: the drive reads each node a fixed number of times."""
 
