@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from breaking import Spoiled, steep
 from rich.console import Console
 from torch import nn
 
@@ -20,7 +21,7 @@ from torchdyn_mintime import plots
 from torchdyn_mintime.experiments import MissingData, comparison, datasets, figures, measure, names, tables
 from torchdyn_mintime.experiments.context import History, Settings
 from torchdyn_mintime.experiments.datasets import Source
-from torchdyn_mintime.experiments.methods import FLOW_METHODS, METHODS, Driver, Grow, Method
+from torchdyn_mintime.experiments.methods import FLOW_METHODS, METHODS, Grow, Method
 from torchdyn_mintime.experiments.models import FirstDimensions, Model, span_of
 from torchdyn_mintime.experiments.results import Line, frame_of, show
 from torchdyn_mintime.experiments.store import Plan, Store
@@ -544,21 +545,6 @@ def test_large_models_are_timed_three_times_at_least(monkeypatch):
     monkeypatch.setattr(measure, "PATIENCE", math.inf)
     measure.median_seconds([model], torch.device("cpu"), 5)
     assert len(calls) == 10
-
-
-class Spoiled(Driver):
-    """Leaves weights that are NaN after the second iteration."""
-
-    def after_step(self, loss):
-        if len(self.run.history.loss) > 1:
-            with torch.no_grad():
-                next(self.run.model.node.vf.parameters()).fill_(math.nan)
-        return ""
-
-
-def steep(model, settings):
-    """A term that is 0, and from the second iteration on of an infinite slope."""
-    return lambda step: (model.node.t_f - model.node.t_f.item()).sqrt() if step.iteration else 0.0
 
 
 @pytest.mark.parametrize("where", ["gradient", "weights"])

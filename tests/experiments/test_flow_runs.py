@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from breaking import Spoiled, steep
 from rich.console import Console
 from torch import nn
 
@@ -14,7 +15,7 @@ from torchdyn_mintime import plots
 from torchdyn_mintime.experiments import UsageError, tables
 from torchdyn_mintime.experiments.comparison import BEST_OF_SWEEP, TWIN, Options, Row, compare
 from torchdyn_mintime.experiments.datasets import density_moons
-from torchdyn_mintime.experiments.methods import FLOW_METHODS, Driver
+from torchdyn_mintime.experiments.methods import FLOW_METHODS
 from torchdyn_mintime.experiments.models import flow_of
 from torchdyn_mintime.experiments.results import frame_of
 from torchdyn_mintime.experiments.store import Plan, Store
@@ -105,21 +106,6 @@ def test_a_stopped_flow_tutorial_goes_on_as_if_it_had_not_been(method):
     while not again.done:
         again.step()
     assert again.history.loss == whole.history.loss and again.history.t_f == whole.history.t_f
-
-
-class Spoiled(Driver):
-    """Leaves weights that are NaN after the second iteration."""
-
-    def after_step(self, loss):
-        if len(self.run.history.loss) > 1:
-            with torch.no_grad():
-                next(self.run.model.node.vf.parameters()).fill_(math.nan)
-        return ""
-
-
-def steep(model, settings):
-    """A term that is 0, and from the second iteration on of an infinite slope."""
-    return lambda step: (model.node.t_f - model.node.t_f.item()).sqrt() if step.iteration else 0.0
 
 
 def undefined(model, settings):
