@@ -10,12 +10,13 @@ from torchdyn_mintime.flows import FlowModel
 from torchdyn_mintime.losses.lyapunov import LyapunovRegularizer
 from torchdyn_mintime.losses.step_count import StepCount
 from torchdyn_mintime.losses.step_doubling import StepDoubling
-from torchdyn_mintime.numerics import IntegrationError
+from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
 __all__ = [
     "DepthGrowth",
     "FlowModel",
     "IntegrationError",
+    "LearnableSolver",
     "LearnableSpan",
     "LyapunovRegularizer",
     "Shallowest",

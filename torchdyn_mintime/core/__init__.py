@@ -25,6 +25,7 @@ from torchdyn_mintime.core.reference import (
     reference_solution,
     relative_error,
     replaced_solves,
+    rk4_solution,
     solved_spans,
     solver_error,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "replaced_solves",
     "require_spans",
     "rest_of",
+    "rk4_solution",
     "solved_spans",
     "solver_error",
     "spans",

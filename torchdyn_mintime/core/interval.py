@@ -42,6 +42,7 @@ class Interval:
         settled: False while the first span that a call passes still becomes the template.
         pinned: whether the template holds even where a call passes a span of its own.
         raised: whether the upper bound is the default of what may grow t_f, and follows a new template.
+        one_step: whether the solver takes the whole interval in one step (a LearnableSolver).
 
     Example:
         >>> Interval((0.0, 0.5, 1.0), "rk4", adaptive=False).bounds
@@ -55,6 +56,7 @@ class Interval:
     settled: bool = True
     pinned: bool = False
     raised: bool = False
+    one_step: bool = False
 
     @property
     def length(self) -> float:
@@ -68,14 +70,19 @@ class Interval:
 
     @property
     def least_length(self) -> float:
-        """Below which t_f - t0 never falls: a step, or a thousandth of the template of an adaptive solver."""
-        return SHORTEST * self.length if self.adaptive else self.step_size
+        """Below which t_f - t0 never falls: a step, or a thousandth of the template where the solver has no step size."""
+        return self.step_size if self.has_step_size else SHORTEST * self.length
+
+    @property
+    def has_step_size(self) -> bool:
+        """Whether the template says how long a step is."""
+        return not (self.adaptive or self.one_step)
 
     @functools.cached_property
     def default_bounds(self) -> tuple[float, float]:
         """(lower, upper) of t_f where none were given."""
         t0, end = self.template[0], self.template[-1]
-        least = self.least_length if self.adaptive else min(self.step_size, self.length / 2)
+        least = min(self.step_size, self.length / 2) if self.has_step_size else self.least_length
         return min(t0 + max(least, 2 * SAME_TIME * abs(t0)), end), end
 
     @property
@@ -87,6 +94,12 @@ class Interval:
     def default_max_t_f(self) -> float:
         """How far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
         return max(2 * self.template[-1] - self.template[0] - self.least_length, self.template[0] + 1.0)
+
+    @property
+    def whose_steps(self) -> str:
+        """Says in words why there is no step size."""
+        own = "takes the whole interval in one step" if self.one_step else "chooses its own steps"
+        return f"{self.solver} {own}"
 
     # ------------------------------------------------------------------------------------------------- other intervals
 
@@ -109,8 +122,8 @@ class Interval:
             step_size: units of time.
             dtype: of the times, whose numbers the points are.
         """
-        if self.adaptive:
-            raise ValueError(f"step_size={step_size!r} is for fixed-step solvers; {self.solver} chooses its own steps")
+        if not self.has_step_size:
+            raise ValueError(f"step_size={step_size!r} is for solvers of fixed steps; {self.whose_steps}")
         step, length = checks.finite(step_size, "step_size"), self.length
         if not 0 < step <= length * (1 + 1e-6):
             raise ValueError(f"step_size must be positive and at most the span's length {length:g}; got {step:g}")
@@ -181,7 +194,9 @@ class Interval:
         return t0, t_f
 
     def nodes(self, t0: float, t_f: float, moving_start: bool, span: Sequence[float] | None = None) -> list[float]:
-        """Returns t0, the points of the template (or of another ``span``) before t_f, then t_f."""
+        """Returns t0, the points of the template (or of another ``span``) before t_f, then t_f; no points with one step."""
+        if self.one_step:
+            return [t0, t_f]
         template = self.template if span is None else span
         step = template[1] - template[0]
         return cut(template, t0, t_f, step=step, extend=not self.adaptive, moving_start=moving_start)

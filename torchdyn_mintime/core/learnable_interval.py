@@ -76,10 +76,8 @@ class LearnableInterval(nn.Module):
     @property
     def step_size(self) -> float:
         """The template's first spacing (fixed-step solvers), in units of time."""
-        if self.interval.adaptive:
-            raise AttributeError(
-                f"{self.interval.solver} chooses its own steps; only fixed-step solvers have a step_size"
-            )
+        if not self.interval.has_step_size:
+            raise AttributeError(f"{self.interval.whose_steps}; only fixed-step solvers have a step_size")
         return self.interval.step_size
 
     @step_size.setter
@@ -215,6 +213,11 @@ class LearnableInterval(nn.Module):
             tolerance = SAME_TIME * max(1.0, abs(nodes[-1]))
             if not all(nodes[0] - tolerance <= t <= nodes[-1] + tolerance for t in asked):
                 raise ValueError(f"save_at={asked} must lie between t0 = {nodes[0]:.6g} and t_f = {nodes[-1]:.6g}")
+            if self.interval.one_step and not all(min(abs(t - n) for n in nodes) <= tolerance for t in asked):
+                raise ValueError(
+                    f"save_at={asked} asks for times between t0 = {nodes[0]:.6g} and t_f = {nodes[-1]:.6g}, but "
+                    f"{self.interval.solver} takes the whole interval in one step; ask for its ends, or use another solver"
+                )
             template = self.interval.template if span is None else span
             nodes, keep = merge(nodes, asked, step=template[1] - template[0])
         start, end = (t if t.requires_grad and torch.is_grad_enabled() else None for t in (t0, t_f))

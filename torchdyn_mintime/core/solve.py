@@ -16,6 +16,7 @@ from torchdyn_mintime.numerics import (
     Grid,
     Hypersolver,
     IntegrationError,
+    LearnedStepper,
     Problem,
     Stepper,
     integrate,
@@ -60,20 +61,29 @@ class Method:
 
     Args:
         node: the NeuralODE.
+        by_autograd: take the gradients of autograd whatever the node's sensitivity says.
 
     Attributes:
         stepper: the method of the solve.
         backward_stepper: that of an adjoint's backward solve.
+        sensitivity: the way to gradients. A LearnableSolver, which no adjoint differentiates, has those of autograd.
 
     Raises:
         ValueError, TypeError: a solver or sensitivity that gives no right gradient.
     """
 
-    def __init__(self, node: NeuralODE):
+    def __init__(self, node: NeuralODE, by_autograd: bool = False):
         if node.sensitivity not in SENSITIVITIES:
             raise ValueError(f"sensitivity={node.sensitivity!r} is unknown to torchdyn; it knows {SENSITIVITIES}")
         self.stepper, self.backward_stepper = make_stepper(node.solver), make_stepper(node.solver_adjoint)
-        if node.sensitivity == "autograd":
+        by_autograd = by_autograd or isinstance(self.stepper, LearnedStepper)
+        self.sensitivity: str = "autograd" if by_autograd else node.sensitivity
+        if self.sensitivity != node.sensitivity and node.integral_loss is not None:
+            raise ValueError(
+                f"the node has an integral_loss under sensitivity={node.sensitivity!r}, which keeps no column of the state "
+                "for it, so that autograd would lose its gradient; make the node with sensitivity='autograd'"
+            )
+        if self.sensitivity == "autograd":
             return
         for role, method in (("solver", self.stepper), ("solver_adjoint", self.backward_stepper)):
             if isinstance(method, AsynchronousLeapfrog):
@@ -105,9 +115,9 @@ class Method:
             "rtol": node.rtol,
             "interpolator": interpolator_of(node, self.stepper),
         }
-        checkpoint = learning and checkpoint and node.sensitivity == "autograd"
+        checkpoint = learning and checkpoint and self.sensitivity == "autograd"
         # An adjoint counts the running cost beside the state, with or without a gradient.
-        adjoint = node.sensitivity != "autograd" and (learning or node.integral_loss is not None)
+        adjoint = self.sensitivity != "autograd" and (learning or node.integral_loss is not None)
         cost = None
         try:
             if not (adjoint or checkpoint):

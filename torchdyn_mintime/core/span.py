@@ -14,7 +14,7 @@ from torchdyn_mintime.core.field import Field
 from torchdyn_mintime.core.interval import Interval, check_span
 from torchdyn_mintime.core.learnable_interval import LearnableInterval
 from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
-from torchdyn_mintime.numerics import IntegrationError, Stepper
+from torchdyn_mintime.numerics import IntegrationError, LearnableSolver, LearnedStepper, Stepper
 
 __all__ = ["LearnableSpan"]
 
@@ -84,9 +84,9 @@ class LearnableSpan(LearnableInterval):
         given = t_span if t_span is not None else node.t_span
         settled = given is not None
         if given is None:
-            given = torch.linspace(0, 1, 2 if stepper.adaptive else 101)
+            given = torch.linspace(0, 1, 2 if stepper.adaptive or isinstance(stepper, LearnedStepper) else 101)
         template, dtype = check_span(given, "t_span")
-        interval = Interval(template, stepper.name, stepper.adaptive, settled=settled)
+        interval = Interval(template, settled=settled, **_traits(stepper))
         if step_size is not None:
             interval = interval.with_step_size(step_size, dtype)
         super().__init__(interval.with_bounds(bounds), t_f, dtype, learn_t0)
@@ -95,7 +95,12 @@ class LearnableSpan(LearnableInterval):
                 f"checkpoint=True is for sensitivity='autograd'; the node has {node.sensitivity!r}, which keeps few states "
                 "by itself"
             )
+        _refuse_adjoint(node.solver, node)
+        if isinstance(node.solver_adjoint, LearnableSolver):
+            # Never used. functional_call does not restore a module that is there under two names.
+            node.solver_adjoint = str_to_solver("rk4")
         self.node, self.field, self.checkpoint, self._method = node, Field(node), checkpoint, method
+        self._by_autograd = False
         self.last: LastSolve | None = None
         self._replacement: Solve | None = None  # see core.reference.replaced_solves
         self.release()
@@ -117,8 +122,8 @@ class LearnableSpan(LearnableInterval):
         template, _ = check_span(torch.tensor(nodes, dtype=self.t_f.dtype), "nodes")
         interval = self.interval.with_template(template)
         if solver is not None:
-            self.solver = solver
-        self.interval = replace(interval, solver=self.stepper.name, adaptive=self.adaptive, pinned=True)
+            self._take_solver(solver)
+        self.interval = replace(interval, pinned=True, **_traits(self.stepper))
         self.t0.fill_(template[0])
         self.t_f.fill_(template[-1])
 
@@ -226,17 +231,33 @@ class LearnableSpan(LearnableInterval):
 
     @solver.setter
     def solver(self, value: str | nn.Module) -> None:
+        if isinstance(value, LearnableSolver):
+            _refuse_adjoint(value, self.node)
+        self._take_solver(value)
+
+    @property
+    def by_autograd(self) -> bool:
+        """Whether gradients are those of autograd whatever the node's own sensitivity. It can be set."""
+        return self._by_autograd
+
+    @by_autograd.setter
+    def by_autograd(self, value: bool) -> None:
+        self._method = Method(self.node, value)
+        self._by_autograd = bool(value)
+
+    def _take_solver(self, value: str | nn.Module) -> None:
+        """Sets the solver; with a LearnableSolver gradients are those of autograd, whatever the node's sensitivity."""
         node = self.node
         before = node.solver, node.solver_adjoint
         node.solver = str_to_solver(value) if isinstance(value, str) and value in SOLVER_DICT else value
-        if node.solver_adjoint is before[0]:
+        if node.solver_adjoint is before[0] and not isinstance(node.solver, LearnableSolver):
             node.solver_adjoint = node.solver
         try:
-            self._method = _method_of(node)
+            self._method = Method(node, self._by_autograd)
         except (TypeError, ValueError):
             node.solver, node.solver_adjoint = before
             raise
-        self.interval = replace(self.interval, solver=self.stepper.name, adaptive=self.adaptive)
+        self.interval = replace(self.interval, **_traits(self.stepper))
 
     @property
     def stepper(self) -> Stepper:
@@ -260,8 +281,8 @@ class LearnableSpan(LearnableInterval):
 
     @property
     def sensitivity(self) -> str:
-        """The node's way to gradients."""
-        return self.node.sensitivity
+        """The way to gradients: the node's, or autograd where :attr:`by_autograd` or a LearnableSolver says so."""
+        return self._method.sensitivity
 
     @property
     def adaptive(self) -> bool:
@@ -292,7 +313,9 @@ class LearnableSpan(LearnableInterval):
         # The names are those of the bare node, so that checkpoints of the bare and the wrapped model fit both.
         for key in [k for k in state_dict if k.startswith(prefix)]:
             name = key[len(prefix) :]
-            if "." in name and not name.startswith("node."):
+            if name.startswith("solver_adjoint.") and not self.node.solver_adjoint.state_dict():
+                del state_dict[key]  # a bare node has its LearnableSolver there too
+            elif "." in name and not name.startswith("node."):
                 state_dict[prefix + "node." + name] = state_dict.pop(key)
         own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
         extra = {k: own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")}
@@ -305,21 +328,47 @@ class LearnableSpan(LearnableInterval):
                     f"{prefix}{name} must be one time; the state has the shape {tuple(own[prefix + name].shape)}"
                 )
         interval, solver = self.interval.loaded(extra, prefix), extra["solver"]
+        if (made := _learned_solver(own, prefix + "node.solver.", self.solver)) is not None:
+            self._take_solver(made.to(self.t_f.device))
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
-        self.interval = interval
         name = self.stepper.name if solver is None else bytes(solver.tolist()).decode()
         if name != self.stepper.name and name in SOLVER_DICT:
-            self.solver = name
+            self._take_solver(name)
+        self.interval = replace(interval, **_traits(self.stepper))
 
     def extra_repr(self) -> str:
         lower, upper = self.bounds
         return f"t0={self.t0.item():.4g}, t_f={self.t_f.item():.4g}, bounds=({lower:.4g}, {upper:.4g}), {self.stepper.name}"
 
 
+def _traits(stepper: Stepper) -> dict[str, Any]:
+    """Returns what an interval knows of the method that takes its steps."""
+    return {"solver": stepper.name, "adaptive": stepper.adaptive, "one_step": isinstance(stepper, LearnedStepper)}
+
+
 def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:
     inner = prefix + "node."
     for key in [k for k in state_dict if k.startswith(inner)]:
         state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)
+
+
+def _refuse_adjoint(solver: nn.Module, node: NeuralODE) -> None:
+    if isinstance(solver, LearnableSolver) and node.sensitivity != "autograd":
+        raise ValueError(
+            f"a LearnableSolver has no adjoint, and the node has sensitivity={node.sensitivity!r}; make the node with "
+            "sensitivity='autograd', which costs little for so few evaluations"
+        )
+
+
+def _learned_solver(state: Mapping[str, Tensor], prefix: str, present: nn.Module) -> LearnableSolver | None:
+    """Returns the solver to put in for the one that a state holds; None where there is none, or the present one fits."""
+    free, settings = (state.get(prefix + name) for name in ("free", "_settings"))
+    if free is None or settings is None:
+        return None
+    order, first_node = settings.tolist()
+    made = LearnableSolver(free.shape[-1], order=order, first_node=bool(first_node))
+    same = isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()
+    return None if same else made
 
 
 def _method_of(node: Any) -> Method:

@@ -13,6 +13,7 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.field import evaluating, kept
 from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.numerics import LearnableSolver
 
 __all__ = [
     "freeze_times",
@@ -265,18 +266,25 @@ def _random_state(span: LearnableSpan, name: str) -> Tensor:
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, span_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    *,
+    lr: float,
+    span_lr: float | None = None,
+    solver_lr: float = 0.01,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Returns optimizer groups in which times have their own learning rate and never decay.
+    """Returns optimizer groups in which times, and learned solvers, have their own learning rates and never decay.
 
     Args:
         model: a wrapped model.
         lr: learning rate of everything else.
         span_lr: learning rate of the times, in units of time per step for Adam; default ``lr``.
+        solver_lr: learning rate of the coefficients of LearnableSolvers, numbers between -1 and 1 as a rule.
         weight_decay: of everything else. A decay of t_f would be a price of time that nobody set.
 
     Returns:
-        Two groups, the times last; parameters that require no gradient are left out.
+        Two groups, the times last, and a third one where a span has a LearnableSolver; parameters that require no gradient
+        are left out.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -285,13 +293,19 @@ def parameter_groups(
         >>> [(group["lr"], len(group["params"])) for group in groups]
         [(0.1, 4), (0.01, 1)]
     """
-    rates = {"lr": lr, "span_lr": lr if span_lr is None else span_lr, "weight_decay": weight_decay}
+    span_lr = lr if span_lr is None else span_lr
+    rates = {"lr": lr, "span_lr": span_lr, "solver_lr": solver_lr, "weight_decay": weight_decay}
     for key, value in rates.items():
         checks.number(value, key, least=0)
-    times = [p for span in require_spans(model) for p in span.parameters(recurse=False)]
-    ids = {id(p) for p in times}
-    others = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
-    return [
+    found = require_spans(model)
+    times = [p for span in found for p in span.parameters(recurse=False)]
+    learned = {m for span in found for m in span.node.modules() if isinstance(m, LearnableSolver)}
+    coefficients = [solver.free for solver in learned]
+    ids = {id(p) for p in (*times, *coefficients)}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups: list[dict[str, Any]] = [
         {"params": others, "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in times if p.requires_grad], "lr": rates["span_lr"], "weight_decay": 0.0},
+        {"params": times, "lr": span_lr, "weight_decay": 0.0},
     ]
+    groups += [{"params": coefficients, "lr": solver_lr, "weight_decay": 0.0}] if coefficients else []
+    return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]

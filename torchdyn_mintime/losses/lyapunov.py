@@ -21,7 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
-from torchdyn_mintime.core import Field, LearnableSpan, Method, checks, cost_columns, last_solve, only_span, takes
+from torchdyn_mintime.core import (
+    Field,
+    LearnableSpan,
+    Method,
+    checks,
+    cost_columns,
+    last_solve,
+    only_span,
+    rk4_solution,
+    takes,
+    untraced,
+)
 from torchdyn_mintime.losses.batched_points import BatchedPoints
 from torchdyn_mintime.losses.certificate import Certificate, certify
 from torchdyn_mintime.losses.samplers import Sampler
@@ -35,6 +46,9 @@ REDUCTIONS = ("mean", "integral", "points")
 MIN_POINTS = 5
 """A trajectory shown at fewer points says too little of what lies between them."""
 
+REFERENCE_STEPS = 8
+"""Steps of rk4 whose points are looked at where a LearnableSolver takes the whole interval in one step."""
+
 ROUNDING = 1e-5
 """How far below 0 a potential may be: cross entropies that are a difference of two logits are a rounding error below."""
 
@@ -42,7 +56,8 @@ ROUNDING = 1e-5
 class LyapunovRegularizer(nn.Module):
     r"""A NeuralODE, bare or in a :class:`LearnableSpan`, with the Lyapunov loss of a potential beside it.
 
-    Calls go through to the model. The evaluations made here are not counted in the node's ``nfe``.
+    Calls go through to the model. The evaluations made here are not counted in the node's ``nfe``. Where a LearnableSolver
+    takes the whole interval in one step, the trajectory looked at is that of 8 steps of rk4.
 
     Args:
         model: the NeuralODE or LearnableSpan.
@@ -126,6 +141,7 @@ class LyapunovRegularizer(nn.Module):
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}; got {reduction!r}")
+        t_eval, sol = self._with_points(t_eval, sol)
         per_point = self.violation(t_eval, sol, *target).mean(1)
         if reduction == "points":
             return per_point.mean()
@@ -155,6 +171,16 @@ class LyapunovRegularizer(nn.Module):
         """Returns relu(V-dot + rate V) of eq. (16) at every point, ``[points, batch]``, in units of V per unit of time."""
         return self._violation(self.derivatives(t_eval, sol, *target))
 
+    def _with_points(self, t_eval: Tensor, sol: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the trajectory that is looked at: by steps of rk4 where a LearnableSolver has given its ends alone."""
+        span = self.model
+        one_step = isinstance(span, LearnableSpan) and span.interval.one_step and span.last is not None
+        if not one_step or len(t_eval) != 2:
+            return t_eval, sol
+        last = last_solve(span)
+        with untraced(last.bound):
+            return rk4_solution(last, REFERENCE_STEPS)
+
     def _violation(self, terms: list[Tensor]) -> Tensor:
         v = terms[0].detach() if self.detach_potential else terms[0]
         if self.order == 1:
@@ -163,6 +189,7 @@ class LyapunovRegularizer(nn.Module):
 
     def derivatives(self, t_eval: Tensor, sol: Tensor, *target: Any) -> list[Tensor]:
         """Returns [V, V-dot], and V-dotdot with ``order=2``, along the field, each ``[points, batch]``."""
+        t_eval, sol = self._with_points(t_eval, sol)
         _check_trajectory(t_eval, sol, target)
         together = not self._takes_time and all(isinstance(v, Tensor) for v in target)
         with self._field().beside(sol[0].detach(), self._args) as bound:

@@ -4,10 +4,12 @@ from torchdyn_mintime.numerics.adjoint import AdjointProblem, solve_adjoint, wit
 from torchdyn_mintime.numerics.checkpoint import solve_checkpointed
 from torchdyn_mintime.numerics.grid import MAX_POINTS, cut, merge
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, Solution, integrate
+from torchdyn_mintime.numerics.learned import LearnableSolver
 from torchdyn_mintime.numerics.problem import Problem, VectorField
 from torchdyn_mintime.numerics.steppers import (
     AsynchronousLeapfrog,
     Hypersolver,
+    LearnedStepper,
     RungeKutta,
     Stepper,
     make_stepper,
@@ -20,6 +22,8 @@ __all__ = [
     "Grid",
     "Hypersolver",
     "IntegrationError",
+    "LearnableSolver",
+    "LearnedStepper",
     "Problem",
     "RungeKutta",
     "Solution",

@@ -99,7 +99,7 @@ class _Replay(nn.Module):
         passes = self._passes()
         totals: list[Tensor | None] = [None] * (len(parameters) + 2)
         carried: Tensor | None = None
-        stepper.prepare(started[0])
+        stepper = stepper.prepare(started[0])
         for i in range(last, -1, -1):
             t, t_new = steps[i], steps[i + 1]
             if (arriving := incoming.get(t_new)) is not None and (passes is None or i == last):

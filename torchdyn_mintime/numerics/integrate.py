@@ -137,7 +137,7 @@ def integrate(
         >>> solution.states.shape
         torch.Size([3, 1])
     """
-    stepper.prepare(x)
+    stepper = stepper.prepare(x)
     if stepper.adaptive and adapt:
         return _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record)
     return _fixed(f, x, grid, stepper, record)
@@ -182,7 +182,8 @@ def _stage_times(f: VectorField, grid: Grid, stepper: Stepper, x: Tensor) -> lis
     if not (getattr(f, "timed", True) or stepper.timed):
         return [(None,) * len(c)] * n
     left, size = [grid.left(i) for i in range(n)], [grid.size(i) for i in range(n)]
-    plain = [i for i in range(n) if isinstance(left[i], float) and isinstance(size[i], float)]
+    numbers = not isinstance(c[0], Tensor)
+    plain = [i for i in range(n) if numbers and isinstance(left[i], float) and isinstance(size[i], float)]
     flat = [left[i] + cj * size[i] for i in plain for cj in c]
     views = torch.tensor(flat, dtype=x.dtype, device=x.device).unbind() if flat else ()
     times: list[Sequence[Tensor | None]] = [()] * n

@@ -12,12 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchdyn.numerics.solvers import hyper, ode
 from torchdyn.numerics.solvers._constants import construct_dopri5, construct_rk4, construct_tsit5
 from torchdyn.numerics.solvers.templates import MultipleShootingDiffeqSolver
 
-__all__ = ["AsynchronousLeapfrog", "ForeignStepper", "Hypersolver", "RungeKutta", "Stepper", "make_stepper"]
+from torchdyn_mintime.numerics.learned import LearnableSolver
+
+__all__ = [
+    "AsynchronousLeapfrog",
+    "ForeignStepper",
+    "Hypersolver",
+    "LearnedStepper",
+    "RungeKutta",
+    "Stepper",
+    "make_stepper",
+]
 
 VectorField = Callable[[Any, Tensor], Tensor]
 Times = Sequence[Tensor | None]
@@ -32,7 +42,7 @@ class Stepper:
         name: as in error messages.
         order: order of the method, the one its step control assumes.
         adaptive: whether it estimates its error, so that the drive chooses the steps.
-        nodes: the c_i, at which the stage times are given to :meth:`step`.
+        nodes: the c_i (numbers, or tensors where they are learned), at which the stage times are given to :meth:`step`.
         evaluations: evaluations of f in a step (the first one of an adaptive step is the last of the step before).
         timed: whether the stepper itself needs times, even if f does not.
         first_same_as_last: whether the last stage is f at the new state.
@@ -41,13 +51,14 @@ class Stepper:
     name: str
     order: int
     adaptive = False
-    nodes: tuple[float, ...] = (0.0,)
+    nodes: Sequence[float | Tensor] = (0.0,)
     evaluations = 1
     timed = False
     first_same_as_last = False
 
-    def prepare(self, x: Tensor) -> None:
-        """Prepares for a solve from the initial state ``x``. Called once before it."""
+    def prepare(self, x: Tensor) -> "Stepper":
+        """Returns the stepper of one solve from the initial state ``x``. Called once before it."""
+        return self
 
     def step(
         self, f: VectorField, x: Tensor, times: Times, dt: float | Tensor, k1: Tensor | None = None
@@ -65,6 +76,8 @@ class Stepper:
 
 def _combine(x: Tensor, dt: float | Tensor, stages: Sequence[Tensor], weights: Weights) -> Tensor:
     """Returns x + dt * sum_j w_j k_j."""
+    if not weights:
+        return x
     (w, of_first), *rest = weights
     if isinstance(dt, float):
         out = torch.add(x, _sum(stages, of_first), alpha=dt * w)
@@ -276,6 +289,7 @@ class ForeignStepper(Stepper):
             solver.tableau = self._given
         solver.sync_device_dtype(x, x.new_zeros(1))
         self._cast = getattr(solver, "tableau", None)
+        return self
 
     def step(self, f, x, times, dt, k1=None):
         dt = x.new_tensor(dt) if isinstance(dt, float) else dt
@@ -285,6 +299,48 @@ class ForeignStepper(Stepper):
 
     def error(self, stages, dt):
         return self._err
+
+
+class LearnedStepper(Stepper):
+    """A LearnableSolver: numbers where no gradient of its coefficients is wanted, tensors where one is."""
+
+    def __init__(self, solver: LearnableSolver):
+        self._solver = solver
+        self.name, self.order, self.evaluations = f"learned-{solver.stages}", solver.order, solver.stages
+        self._numbers: tuple[Any, RungeKutta] | None = None
+
+    def prepare(self, x):
+        free = self._solver.free
+        # What torch.func puts in the place of the parameter may carry a gradient that it does not show.
+        own = isinstance(free, nn.Parameter) and free.device.type == "cpu"
+        if not own or (free.requires_grad and torch.is_grad_enabled()):
+            return _TensorRungeKutta(self.name, self.order, *self._solver.coefficients())
+        values = free.tolist()  # a parameter can be written to in ways that leave no trace but its values
+        if self._numbers is None or self._numbers[0] != values:
+            with torch.no_grad():
+                a, b, c = (v.tolist() for v in self._solver.coefficients())
+            rows = [row[:i] for i, row in enumerate(a)][1:]
+            self._numbers = values, RungeKutta(self.name, self.order, c, rows, b)
+        return self._numbers[1]
+
+
+class _TensorRungeKutta(Stepper):
+    """An explicit Runge-Kutta method whose coefficients carry a gradient."""
+
+    def __init__(self, name: str, order: int, a: Tensor, b: Tensor, c: Tensor):
+        self.name, self.order, self.evaluations = name, order, len(b)
+        self.nodes, self._weights = c.unbind(), torch.cat([a, b[None]])
+
+    def step(self, f, x, times, dt, k1=None):
+        rows = (dt * self._weights).to(x.dtype).unbind()
+        stages: list[Tensor] = []
+        for t, row in zip((*times, None), rows, strict=True):
+            state = x
+            for w, k in zip(row.unbind()[: len(stages)], stages, strict=True):
+                state = torch.addcmul(state, w, k)
+            if len(stages) < len(times):
+                stages.append(f(t, state) if stages or k1 is None else k1)
+        return state, stages
 
 
 _STOCK: dict[type, Callable[[], RungeKutta]] = {
@@ -334,6 +390,8 @@ def make_stepper(solver: Any) -> Stepper:
             raise ValueError(f"unknown solver {solver!r}; torchdyn's ODE solvers are {sorted(ode.SOLVER_DICT)}")
         solver = ode.str_to_solver(solver)
     kind = type(solver)
+    if isinstance(solver, LearnableSolver):
+        return LearnedStepper(solver)
     if isinstance(solver, ode.ImplicitEuler):
         raise ValueError(
             "the solver 'ieuler' is refused: torchdyn's implicit Euler step gives no gradient to the state, "

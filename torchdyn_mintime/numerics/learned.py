@@ -1,0 +1,226 @@
+r"""An explicit Runge-Kutta method whose coefficients are learned, in one step over the whole interval.
+
+With h = t_f - t_0 and s evaluations of the field,
+
+    k_i = f(t_0 + c_i h, z_0 + h sum_{j<i} a_ij k_j),    z(t_f) = z_0 + h sum_i b_i k_i.
+
+Learned are a (strictly lower), b, and c where it is free. What is stored is a matrix without constraints; the method is its
+projection onto
+
+    order 1:  sum_i b_i = 1,
+    order 2:  sum_i b_i = 1,  sum_i b_i c_i = 1/2,  c_i = sum_j a_ij,
+
+so that the conditions hold after any step of any optimizer. Stands on torch alone: the names are those that torchdyn's own
+solvers have.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LearnableSolver"]
+
+_BASE: dict[str, tuple[list[list[float]], list[float]]] = {
+    "euler": ([[]], [1.0]),
+    "midpoint": ([[], [1 / 2]], [0.0, 1.0]),
+    "heun3": ([[], [1 / 3], [0.0, 2 / 3]], [1 / 4, 0.0, 3 / 4]),
+    "rk4": ([[], [1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+}
+"""The methods that a solver may start from: the rows of a, and b."""
+
+
+class LearnableSolver(nn.Module):
+    """An explicit Runge-Kutta method of ``stages`` evaluations, one step over the whole interval, with learned coefficients.
+
+    It is a torchdyn solver: ``NeuralODE(field, solver=LearnableSolver(4))`` runs in plain torchdyn, which takes one such
+    step between any two points of its span (two points by default).
+
+    Args:
+        stages: evaluations of the field, 1 or more.
+        like: what it starts equal to, to rounding: equal steps of "euler", "midpoint" or "rk4" (whose stages must divide
+            ``stages``), or another LearnableSolver, to which it is near where that has more or fewer stages. Default: Euler,
+            midpoint, Heun's third-order method, and for more stages equal steps of midpoint, the last one of Heun's where
+            their number is odd.
+        order: the order conditions that are kept exactly, 1 or 2. Default: 2 where the start has them.
+        first_node: whether c_1 is learned too, which an order of 1 allows (a field that depends on time).
+
+    Attributes:
+        free: parameter ``[stages + 2, stages]``, of float64 unless it was cast to float32: the rows of a, then b and c,
+            before the projection.
+        stages, order, first_node: as above.
+
+    Raises:
+        TypeError: ``like`` is no name and no LearnableSolver.
+        ValueError: a number of stages, a name or an order that cannot be had.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> solver = LearnableSolver(2)
+        >>> node = NeuralODE(nn.Tanh(), solver=solver)  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> x = torch.randn(8, 2)
+        >>> (x + torch.tanh(x + torch.tanh(x) / 2)).allclose(node(x)[1][-1], atol=1e-6)  # one step of midpoint
+        True
+        >>> solver.b.sum().item(), (solver.b * solver.c).sum().item()
+        (1.0, 0.5)
+    """
+
+    stepping_class = "fixed"
+    tableau = None
+    """torchdyn's solvers keep theirs here; this one makes it from its parameter at every step."""
+    _mask: Tensor
+    order: int
+
+    def __init__(
+        self,
+        stages: int,
+        like: "str | LearnableSolver | None" = None,
+        *,
+        order: int | None = None,
+        first_node: bool = False,
+    ):
+        super().__init__()
+        if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+            raise ValueError(f"stages must be a whole number of evaluations, 1 or more; got {stages!r}")
+        start = torch.tensor(_start(stages, like), dtype=torch.float64)
+        second = abs(float(start[-2] @ start[-1]) - 0.5) < 1e-9
+        if isinstance(like, LearnableSolver):
+            order = int(like.order) if order is None and stages > 1 else order
+            second = True  # the projection makes it so
+        order = (2 if second and stages > 1 else 1) if order is None else order
+        if order not in (1, 2) or (order == 2 and (stages < 2 or not second)):
+            raise ValueError(
+                f"order={order!r} cannot be kept by {stages} stages that start like {like!r}; give order=1, or other stages"
+            )
+        if first_node and order == 2:
+            raise ValueError("first_node=True moves c_1 from 0, which order=2 does not allow; give order=1")
+        self.stages, self.order, self.first_node = stages, order, bool(first_node)
+        self.free = nn.Parameter(start)
+        mask = torch.ones(stages + 2, stages, dtype=torch.float64)
+        mask[:stages].tril_(-1)
+        mask[-1] = float(order == 1)
+        mask[-1, 0] *= float(first_node)
+        self.register_buffer("_mask", mask, persistent=False)
+        self.register_buffer("_settings", torch.tensor([order, int(first_node)]))
+
+    # ------------------------------------------------------------------------------------------------- its coefficients
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns a ``[stages, stages]``, b and c ``[stages]`` in the parameter's dtype, with their gradient.
+
+        The sum of b is 1 to two units in the last place.
+        """
+        s = self.stages
+        free = self.free * self._mask
+        a, b = free[:s], free[s]
+        c = free[s + 1] if self.order == 1 else a.sum(1)
+        b = b - (b.sum() - 1.0) / s
+        if self.order == 2:  # along c without its mean, which leaves the sum as it is
+            direction = c - c.sum() / s
+            b = b + direction * ((0.5 - b @ c) / (direction @ direction))
+        # The rounding of a sum of entries of both signs is more than that of 1.
+        return a, torch.cat([b[:-1], (1.0 - b[:-1].sum())[None]]), c
+
+    @property
+    def a(self) -> Tensor:
+        """The matrix of the stages, ``[stages, stages]``, strictly lower."""
+        return self.coefficients()[0]
+
+    @property
+    def b(self) -> Tensor:
+        """The weights, ``[stages]``; their sum is 1."""
+        return self.coefficients()[1]
+
+    @property
+    def c(self) -> Tensor:
+        """The nodes, ``[stages]``, relative to the interval."""
+        return self.coefficients()[2]
+
+    # --------------------------------------------------------------------------------------------- as torchdyn's solvers
+
+    def sync_device_dtype(self, x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x``, and ``t_span`` on its device; torchdyn calls it before a solve."""
+        return x, t_span.to(x.device)
+
+    def step(
+        self, f: Callable, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
+    ) -> tuple[None, Tensor, None]:
+        """Returns (None, the state after a step of size ``dt``, None), as torchdyn's fixed-step solvers do."""
+        a, b, c = self.coefficients()
+        weights, nodes = (dt * torch.cat([a, b[None]])).to(x), (t + dt * c).to(x)
+        stages: list[Tensor] = []
+        state = x
+        for i in range(self.stages + 1):
+            state = x
+            for w, k in zip(weights[i], stages, strict=False):
+                state = torch.addcmul(state, w, k)
+            if i < self.stages:
+                stages.append(k1 if i == 0 and k1 is not None and not self.first_node else f(nodes[i], state))
+        return None, state, None
+
+    # ------------------------------------------------------------------------------------------------ copies and devices
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "LearnableSolver":
+        # Half precision has about 3 digits, too few for coefficients that are learned in steps of 1e-2.
+        def keep_precise(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if out.is_floating_point() and out.dtype.itemsize < 4 else out
+
+        return super()._apply(keep_precise, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        settings = state_dict.get(prefix + "_settings")
+        if settings is not None and settings.tolist() != (own := [self.order, int(self.first_node)]):
+            raise ValueError(
+                f"the state is that of a LearnableSolver of order and first_node {settings.tolist()}, this one has {own}; "
+                "make it with the same"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"stages={self.stages}, order={self.order}" + (", first_node=True" if self.first_node else "")
+
+
+def _start(stages: int, like: Any) -> list[list[float]]:
+    """Returns the rows of a, then b and c, that a solver of so many stages starts from."""
+    if isinstance(like, LearnableSolver):
+        return _resized(like, stages)
+    if like is None:
+        equal = max(1, stages // 2)
+        parts = ["euler"] if stages == 1 else ["midpoint"] * (equal - stages % 2) + ["heun3"] * (stages % 2)
+    elif isinstance(like, str):
+        if like not in ("euler", "midpoint", "rk4"):
+            raise ValueError(f"like={like!r} is unknown; it may be 'euler', 'midpoint', 'rk4' or a LearnableSolver")
+        each = len(_BASE[like][1])
+        if stages % each:
+            raise ValueError(f"{stages} stages are no whole number of {like} steps, which have {each} each")
+        parts = [like] * (stages // each)
+    else:
+        raise TypeError(f"like must be the name of a method or a LearnableSolver; got {type(like).__name__}")
+    before: list[float] = []
+    rows, c = [], []
+    for i, name in enumerate(parts):  # equal steps, one after the other, as one method
+        a, b = _BASE[name]
+        rows += [before + [w / len(parts) for w in row] for row in a]
+        c += [(i + sum(row)) / len(parts) for row in a]
+        before = before + [w / len(parts) for w in b]
+    return [*([*row, *[0.0] * (stages - len(row))] for row in rows), before, c]
+
+
+def _resized(solver: "LearnableSolver", stages: int) -> list[list[float]]:
+    """Returns a solver's coefficients with stages of no weight added, or the stages of least effect joined to others."""
+    with torch.no_grad():
+        a, b, c = (v.tolist() for v in solver.coefficients())
+    while len(b) > stages:
+        # A stage joins the one before it: the weights add up, so that their sum and the nodes of all others stay.
+        i = min(range(1, len(b)), key=lambda i: abs(b[i] * (c[i] - c[i - 1])))
+        del a[i], c[i]
+        for row in (*a, b):
+            row[i - 1] += row.pop(i)
+    while len(b) < stages:
+        last = [0.5] if len(b) == 1 else a[-1]
+        a = [[*row, 0.0] for row in (*a, last)]
+        b, c = [*b, 0.0], [*c, 0.5 if len(c) == 1 else c[-1]]
+    return [*a, b, c]
