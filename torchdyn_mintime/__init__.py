@@ -1,6 +1,7 @@
 """Neural ODEs that learn how deep they need to be: minimum-time and convergence-rate training for torchdyn."""
 
 from torchdyn_mintime.core import LearnableSpan, SpeedLimit, parameter_groups, spans, unwrap, wrap
+from torchdyn_mintime.depth.compress import compress
 from torchdyn_mintime.depth.early_exit import early_exit
 from torchdyn_mintime.depth.growth import DepthGrowth
 from torchdyn_mintime.depth.shallowest import Shallowest
@@ -24,6 +25,7 @@ __all__ = [
     "StepCount",
     "StepDoubling",
     "TargetLoss",
+    "compress",
     "early_exit",
     "parameter_groups",
     "spans",

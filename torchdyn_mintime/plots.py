@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from torchdyn_mintime.depth.trials import Verdict
     from torchdyn_mintime.diagnostics import Hamiltonian, Profile
     from torchdyn_mintime.losses.certificate import Certificate
 
@@ -26,6 +27,7 @@ __all__ = [
     "curves",
     "flow_frames",
     "flows",
+    "front",
     "grid_of_axes",
     "growth",
     "hamiltonian",
@@ -33,6 +35,7 @@ __all__ = [
     "profile",
     "regions",
     "save",
+    "search",
     "trajectories",
     "violation",
 ]
@@ -178,6 +181,46 @@ def growth(
     right.semilogy(metric, color=COLOURS[1])
     right.axhline(threshold, color=COLOURS[1], linestyle="--", linewidth=0.8)
     right.set_ylabel("metric", color=COLOURS[1])
+
+
+def front(
+    axis: "Axes", verdict: "Verdict", *, label: str = "", title: str = "evaluations against solver error"
+) -> None:
+    """Draws the solver error of every depth that a search has passed against its evaluations, both on a log scale.
+
+    It is the work-precision curve of a network that was trained for each of its points. The dashed line is the tolerance.
+    """
+    passed = verdict.front
+    axis.plot(
+        [t.evaluations for t in passed], [t.solver_error for t in passed], "o-", color=COLOURS[0], label=label or None
+    )
+    for trial in passed:
+        axis.annotate(
+            trial.label, (trial.evaluations, trial.solver_error), (3, 4), textcoords="offset points", fontsize=7
+        )
+    axis.axhline(verdict.solver_tol, color=COLOURS[7], linestyle="--", linewidth=1)
+    axis.set(xlabel="evaluations of the field", ylabel="error / displacement", title=title, xscale="log", yscale="log")
+    _whole_ticks(axis, [t.evaluations for t in passed])
+
+
+def search(axis: "Axes", verdict: "Verdict", *, title: str = "the search going down") -> None:
+    """Draws the evaluations of every depth that was tried against iterations: those that failed are dotted."""
+    start = 0
+    for trial in verdict.trials:
+        end = start + trial.iterations
+        colour, style = (COLOURS[0], "-") if trial.passed else (COLOURS[1], ":")
+        axis.plot([start, end], [trial.evaluations] * 2, style, color=colour, linewidth=2)
+        axis.plot(end, trial.evaluations, "o" if trial.passed else "x", color=colour)
+        start = end
+    axis.set(xlabel="iterations", ylabel="evaluations of the field", title=title, yscale="log")
+    _whole_ticks(axis, [t.evaluations for t in verdict.trials], vertical=True)
+
+
+def _whole_ticks(axis: "Axes", values: Sequence[int], vertical: bool = False) -> None:
+    ticks = sorted(set(values))
+    which = axis.yaxis if vertical else axis.xaxis
+    which.set_ticks(ticks, labels=[str(value) for value in ticks])
+    which.set_ticks([], minor=True)
 
 
 def profile(axis: "Axes", found: "Profile", *, title: str = "loss along the trajectory") -> None:

@@ -14,7 +14,7 @@ from torchdyn_mintime.core.field import Field
 from torchdyn_mintime.core.interval import Interval, check_span
 from torchdyn_mintime.core.learnable_interval import LearnableInterval
 from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
-from torchdyn_mintime.numerics import IntegrationError, LearnableSolver, LearnedStepper, Stepper
+from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, LearnedStepper, Stepper
 
 __all__ = ["LearnableSpan"]
 
@@ -184,6 +184,20 @@ class LearnableSpan(LearnableInterval):
                 self._put_back(*before)  # a look in eval mode does not decide what is to be learned
         self.last = last
         return last
+
+    @torch.no_grad()
+    def solve_again(self) -> None:
+        """Solves the last call once more, with the parameters as they are now; :attr:`last` is then this one."""
+        last = self.last
+        if last is None:
+            raise RuntimeError("no forward was made; call the model first")
+        with last.bound.restored():
+            before, last.bound.nfe = last.bound.nfe, 0
+            try:
+                self.last = self._method.solve(last.bound, last.x.detach(), Grid(last.grid.nodes), False)
+            except IntegrationError:
+                last.bound.nfe = before
+                raise
 
     def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
         """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``, as torchdyn's own."""

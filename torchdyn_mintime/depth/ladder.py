@@ -1,65 +1,128 @@
 """The next depth to try: a pure function of what was tried.
 
-Upward, a number of steps that failed is followed by more steps of the same solver. From the first depth that passed the
-search only goes down: cheaper solvers, each at fewer evaluations than the best depth so far, by bisection.
+The search goes down. The first depth is one at which nearly any field is solved well; where the solver error fails there,
+it goes on with twice the steps. From the first depth that passed each trial has fewer evaluations than the best one so far:
+along the main way first, and after a failure between the fewest that passed and the most that failed.
+
+Several spans go down together until that fails, and then one after the other.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from torchdyn_mintime.depth.trials import Trial
-from torchdyn_mintime.numerics import make_stepper
+from torchdyn_mintime.depth.trials import Depth, Trial, fewest
+from torchdyn_mintime.numerics import Stepper, make_stepper
 
-__all__ = ["evaluations_of", "first_depth", "next_depth"]
+__all__ = ["DEFAULT", "first_depth", "next_depths", "rungs"]
 
-CHEAPER = {"rk4": ("midpoint",)}
-"""Solvers to try once one has passed. Euler is left out: no penalty was found that keeps its single step an ODE."""
-ONE_BY_ONE = 4
-"""Steps are added one at a time below this number."""
-MORE_STEPS = 1.4
-"""From there on the next number of steps is this many times the last one, rounded up."""
+DEFAULT = ("rk4", "learned", "euler")
+"""What a search may take where nothing else is said. Euler is taken for one step alone."""
+
+MAIN_WAY = (16, 8, 4, 3, 2, 1)
+"""Evaluations of the depths that are tried first."""
+
+# For so many evaluations, what to take first, of what is allowed.
+_CHOICES: dict[int, tuple[Depth, ...]] = {
+    16: (Depth("rk4", 4), Depth("midpoint", 8), Depth("euler", 16)),
+    12: (Depth("rk4", 3), Depth("midpoint", 6), Depth("euler", 12)),
+    8: (Depth("rk4", 2), Depth("midpoint", 4), Depth("euler", 8)),
+    6: (Depth("learned-6", 1), Depth("midpoint", 3), Depth("euler", 6)),
+    5: (Depth("learned-5", 1), Depth("euler", 5)),
+    4: (Depth("learned-4", 1), Depth("midpoint", 2), Depth("rk4", 1), Depth("euler", 4)),
+    3: (Depth("learned-3", 1), Depth("euler", 3)),
+    2: (Depth("learned-2", 1), Depth("midpoint", 1), Depth("euler", 2)),
+    1: (Depth("euler", 1),),
+}
+STOCK = ("rk4", "midpoint", "euler")
+"""Solvers of fixed steps that a search may put in the place of one another."""
 
 
-def evaluations_of(solver: str, steps: int) -> int:
-    """Returns the evaluations of so many steps. An adaptive solver takes two more, for the size of its first step."""
-    stepper = make_stepper(solver)
-    return 2 + steps * (stepper.evaluations - 1) if stepper.adaptive else steps * stepper.evaluations
+def rungs(own: str, allowed: Collection[str] | None = None) -> list[Depth]:
+    """Returns the depths of a span below its first one, from the most evaluations to the fewest.
+
+    Args:
+        own: name of the span's solver. One that is not of ``STOCK`` keeps to itself.
+        allowed: names of solvers, "learned" for LearnableSolvers; default ``DEFAULT``. A span's own is always allowed.
+
+    Example:
+        >>> [str(depth) for depth in rungs("rk4")]
+        ['4 x rk4', '3 x rk4', '2 x rk4', 'learned-6', 'learned-5', 'learned-4', 'learned-3', 'learned-2', '1 x euler']
+        >>> [str(depth) for depth in rungs("rk4", [])]
+        ['4 x rk4', '3 x rk4', '2 x rk4', '1 x rk4']
+    """
+    if own not in STOCK:
+        return [Depth(own, steps) for steps in (16, 8, 4, 3, 2, 1)]
+    names = {own, *(DEFAULT if allowed is None else allowed)}
+
+    def permitted(depth: Depth) -> bool:
+        return ("learned" if depth.stages else depth.solver) in names
+
+    found = (next(filter(permitted, choices), None) for choices in _CHOICES.values())
+    return [depth for depth in found if depth is not None]
 
 
-def first_depth(solver: str) -> tuple[str, int]:
-    """Returns the depth to begin with: one step, or two of an adaptive solver.
+def first_depth(own: str, allowed: Collection[str] | None = None) -> Depth:
+    """Returns the depth that a span begins with. An adaptive solver begins with two steps, the fewest it can take.
 
     To take the whole way in its first step, an adaptive solver would have to find next to no movement.
     """
-    return solver, 2 if make_stepper(solver).adaptive else 1
+    return Depth(own, 2) if _adaptive(own) else rungs(own, allowed)[0]
 
 
-def next_depth(
-    trials: Sequence[Trial], solvers: Sequence[str] | None = None, max_steps: int = 64
-) -> tuple[str, int] | None:
-    """Returns the depth to try next, (solver, steps), or None at the end.
+def next_depths(
+    trials: Sequence[Trial], own: Sequence[str], allowed: Collection[str] | None = None, max_steps: int = 64
+) -> tuple[Depth, ...] | None:
+    """Returns the depths to try next, one for each span, or None at the end.
 
     Args:
-        trials: what was tried, one at least, the first of the model's own solver.
-        solvers: cheaper solvers to try once one has passed. Default: midpoint, for rk4.
+        trials: what was tried, one at least.
+        own: names of the spans' own solvers.
+        allowed: names of solvers that may be taken.
         max_steps: of a solve, at most.
 
     Example:
-        >>> next_depth([Trial("rk4", 1, 4), Trial("rk4", 2, 8)])
-        ('rk4', 3)
-        >>> next_depth([Trial("rk4", 1, 4), Trial("rk4", 2, 8, passed=True)])
-        ('midpoint', 2)
+        >>> first = Trial.at([Depth("rk4", 4)])
+        >>> str(next_depths([first], ["rk4"])[0])
+        '8 x rk4'
+        >>> first.passed = True
+        >>> str(next_depths([first], ["rk4"])[0])
+        '2 x rk4'
     """
-    passed = [trial for trial in trials if trial.passed]
-    if not passed:
-        last = trials[-1]
-        steps = last.steps + 1 if last.steps < ONE_BY_ONE else math.ceil(MORE_STEPS * last.steps)
-        return (last.solver, steps) if steps <= max_steps else None
-    best = min(passed, key=lambda trial: trial.evaluations)
-    for name in CHEAPER.get(trials[0].solver, ()) if solvers is None else solvers:
-        tried = [trial for trial in trials if trial.solver == name]
-        failed = max((trial.steps for trial in tried if not trial.passed), default=0)
-        most = (best.evaluations - 1) // make_stepper(name).evaluations
-        if failed < most:
-            return name, (failed + most + 1) // 2 if tried else min(most, best.steps)
+    best = fewest(trials)
+    if best is None:
+        more = tuple(Depth(depth.solver, 2 * depth.steps) for depth in trials[-1].every)
+        return more if all(depth.steps <= max_steps for depth in more) else None
+    if any(_adaptive(name) for name in own):
+        return None  # it began with the fewest steps
+    failed = [trial.every for trial in trials if not trial.passed]
+    present = best.every
+    together = tuple(_below(depth, rungs(name, allowed), ()) or depth for depth, name in zip(present, own, strict=True))
+    apart = any(sum(a != b for a, b in zip(trial, present, strict=True)) > 1 for trial in failed)
+    if len(own) > 1 and together != present and not apart:
+        return together
+    order = sorted(range(len(own)), key=lambda i: -present[i].evaluations)
+    for i in order:
+        alone = [trial[i] for trial in failed if all(trial[j] == present[j] for j in range(len(own)) if j != i)]
+        lower = _below(present[i], rungs(own[i], allowed), alone)
+        if lower is not None:
+            return (*present[:i], lower, *present[i + 1 :])
     return None
+
+
+def _below(present: Depth, candidates: Sequence[Depth], failed: Collection[Depth]) -> Depth | None:
+    """Returns the next depth below the present one: on the main way, or in the middle of what lies above a failure."""
+    most = max((depth.evaluations for depth in failed), default=-1)
+    between = [depth for depth in candidates if most < depth.evaluations < present.evaluations]
+    if not between:
+        return None
+    if not failed:
+        return next((depth for depth in between if _on_main_way(depth)), between[0])
+    return between[(len(between) - 1) // 2]
+
+
+def _on_main_way(depth: Depth) -> bool:
+    return depth.evaluations in MAIN_WAY
+
+
+def _adaptive(name: str) -> bool:
+    stepper: Stepper | None = None if name.startswith("learned-") else make_stepper(name)
+    return stepper is not None and stepper.adaptive

@@ -1,36 +1,78 @@
-"""The model whose depth is searched for, and its optimizers: how steps are laid, and how a training begins again."""
+"""The model whose depth is searched for, and its optimizers: how steps are laid, what is trained, and how all is put back."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchdyn_mintime.core import LearnableSpan, require_spans
+from torchdyn_mintime.core import (
+    Interval,
+    LastSolve,
+    LearnableSpan,
+    freeze_times,
+    last_solve,
+    refine,
+    replaced_solves,
+    require_spans,
+    rk4_solution,
+    undisturbed,
+    untraced,
+)
 from torchdyn_mintime.depth.rollback import Snapshot
-from torchdyn_mintime.depth.trials import Trial
+from torchdyn_mintime.depth.trials import Depth
 from torchdyn_mintime.losses.step_count import StepCount
-from torchdyn_mintime.losses.step_doubling import StepDoubling
-from torchdyn_mintime.numerics import RungeKutta, Stepper
+from torchdyn_mintime.numerics import (
+    AsynchronousLeapfrog,
+    Grid,
+    IntegrationError,
+    LearnableSolver,
+    RungeKutta,
+    integrate,
+)
 
 __all__ = ["SearchedModel", "set_steps"]
 
+SOLVER_RATE = 0.03
+"""Learning rate of a LearnableSolver's coefficients, under Adam."""
+FITTED = 30
+"""Iterations of the fit that a new LearnableSolver begins with."""
+WARM_UP = 20
+"""Steps after each beginning over which the learning rates rise to their full size."""
+MOST_GRADIENT = 2.0
+"""Gradients are clipped to this norm, of the sum of the loss at the steps and at the reference."""
 
-def set_steps(span: LearnableSpan, steps: int, solver: str | None = None) -> None:
+
+def set_steps(span: LearnableSpan, steps: int, solver: str | nn.Module | None = None) -> None:
     """Makes a fixed-step span take ``steps`` equal steps over its present interval, by ``solver`` if given.
 
-    An adaptive one gets no points but the ends, whatever ``steps`` is.
+    An adaptive one, and one with a LearnableSolver, gets no points but the ends, whatever ``steps`` is.
     """
-    if solver is not None and span.stepper.name != solver:
-        span.solver = solver
-    settled, points = span.interval.settled, 2 if span.adaptive else steps + 1
-    span.lay(torch.linspace(span.t0.item(), span.t_f.item(), points, dtype=span.t_f.dtype).tolist())
+    settled = span.interval.settled
+    whole = span.adaptive if solver is None else isinstance(solver, nn.Module)
+    points = 2 if whole else steps + 1
+    span.lay(torch.linspace(span.t0.item(), span.t_f.item(), points, dtype=span.t_f.dtype).tolist(), solver)
     # Where no span was given yet, the first one passed still says what the interval is.
     span.interval = replace(span.interval, settled=settled)
 
 
+@dataclass
+class _Kept:
+    """What a span was before the search."""
+
+    span: LearnableSpan
+    interval: Interval
+    solvers: tuple[nn.Module, nn.Module]
+    by_autograd: bool
+    times: tuple[float, float]
+
+
 class SearchedModel:
     """A model with the optimizers that train it at one depth after another.
+
+    Times are frozen, gradients are those of autograd, and each optimizer clips what it gets, until :meth:`release`.
 
     Args:
         model: with LearnableSpans of fixed steps, or of one adaptive solver.
@@ -39,30 +81,53 @@ class SearchedModel:
     Attributes:
         model, optimizers: as above.
         spans: the LearnableSpans of the model.
+        own: names of their own solvers.
+        adaptive: whether they choose their steps.
+        spent: forward evaluations of the field so far, those of the reference included.
+        penalty: of the last :meth:`objective`, detached; not weighted.
+        reference_loss: the loss at the reference's end there; None where it was not asked for.
+        share_gradients: called with the gradients of learned solvers before they are used; what runs on several
+            processes takes their mean here.
 
     Raises:
-        ValueError: the model has no span, or spans of different adaptive solvers.
+        ValueError: the model has no span, spans of different adaptive solvers, or nothing to train.
         TypeError: the step control of the adaptive solver cannot be followed.
     """
 
     def __init__(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]):
         self.model, self.spans = model, require_spans(model)
-        names = sorted({span.stepper.name for span in self.spans})
-        if any(span.adaptive for span in self.spans) and len(names) > 1:
+        self.own = [span.stepper.name for span in self.spans]
+        self.adaptive = any(span.adaptive for span in self.spans)
+        if self.adaptive and len(set(self.own)) > 1:
             raise ValueError(
-                f"the spans have the solvers {', '.join(names)}; a search takes steps of fixed size, or one adaptive solver"
+                f"the spans have the solvers {', '.join(sorted(set(self.own)))}; a search takes steps of fixed size, or one "
+                "adaptive solver"
             )
-        if self.stepper.adaptive and not isinstance(self.stepper, RungeKutta):
+        if self.adaptive and not isinstance(self.spans[0].stepper, RungeKutta):
             raise TypeError(
-                f"the search follows the step control of tsit5 and dopri5, not that of {self.stepper.name}; set "
+                f"the search follows the step control of tsit5 and dopri5, not that of {self.own[0]}; set "
                 "`span.solver` to one of these, or to a solver of fixed steps"
             )
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.spent, self.penalty = 0, 0.0
+        self.reference_loss: float | None = None
+        self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
+        self._kept = [
+            _Kept(s, s.interval, (s.node.solver, s.node.solver_adjoint), s.by_autograd, (s.t0.item(), s.t_f.item()))
+            for s in self.spans
+        ]
+        self._rates_before = self.rates
+        self._coefficients: torch.optim.Optimizer | None = None
+        self._count: StepCount | None = None
+        self._shared = self._unfitted = False
+        for span in self.spans:
+            span.by_autograd = True
+        self._thawed = freeze_times(self.spans)
+        self._warm, self._held_rates = WARM_UP, self.rates
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self.optimizers]
+        self._hooks += [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
 
-    @property
-    def stepper(self) -> Stepper:
-        """The solver in use."""
-        return self.spans[0].stepper
+    # ------------------------------------------------------------------------------------------------- rates and states
 
     @property
     def rates(self) -> list[list[float]]:
@@ -75,26 +140,218 @@ class SearchedModel:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
-    def lay(self, trial: Trial, refinement: int = 0) -> StepDoubling | StepCount:
-        """Makes every span take the steps of a trial, and returns the penalty that keeps to them.
+    def scale_rates(self, factor: float) -> None:
+        """Multiplies all learning rates, those of learned solvers too."""
+        self.rates = [[factor * rate for rate in own] for own in self.rates]
+        for group in self._coefficients.param_groups if self._coefficients else ():
+            group["lr"] *= factor
 
-        Args:
-            trial: the depth.
-            refinement: into how many parts StepDoubling splits each step; 0 is as many as the solver needs.
+    def lay(self, depths: Sequence[Depth]) -> None:
+        """Makes every span take the steps of its depth; a LearnableSolver starts near the one that was there."""
+        for span, depth in zip(self.spans, depths, strict=True):
+            solver: str | nn.Module = depth.solver
+            if depth.stages is not None:
+                present = span.solver if isinstance(span.solver, LearnableSolver) else None
+                solver = LearnableSolver(depth.stages, present).to(span.t_f.device)
+                if present is not None and present.stages == depth.stages:
+                    solver = present
+            set_steps(span, depth.steps, solver)
+        self._count = StepCount(self.model, depths[0].steps) if self.adaptive else None
+        self._unfitted = not self.adaptive
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Lets the optimizers forget what came before, and take short steps for a while.
+
+        The first steps of Adam are of full length whatever the gradients are, and would undo what was learned.
         """
-        for span in self.spans:
-            set_steps(span, trial.steps, trial.solver)
-        if self.stepper.adaptive:
-            return StepCount(self.model, trial.steps)
-        # A step of low order hides too much of its error from one half as long.
-        return StepDoubling(self.model, 1.0, refinement or (2 if self.stepper.order > 2 else 4))
-
-    def penalty_bound(self, solver_tol: float) -> float:
-        """Returns the bound of that penalty: the square of the one of the solver error, or 1 where StepCount counts."""
-        return 1.0 if self.stepper.adaptive else solver_tol**2
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        self._hold_coefficients()
+        self._warm = 0
 
     def go_back(self, state: Snapshot) -> None:
         """Restores the model, and lets the optimizers forget what came after."""
         state.restore(self.model)
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+        self.begin_anew()
+
+    @property
+    def coefficients_state(self) -> dict[str, Any] | None:
+        """The state of the optimizer of learned solvers, None where there are none. It can be set."""
+        return None if self._coefficients is None else copy.deepcopy(self._coefficients.state_dict())
+
+    @coefficients_state.setter
+    def coefficients_state(self, state: dict[str, Any] | None) -> None:
+        if state is not None and self._coefficients is not None:
+            self._coefficients.load_state_dict(copy.deepcopy(state))
+
+    def copy_at(self, depths: Sequence[Depth], state: Snapshot) -> nn.Module:
+        """Returns a copy of the model in another state, its times and sensitivities as before the search."""
+        made = copy.deepcopy(self.model)
+        spans = require_spans(made)
+        for span, depth, kept in zip(spans, depths, self._kept, strict=True):
+            solver = depth.solver if depth.stages is None else LearnableSolver(depth.stages).to(span.t_f.device)
+            set_steps(span, depth.steps, solver)
+            span.by_autograd = kept.by_autograd
+        state.restore(made)
+        names = {name for name, p in self.model.named_parameters() if any(p is time for time in self._thawed)}
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name in names)
+        return made
+
+    def release(self, found: bool) -> None:
+        """Ends the search: times, learning rates and sensitivities are as before, and so are the steps if nothing was found."""
+        for hook in self._hooks:
+            hook.remove()
+        for kept in self._kept:
+            span = kept.span
+            span.last = None  # it speaks of other steps
+            span.by_autograd = False  # a LearnableSolver has autograd's gradients in any case
+            if not found:
+                span.node.solver_adjoint = kept.solvers[1]
+                span.lay(kept.interval.template, kept.solvers[0])
+                span.interval = kept.interval
+                with torch.no_grad():
+                    span.t0.fill_(kept.times[0])
+                    span.t_f.fill_(kept.times[1])
+            span.by_autograd = kept.by_autograd
+        for time in self._thawed:
+            time.requires_grad_(True)
+        self.rates = self._rates_before
+
+    def _hold_coefficients(self) -> None:
+        found = [span.solver.free for span in self.spans if isinstance(span.solver, LearnableSolver)]
+        self._coefficients = torch.optim.Adam(found, lr=SOLVER_RATE) if found else None
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Clips the gradients that an optimizer is about to use, and steps the learned solvers beside it."""
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        learned = [] if self._coefficients is None else self._coefficients.param_groups[0]["params"]
+        learned = [p for p in learned if p.grad is not None and not any(p is q for q in own)]
+        if learned:
+            self.share_gradients([p.grad for p in learned])
+        nn.utils.clip_grad_norm_([*own, *learned], MOST_GRADIENT)
+        factor = min(1.0, (self._warm + 1) / WARM_UP)
+        self._held_rates = self.rates
+        if factor < 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+        if self._coefficients is not None and learned:
+            self._coefficients.step()
+            self._coefficients.zero_grad()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.rates = self._held_rates
+        self._warm += optimizer is self.optimizers[-1]
+
+    # --------------------------------------------------------------------------------------------------- what is trained
+
+    def objective(
+        self, weight: float, steps: int, closure: Callable[[], Tensor] | None = None, share: float = 1.0
+    ) -> Tensor:
+        """Returns what is added to the loss of the last forward, a scalar.
+
+        Args:
+            weight: of the penalty, in units of loss.
+            steps: of rk4 in the reference.
+            share: the weight of the loss at the steps; all else is divided by it.
+            closure: computes the loss of the same batch again. With it the sum is twice the mean of the loss at the steps
+                and at the reference, and of the weighted penalty.
+        """
+        solved = [(span, last_solve(span)) for span in self.spans if span.last is not None]
+        if self._unfitted:
+            self._unfitted = False
+            for span, last in solved:
+                self._fit_coefficients(span, last, steps)
+        self.spent += sum(last.bound.nfe for _, last in solved)
+        self.reference_loss = None
+        if self._count is not None:
+            value = self._count.penalty()
+            self.spent += self._count.nfe
+            self.penalty = float(value.detach())
+            return weight * value
+        ends: list[tuple[Tensor, Tensor, Tensor]] = []
+        called: list[LearnableSpan] = []
+
+        def by_reference(span: LearnableSpan, x: Tensor, own: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+            last = next(last for owner, last in solved if owner is span)
+            # What comes before the first span may draw anew: its own state is the one to compare with.
+            start = last if not called and not self._shared else replace(last, x=x)
+            called.append(span)
+            taken, reference = self._ends(span, last, start, steps)
+            ends.append((taken, reference, start.x))
+            times = last.grid.times(span.t_f.dtype, span.t_f.device)
+            return times, torch.cat([last.states[:-1], reference[None]])
+
+        if closure is None:
+            for span, last in solved:
+                ends.append((*self._ends(span, last, last, steps), last.x))
+            value = torch.zeros((), device=self.spans[0].t_f.device)
+        else:
+            with undisturbed(self.model), replaced_solves(self.spans, by_reference):
+                value = closure()
+            self._shared = len(called) > len(set(called))  # a span that is called twice remembers its last call alone
+            self.reference_loss = float(value.detach())
+        penalty = torch.stack([_relative_square(*each) for each in ends]).sum()
+        self.penalty = float(penalty.detach())
+        return (value + (weight if closure is None else 2 * weight) * penalty) / share
+
+    def _fit_coefficients(self, span: LearnableSpan, last: LastSolve, steps: int) -> None:
+        """Fits a new LearnableSolver to the reference, the field as it is: what is trained next begins nearer to the ODE."""
+        solver = span.solver
+        if not isinstance(solver, LearnableSolver) or solver.stages < 2:
+            return
+        start = replace(last, x=last.x.detach(), grid=Grid([last.steps[0], last.steps[-1]]))
+        parameters = list(last.bound.parameters.values())
+        optimizer = torch.optim.LBFGS([solver.free], max_iter=FITTED, line_search_fn="strong_wolfe")
+        kept = solver.free.detach().clone()
+        with untraced(last.bound):
+            before = last.bound.nfe
+            with torch.no_grad():
+                reference = rk4_solution(start, steps)[1][-1]
+
+            def closure() -> Tensor:
+                with torch.enable_grad():
+                    taken = integrate(last.bound.function, start.x, start.grid, span.stepper).states[-1]
+                    value = _relative_square(taken, reference, start.x)
+                (solver.free.grad,) = torch.autograd.grad(value, [solver.free])
+                return value
+
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            try:
+                first = float(closure().detach())
+                optimizer.step(closure)
+                if not float(closure().detach()) <= first:
+                    raise IntegrationError("the fit went astray")
+            except IntegrationError:
+                with torch.no_grad():
+                    solver.free.copy_(kept)
+            finally:
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+                solver.free.grad = None
+            self.spent += last.bound.nfe - before
+
+    def _ends(self, span: LearnableSpan, last: LastSolve, start: LastSolve, steps: int) -> tuple[Tensor, Tensor]:
+        """Returns the end of the steps that were taken, and that of the reference."""
+        taken = last.states[-1]
+        with untraced(last.bound):
+            before = last.bound.nfe
+            if any("Dropout" in kind for kind in last.bound.random_or_stateful()) or not last.reaches_end:
+                grid = refine(last.steps, last.grid.start, last.grid.end, 1)
+                taken = integrate(last.bound.function, last.x, grid, span.stepper).states[-1]
+            if isinstance(span.stepper, AsynchronousLeapfrog):  # whose state [z, v] rk4 cannot step
+                grid = refine(last.steps, last.grid.start, last.grid.end, max(2, steps // (len(last.steps) - 1)))
+                reference = integrate(last.bound.function, start.x, grid, span.stepper).states[-1]
+            else:
+                reference = rk4_solution(start, steps)[1][-1]
+            self.spent += last.bound.nfe - before
+        return taken, reference
+
+
+def _relative_square(taken: Tensor, reference: Tensor, x: Tensor) -> Tensor:
+    """Returns the mean squared difference over that of the displacement, which is held constant."""
+    dtype = torch.promote_types(taken.dtype, torch.float32)  # a square in half precision overflows soon
+    size = (reference - x).detach().to(dtype).square().mean().clamp_min(torch.finfo(dtype).tiny)
+    return (taken - reference).to(dtype).square().mean() / size

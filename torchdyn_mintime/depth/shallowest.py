@@ -1,9 +1,14 @@
 r"""The search for the fewest evaluations at which a loss is met and the model is still its own ODE.
 
 For an autonomous field, (f, t_f) and (c f, t_f / c) trace the same path, so a short interval proves nothing. What costs is
-the number of evaluations, and what keeps it honest is the solver error. The interval is therefore left as it is, and
-the search goes over the number of steps, and over solvers of lower order, while the field is trained on the loss and on
-:class:`~torchdyn_mintime.losses.step_doubling.StepDoubling`, whose weight follows the two constraints.
+the number of evaluations, and what keeps it honest is the solver error. The interval is therefore left as it is, and the
+search goes down: first a model at a few steps of rk4, which nearly any field is solved well by; then, from the model found,
+fewer steps, and learned solvers of fewer and fewer stages
+(:class:`~torchdyn_mintime.numerics.learned.LearnableSolver`), while the field goes on training. What is trained is
+
+    (loss at the steps + loss at the reference) / 2 + w |z - z_ref|^2 / |z_ref - z(t0)|^2,
+
+z_ref being the end of finer steps of rk4.
 
 An adaptive solver keeps to its tolerance by itself and chooses its steps. There the field is trained with
 :class:`~torchdyn_mintime.losses.step_count.StepCount` until so many steps are what it chooses.
@@ -14,35 +19,45 @@ Which depth comes next is decided in :mod:`~torchdyn_mintime.depth.ladder`, how 
 """
 
 import copy
+import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict
+from time import perf_counter
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, checks, freeze_times
-from torchdyn_mintime.depth.ladder import evaluations_of, first_depth, next_depth
+from torchdyn_mintime.core import TOLERANCE, checks, require_spans
+from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
 from torchdyn_mintime.depth.stage import Stage
-from torchdyn_mintime.depth.trials import Trial, Verdict
-from torchdyn_mintime.depth.verification import verify
-from torchdyn_mintime.losses.step_count import StepCount
-from torchdyn_mintime.losses.step_doubling import StepDoubling
-from torchdyn_mintime.numerics import IntegrationError, make_stepper
+from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
+from torchdyn_mintime.depth.verification import Look, Verification, verify
+from torchdyn_mintime.numerics import IntegrationError
 
-__all__ = ["Shallowest", "Trial", "Verdict", "set_steps"]
+__all__ = ["Depth", "Shallowest", "Trial", "Verdict", "set_steps"]
 
 _log = logging.getLogger(__name__)
 
+PATIENCE = 150
+"""Iterations without progress, after which the learning rate is lowered, and then the depth ends."""
+LIGHT = 0.1
+"""The first weight of the penalty with the first depth, as a share of that on the way down: it must not keep from learning."""
+MOST_STEPS = 64
+"""Of a solve."""
 EXPLODED = 10.0
 """A loss of this many times the first one has exploded: the training goes back to its last good state."""
 BACK_OFF = 0.3
 """The learning rate is multiplied by this where progress stalls, the loss explodes or nothing is learned."""
+FAR = 2.0
+"""A first depth that rests above this many times its bounds needs more steps, or a higher rate, and not a lower one."""
 MOST_DROPS = 8
 """A depth is given up where its learning rate would be lowered more often than this, for whatever reason."""
 DROPS_NEAR, DROPS_FAR = 2, 1
@@ -52,49 +67,73 @@ LEARNT = 0.3
 MOST_RESTARTS = 3
 """The training starts again because nothing was learned this many times in a search, at most."""
 MOST_PATIENCE = 10
-"""A depth is given up after this many times the patience, however slowly it still improves."""
-MOST_REFINED = 8
-"""The penalty splits each step into this many parts, at most."""
+"""The first depth is given up after this many times the patience, however slowly it still improves."""
+RAISE, RAISE_AFTER = 3.0, 400
+"""The learning rate is multiplied by the one, once, where the first depth rests far from its bounds, or is not reached in so
+many iterations."""
+MOST_REFERENCE = 64
+"""Steps of the reference, at most."""
+LEAST_REFERENCE = 4
+"""Steps of the reference, at least; it has twice the model's own steps at least, too."""
 KEEP_EVERY = 10
 """The good state is kept at iterations divisible by this, where they made progress."""
+SETTLED, WINDOW = 0.01, 100
+"""Without a target, the loss has settled where its mean over so many iterations fell by less than this share of all it fell."""
+FAILED_SETTLINGS = 3
+"""Without a target: how often the penalty is made four times as heavy where the first model is no true one yet."""
+BUDGET = 2.0
+"""A depth on the way down may take this many times the evaluations that led to the model it starts from."""
+GENTLE = 10.0
+"""On the way down the loss at the steps is trained with less weight than that at the reference where it is above its target
+by more than this many units: fewer steps are another network at first, and the field would be spoiled for them."""
 
 
 class Shallowest:
     """Finds the fewest evaluations at which a loss is met and the solver error stays below a tolerance.
 
-    It starts at one step (an adaptive solver at two), trains with step doubling (with the count of steps), adds steps
-    only when progress stalls, and, once a depth has passed, tries cheaper solvers from the model found. The learning rate
-    is lowered when progress stalls or the loss explodes, in which case the last good state comes back.
+    First a true model at four steps of rk4, or at as many as that takes. From the model found it goes down: two steps,
+    learned solvers of 4, 3 and 2 stages, one step of Euler. The model that is trained is the best true one at the end,
+    whatever ends the search.
 
     In a plain loop use :meth:`fit`, or drive it yourself::
 
         search = Shallowest(target=0.01, solver_tol=0.1)
         search.start(model, optimizer)
         while not search.done:
-            loss = criterion(model(x), y)
+            def closure():
+                return criterion(model(x), y)
+
+            loss = closure()
             optimizer.zero_grad()
-            (loss + search.penalty()).backward()
+            (loss + search.penalty(closure)).backward()
             optimizer.step()
-            search.step(loss, lambda: criterion(model(x), y))
+            search.step(loss, closure)
         print(search.finish())
 
     Args:
-        target: the loss to reach, at the steps taken and with the ODE solved exactly alike.
-        solver_tol: the relative solver error allowed at t_f (see :func:`diagnostics.solver_error`). An adaptive solver
-            keeps to its own tolerances besides; there the fewest evaluations at these are looked for.
-        solvers: cheaper solvers to try once one has passed. Default: midpoint, for rk4.
-        max_steps: of a solve, at most.
-        patience: iterations without progress before the learning rate is lowered, and then the steps are changed.
-        accept: one more condition on the model, such as an accuracy; asked when the loss is met.
+        target: the loss to reach on every batch, at the steps taken and with the ODE solved exactly alike. Without one the
+            first model trains until its loss settles, and the target is that loss and ``slack`` more.
+        slack: how much worse than the first model the others may be, as a share of what the loss fell in its training.
+        solver_tol: the solver error allowed at t_f, relative to the displacement (see :func:`diagnostics.solver_error`). An
+            adaptive solver keeps to its own tolerances besides; there the fewest evaluations at these are looked for.
+        budget: seconds of training, after which the search ends with what it has. Default: as long as it takes.
+        solvers: names of the solvers that may be taken beside the spans' own, of "rk4", "midpoint", "euler" and "learned".
+            Default: rk4, learned, and Euler for one step.
+        accept: one more condition on the model, such as an accuracy; asked when all others are met.
+        max_steps, patience: of older versions.
 
     Attributes:
         done: whether the search has ended.
+        target: as above; what was found, where none was given.
         trials: what was tried (:class:`Trial`).
         reduce: takes the mean of a number over the processes, where several run.
+        share_gradients: takes the mean of gradients over the processes, in place.
+        judge: where it is set before the start, the figure that is held against the target in the place of the loss of
+            training, such as that on other data. The lower the better.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
 
     Raises:
-        ValueError: a bound that is not positive and finite, or an unknown solver.
+        ValueError: a bound that cannot be used, or an unknown solver.
 
     Example:
         >>> from torchdyn.core import NeuralODE
@@ -106,67 +145,93 @@ class Shallowest:
         >>> x = torch.randn(16, 2)
         >>> verdict = Shallowest(target=0.05, solver_tol=0.1).fit(
         ...     span, lambda out, batch: out[1][-1].square().mean(), [x], lr=0.05, progress=False)
-        >>> verdict.feasible, verdict.best.evaluations <= 16
+        >>> verdict.feasible, verdict.best.evaluations <= 4
         (True, True)
     """
 
     def __init__(
         self,
-        *,
-        target: float,
+        target: float | None = None,
+        slack: float = 0.02,
         solver_tol: float = 0.1,
+        *,
+        budget: float | None = None,
         solvers: Sequence[str] | None = None,
-        max_steps: int = 64,
-        patience: int = 150,
         accept: Callable[[], bool] | None = None,
+        max_steps: int | None = None,
+        patience: int | None = None,
     ):
-        self.target = checks.positive(target, "target")
+        self.target = None if target is None else checks.number(target, "target")
+        self.slack = checks.number(slack, "slack", least=0)
         self.solver_tol = checks.positive(solver_tol, "solver_tol")
         if not TOLERANCE <= solver_tol <= 10.0:
             raise ValueError(
-                f"solver_tol is relative to the state: at least {TOLERANCE:g}, which the exact solution is known to, and at "
-                f"most 10; got {solver_tol:g}"
+                f"solver_tol is relative to the displacement: at least {TOLERANCE:g}, which the exact solution is known to, "
+                f"and at most 10; got {solver_tol:g}"
             )
-        self.max_steps = checks.count(max_steps, "max_steps", 1)
-        self.patience = checks.count(patience, "patience", 1)
-        self.solvers = None if solvers is None else _fixed_step(solvers)
+        self.budget = math.inf if budget is None else checks.positive(budget, "budget")
+        self.solvers = None if solvers is None else _names_of(solvers)
         if accept is not None and not callable(accept):
             raise TypeError(f"accept must be a function without arguments; got {accept!r}")
         self.accept = accept
+        for name, value in (("max_steps", max_steps), ("patience", patience)):
+            if value is not None:
+                checks.count(value, name, 1)
+                warnings.warn(f"Shallowest chooses {name} by itself; leave it out", FutureWarning, stacklevel=2)
+        self.max_steps, self.patience = max_steps or MOST_STEPS, patience or PATIENCE
         self.reduce: Callable[[float], float] = float
+        self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
+        self.judge: Callable[[], float] | None = None
+        self._judged: tuple[float, float] | None = None
         self.batches_seen_together = 1
         self.trials: list[Trial] = []
         self.done = False
-        self._searched: SearchedModel  # from start on
+        self._searched: SearchedModel | None = None
         self._stage: Stage
-        self._term: StepDoubling | StepCount
+        self._looks: Callable[[], Iterable[Look]] | None = None
+        self._unit = math.nan
         self._rates: list[list[float]] = []
-        self._thawed: list[Tensor] = []
+        self._losses: list[float] = []
         self._iterations = self._restarts = 0
+        self._raised = False
+        self._failed = self._looked = False
+        self._share = 1.0
         self._first_loss: float | None = None
-        self._initial, self._good, self._found = Snapshot(), Snapshot(), Snapshot()
+        self._initial, self._good = Snapshot(), Snapshot()
+        self._found: dict[int, Snapshot] = {}
+        self._coefficients: dict[str, Any] | None = None
+        self._clock = perf_counter()
 
     # ----------------------------------------------------------------------------------------------- driving a search
 
     def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
-        """Takes hold of the model and its optimizers, and sets every span to few steps. Times are frozen meanwhile."""
-        self._searched = SearchedModel(model, optimizers)
-        self._thawed = freeze_times(self._searched.spans)
-        if self.trials:  # resumed from a checkpoint
-            self._use(self.trials[-1])
+        """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
+        self._searched = searched = SearchedModel(model, optimizers)
+        searched.share_gradients = lambda gradients: self.share_gradients(gradients)
+        self._clock = perf_counter()
+        if self.trials:  # resumed
+            searched.lay(self.trials[-1].every)
+            searched.coefficients_state = self._coefficients
         else:
-            self._rates = self._searched.rates
-            self._enter(*first_depth(self._searched.stepper.name))
+            self._rates = searched.rates
+            self._enter([first_depth(name, self.solvers) for name in searched.own])
             self._initial.take(model)
+            if self.judge is not None:
+                with torch.no_grad():
+                    self._judged = self.reduce(self.judge()), math.inf if self.target is None else self.target
+                self.target = None  # that of the training loss is where it settles
 
-    def penalty(self) -> Tensor:
-        """Returns the term on the last forward that keeps to the steps, at its present weight: add it to the loss."""
-        self._require_start()
-        value = self._term.penalty()
-        self._last_penalty = value.detach()
-        return self._stage.weight * value
+    def penalty(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """Returns the search's part of what is trained, to be added to the loss of the last forward.
 
-    def step(self, loss: float | Tensor, measure: Callable[[], float | Tensor] | None = None) -> None:
+        Args:
+            closure: computes the loss of the same batch again; it is called with the ends of the reference in the place of
+                the steps'. Without it the loss at the reference is not trained, and more searches fail.
+        """
+        searched = self._require_start()
+        return searched.objective(self._stage.weight, self._stage.reference, closure, self._share)
+
+    def step(self, loss: float | Tensor, measure: Callable[[], Any] | None = None) -> None:
         """Looks at the progress and decides; to be called after the optimizer's step.
 
         Args:
@@ -175,53 +240,79 @@ class Shallowest:
                 ODE solved exactly. Of this process alone: :attr:`reduce` takes the mean where several run. Without it only
                 the solver error of the last batch is held against its bound.
         """
-        self._require_start()
-        stage, trial = self._stage, self._stage.trial
+        searched, trial = self._require_start(), self._stage.trial
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        penalty = self.reduce(float(self._last_penalty))
-        self._iterations += 1
+        if self._found and self.target is not None:
+            excess = (value - self.target) / self._unit
+            self._share = 1.0 / max(1.0, excess / GENTLE) if math.isfinite(excess) else 1.0 / GENTLE
+        if searched.reference_loss is not None:
+            value = max(value, self.reduce(searched.reference_loss))
+        penalty = self.reduce(searched.penalty)
+        self._tick()
         trial.iterations += 1
+        self._iterations += 1
         if self._first_loss is None and math.isfinite(value):
             self._first_loss = value
         first = self._first_loss or 0.0
-        if not (math.isfinite(value) and math.isfinite(penalty)) or value > EXPLODED * first:
+        if not (math.isfinite(value) and math.isfinite(penalty)) or value > first + (EXPLODED - 1.0) * abs(first):
             self.diverged(f"the loss exploded to {value:.3g}")
-            return
-        bound = self._searched.penalty_bound(self.solver_tol)
-        met = stage.observe(value, penalty, target=self.target, bound=bound, batches=self.batches_seen_together)
-        if stage.since == 0 and trial.iterations % KEEP_EVERY == 0:
-            self._good.take(self._searched.model)
-        # At least a pass: the mean loss of a pass cannot settle in less.
-        patience = max(self.patience, self.batches_seen_together)
-        if met:
-            self._look(measure, penalty)
-        elif trial.iterations > MOST_PATIENCE * patience:
-            self._next()
-        elif stage.since > patience:
-            if not self._found and trial.loss > LEARNT * first and self._restarts < MOST_RESTARTS:
-                self._begin_again(BACK_OFF, f"nothing learnt in {self.patience} iterations")
-            elif stage.drops < (DROPS_NEAR if stage.near else DROPS_FAR):
-                self._slower(f"no progress in {self.patience} iterations")
-            else:
-                self._next()
+        elif self.target is None:
+            self._settle(value, measure)
+        else:
+            self._observe(value, penalty, measure)
+        self._tick()
+        if sum(t.seconds for t in self.trials) >= self.budget:
+            self.done = True
 
     def finish(self) -> Verdict:
-        """Returns the verdict so far; the best model found is loaded, and times may be trained again.
+        """Returns the verdict so far; the best model found is loaded, and all else is as it was before the search.
 
-        A search that is not :attr:`done` can go on, after another :meth:`start`: from the model found, if there is one,
-        at the steps it was trying.
+        A search that is not :attr:`done` can go on, after another :meth:`start`, at the depth that it was trying.
         """
-        self._require_start()
-        passed = [t for t in self.trials if t.passed]
-        best = min(passed, key=lambda t: t.evaluations) if passed else self.trials[-1]
-        if self._found:
-            self._use(best)
-            self._found.restore(self._searched.model)
-        for time in self._thawed:
-            time.requires_grad_(True)
-        verdict = Verdict(bool(passed), best, self.trials, self.target, self.solver_tol, self._iterations)
-        (_log.info if passed else _log.warning)("%s", verdict)
+        searched = self._require_start()
+        best = fewest(self.trials)
+        if best is not None:
+            state = self._found[self.trials.index(best)]
+            searched.lay(best.every)
+            state.restore(searched.model)
+        searched.release(best is not None)
+        verdict = Verdict(
+            best is not None, best or self.trials[-1], self.trials, self.target, self.solver_tol, self._iterations
+        )
+        (_log.info if best else _log.warning)("%s", verdict)
         return verdict
+
+    @property
+    def best(self) -> nn.Module | None:
+        """A copy of the model as the best true one so far; None where there is none yet."""
+        return None if fewest(self.trials) is None else self.take()
+
+    def take(self, evaluations: int | None = None, *, solver_tol: float | None = None) -> nn.Module:
+        """Returns a copy of the model at one of the depths that passed.
+
+        Args:
+            evaluations: as many at most; the depth with the most of these is taken.
+            solver_tol: the solver error at most; the depth with the fewest evaluations is taken. Without either it is the
+                best one.
+
+        Raises:
+            ValueError: no depth that passed fits.
+        """
+        searched = self._require_start()
+        fit = [i for i, t in enumerate(self.trials) if t.passed]
+        if evaluations is not None:
+            fit = [i for i in fit if self.trials[i].evaluations <= checks.count(evaluations, "evaluations", 1)]
+        if solver_tol is not None:
+            fit = [i for i in fit if self.trials[i].solver_error <= checks.positive(solver_tol, "solver_tol")]
+        if not fit:
+            passed = [f"{t.evaluations} evaluations at {t.solver_error:.3g}" for t in self.trials if t.passed]
+            raise ValueError(
+                f"no depth with evaluations={evaluations} and solver_tol={solver_tol} has passed; passed have "
+                f"{passed or 'none'}"
+            )
+        sign = 1 if evaluations is None else -1
+        chosen = min(fit, key=lambda i: sign * self.trials[i].evaluations)
+        return searched.copy_at(self.trials[chosen].every, self._found[chosen])
 
     def fit(
         self,
@@ -230,136 +321,343 @@ class Shallowest:
         batches: Iterable[Any],
         *,
         lr: float = 0.03,
+        held_out: Iterable[Any] | None = None,
         max_iterations: int = 20_000,
         progress: bool = True,
     ) -> Verdict:
         """Trains ``model`` with Adam until the search ends.
 
+        Whatever ends it, Ctrl-C and errors included, the best true model so far is what ``model`` is then.
+
         Args:
             model: a wrapped model.
             loss: ``loss(model(x), batch)``, a scalar; ``batch`` is an element of ``batches``.
-            batches: gone through again and again; each is ``(x, ...)`` or the tensor ``x`` itself.
-                The loss is met when its mean over all of them is.
+            batches: gone through again and again; each is ``(x, ...)``, a mapping whose first value is x, or the tensor
+                ``x`` itself. The loss is met when it is on every one of them.
             lr: the learning rate to begin with.
+            held_out: batches that are never trained on; a depth must pass on them too.
             max_iterations: after which the search ends with what it has.
             progress: whether to show a progress bar.
 
         Returns:
-            The verdict; ``model`` is the best one found.
+            The verdict.
+
+        Raises:
+            ValueError: there is no batch, or the model has nothing to train.
         """
-        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=checks.positive(lr, "lr"))
-        self.start(model, optimizer)
-        model.train()
+        if isinstance(batches, Tensor):
+            raise TypeError("batches must be a list or a loader of batches; got a tensor: pass [x] for one batch")
         if not isinstance(batches, Sized):
             batches = list(batches)  # gone through many times
-        self.batches_seen_together = count = len(batches)
+        kept = None if held_out is None else list(held_out)
+        times = {time for span in require_spans(model) for time in span.parameters(recurse=False)}
+        parameters = [p for p in model.parameters() if p.requires_grad and p not in times]
+        if not parameters:
+            raise ValueError(f"{type(model).__name__} has no parameters to train but its times; unfreeze its field")
+        optimizer = torch.optim.Adam(parameters, lr=checks.positive(lr, "lr"))
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError("batches is empty; give at least one (x, ...)")
+        _input_of(first)
+        modes = [(module, module.training) for module in model.modules()]
 
         def of(batch: Any) -> Tensor:
-            return loss(model(batch if isinstance(batch, Tensor) else batch[0]), batch)
+            return loss(model(_input_of(batch)), batch)
 
-        def measure() -> float:
-            return sum(float(of(batch)) for batch in batches) / count
+        def look(batch: Any) -> tuple[Tensor, Tensor | None]:
+            out = model(_input_of(batch))
+            return loss(out, batch), _predicted(out, batch)
 
-        with Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task("", total=None)
-            while not self.done and self._iterations < max_iterations:
-                for batch in batches:
-                    try:
-                        value = of(batch)
-                        optimizer.zero_grad()
-                        (value + self.penalty()).backward()
-                        optimizer.step()
-                    except IntegrationError as error:
-                        self.diverged(str(error))
-                    else:
-                        self.step(value, measure)
-                    if self.done or self._iterations >= max_iterations:
-                        break
-                    bar.update(task, advance=1, description=self.status())
-        return self.finish()
+        def looks() -> Iterator[Look]:
+            for batch in itertools.chain(batches, kept or ()):
+                yield functools.partial(look, batch)
+
+        self.start(model, optimizer)
+        try:
+            model.train()
+            self._looks, self.batches_seen_together = looks, len(batches)
+            with Progress(disable=not progress, transient=True) as bar:
+                task = bar.add_task("", total=None)
+                while not self.done and self._iterations < max_iterations:
+                    for batch in batches:
+                        self._iterate(batch, of, optimizer)
+                        if self.done or self._iterations >= max_iterations:
+                            break
+                        bar.update(task, advance=1, description=self.status())
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._looks = None
+            verdict = self.finish()
+        return verdict
+
+    def _iterate(self, batch: Any, of: Callable[[Any], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        def closure() -> Tensor:
+            return of(batch)
+
+        try:
+            value = closure()
+            optimizer.zero_grad()
+            (value + self.penalty(closure)).backward()
+            optimizer.step()
+        except IntegrationError as error:
+            self.diverged(str(error))
+        else:
+            self.step(value, closure)
 
     def status(self) -> str:
         """Returns one line on where the search is."""
         self._require_start()
-        t = self._stage.trial
-        return f"{t.steps} x {t.solver}: loss {t.loss:.3g} (target {self.target:g}), iteration {self._iterations}"
+        t, best = self._stage.trial, fewest(self.trials)
+        target = "until it settles" if self.target is None else f"target {self.target:.3g}"
+        found = "" if best is None else f"; best so far: {best.evaluations} evaluations"
+        return f"{t.label}: loss {t.loss:.3g} ({target}), iteration {self._iterations}{found}"
 
     def diverged(self, why: str) -> None:
-        """Goes back to the last good state, with a lower learning rate: after a loss or a solve that failed."""
-        self._require_start()
-        if self._slower(why):
-            self._searched.go_back(self._good)
+        """Goes back to the last good state, with a lower learning rate: after a loss or a solve that failed.
+
+        Where the first depth cannot even solve the untrained model, more steps are tried at once.
+        """
+        searched = self._require_start()
+        self._failed = True
+        if not self.trials[-1].iterations and not self._found:
+            _log.info("%s", why)
+            self._next()
+        elif self._slower(why):
+            searched.go_back(self._good)
 
     # ----------------------------------------------------------------------------------------------------- its actions
 
-    def _require_start(self) -> None:
-        if not hasattr(self, "_searched"):
+    def _require_start(self) -> SearchedModel:
+        if self._searched is None:
             raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
+        return self._searched
 
-    def _enter(self, solver: str, steps: int) -> None:
+    def _tick(self) -> None:
+        """Adds the time since the last tick to the present trial, and the evaluations of the field with it."""
+        now = perf_counter()
+        self._stage.trial.seconds += now - self._clock
+        self._clock = now
+        searched = self._require_start()
+        self._stage.trial.spent += searched.spent
+        searched.spent = 0
+
+    def _enter(self, depths: Sequence[Depth]) -> None:
         """Begins the training at another depth."""
-        trial = Trial(solver, steps, evaluations_of(solver, steps))
+        searched, trial = self._require_start(), Trial.at(depths)
+        passed = sum(t.spent for t in self.trials if t.passed)
         self.trials.append(trial)
-        self._stage = Stage(trial)
-        self._use(trial)
-        self._stage.weight = self.target / self._searched.penalty_bound(self.solver_tol)
-        self._searched.rates = self._rates
-        self._good.take(self._searched.model)
-        _log.info("trying %d x %s (%d evaluations)", steps, solver, trial.evaluations)
+        self._failed = self._looked = False
+        steps = max(depth.steps if depth.stages is None else 1 for depth in depths)
+        self._stage = Stage(trial, reference=max(LEAST_REFERENCE, 2 * steps))
+        self._share = 1.0 / GENTLE if passed else 1.0
+        self._stage.budget = BUDGET * passed if passed else math.inf
+        searched.lay(depths)
+        searched.rates = self._rates
+        self._stage.weight = self._first_weight()
+        self._good.take(searched.model)
+        _log.info("trying %s (%d evaluations)", trial.label, trial.evaluations)
 
-    def _use(self, trial: Trial) -> None:
-        """Lays the steps of a trial, and takes the penalty that keeps to them."""
-        self._term = self._searched.lay(trial, self._stage.refinement)
-        self._stage.refinement = getattr(self._term, "refinement", 0)
+    @property
+    def _bound(self) -> float:
+        """The bound of the penalty: the square of that of the solver error, or 1 where the steps are counted."""
+        return 1.0 if self._require_start().adaptive else self.solver_tol**2
 
-    def _look(self, measure: Callable[[], float | Tensor] | None, penalty: float) -> None:
-        """Holds the model as it is now against all its bounds."""
-        model, stage, trial = self._searched.model, self._stage, self._stage.trial
-        found = verify(
-            model,
-            measure,
+    def _first_weight(self) -> float:
+        unit = self.target if self.target is not None and self.target > 0 and math.isnan(self._unit) else self._unit
+        self._unit = 0.0 if unit is None or math.isnan(unit) else unit
+        return (1.0 if self._found else LIGHT) * self._unit / self._bound
+
+    def _observe(self, value: float, penalty: float, measure: Callable[[], Any] | None) -> None:
+        """Takes in an iteration with a target; looks at the exact solution, or gives up, where it is time for that."""
+        searched, stage, trial = self._require_start(), self._stage, self._stage.trial
+        assert self.target is not None and self._first_loss is not None
+        if self._unit <= 0.0:  # a target below zero has no size of its own
+            self._unit = max(abs(self._first_loss - self.target), 1e-12)
+            stage.weight = self._first_weight()
+        met = stage.observe(
+            value,
+            penalty,
             target=self.target,
+            unit=self._unit,
+            bound=self._bound,
+            batches=self.batches_seen_together,
+        )
+        if stage.since == 0 and trial.iterations % KEEP_EVERY == 0:
+            self._good.take(searched.model)
+        # At least a pass: the mean loss of a pass cannot settle in less.
+        descending = bool(self._found)
+        patience = max(self.patience, self.batches_seen_together)
+        if met:
+            self._look(measure, penalty)
+        elif stage.hopeless or (not descending and trial.iterations > MOST_PATIENCE * patience):
+            self._next()
+        elif not descending and trial.iterations >= RAISE_AFTER and self._may_raise:
+            self._faster(f"not met in {trial.iterations} iterations")
+        elif stage.since > patience:
+            self._stalled(patience)
+
+    def _stalled(self, patience: int) -> None:
+        searched, stage, first = self._require_start(), self._stage, self._first_loss or 0.0
+        nothing_learnt = self.target is not None and stage.trial.loss > self.target + LEARNT * abs(first - self.target)
+        far = stage.best > math.log(FAR) and not self._found
+        if far and not searched.adaptive and len(self.trials) == 1 and not self._restarts:
+            # Four steps may be too few to learn with: some trainings rest on a plateau that only the ODE itself leaves.
+            self._failed = True
+            self._next()
+        elif far and self._may_raise:
+            self._faster(f"no progress in {patience} iterations")
+        elif not self._found and nothing_learnt and self._restarts < MOST_RESTARTS:
+            self._begin_again(BACK_OFF, f"nothing learnt in {patience} iterations")
+        elif stage.drops < (DROPS_NEAR if stage.near else DROPS_FAR):
+            self._slower(f"no progress in {patience} iterations")
+        else:
+            self._next()
+
+    def _settle(self, value: float, measure: Callable[[], Any] | None) -> None:
+        """Trains the first model until its loss settles, which then says what the target is."""
+        searched, stage, trial = self._require_start(), self._stage, self._stage.trial
+        assert self._first_loss is not None
+        self._losses.append(value)
+        trial.loss = min(trial.loss, value)
+        window = max(WINDOW, self.batches_seen_together)
+        recent = self._losses[-window:]
+        fallen = self._first_loss - sum(recent) / len(recent)
+        self._unit = max(self.slack * fallen, 0.0)
+        stage.weight = 4.0**stage.failed_looks * self._unit / self._bound
+        if trial.iterations % KEEP_EVERY == 0:
+            self._good.take(searched.model)
+        late = sum(t.seconds for t in self.trials) >= self.budget / 2
+        before = self._losses[-2 * window : -window]
+        settled = len(before) == window and (sum(before) - sum(recent)) / window < SETTLED * max(fallen, 0.0)
+        if not (late or settled) or trial.iterations < stage.next_check:
+            return
+        found = self._verified(measure)
+        if found.passed:
+            self._set_target(max(found.loss, found.reference_loss), sum(recent) / len(recent))
+            self._pass()
+            return
+        stage.next_check = trial.iterations + window
+        if found.solver_error <= self.solver_tol:
+            self._slower("the loss has settled, and not all bounds are met")
+        elif stage.failed_looks < FAILED_SETTLINGS:
+            stage.failed_looks += 1
+            self._refine()
+        else:
+            self._next()
+
+    def _set_target(self, reached: float, mean: float) -> None:
+        """Sets the target, from what the first model has reached and the mean of its last losses."""
+        assert self._first_loss is not None
+        if self._judged is not None:
+            first, wanted = self._judged
+            if math.isinf(wanted):
+                self._judged = first, reached + self.slack * max(first - reached, 0.0)
+            _log.info("the figure that is judged is %.4g; the target is %.4g", reached, self._judged[1])
+            reached = mean
+        if not math.isfinite(reached):  # nothing was measured but the loss of training
+            reached = mean
+        self._unit = max(self.slack * (self._first_loss - reached), 1e-12)
+        self.target = reached + self._unit
+        _log.info("the loss has settled at %.4g; the target is %.4g", reached, self.target)
+
+    def _verified(self, measure: Callable[[], Any] | None) -> Verification:
+        """Holds the model as it is now against all its bounds, and writes the figures down."""
+        searched, trial = self._require_start(), self._stage.trial
+        looks = self._looks() if self._looks is not None else [measure or self._solve_again]
+        target = self.target
+        if self.judge is not None and self._judged is not None:
+            looks, target = [self.judge], self._judged[1]
+        self._looked = True
+        found = verify(
+            searched.model,
+            looks,
+            target=target,
             solver_tol=self.solver_tol,
             evaluations=trial.evaluations,
             accept=self.accept,
             reduce=self.reduce,
         )
-        trial.passed, trial.solver_error = found.passed, found.solver_error
-        if measure is not None and found.loss <= self.target:
+        trial.solver_error, trial.changed = found.solver_error, found.changed
+        if math.isfinite(found.loss):
             trial.loss = found.loss
-        if found.reference_loss is not None:
+        if math.isfinite(found.reference_loss):
             trial.reference_loss = found.reference_loss
-        if found.passed:
-            self._found.take(model)
-            self._next()
-        elif not self._searched.stepper.adaptive and math.isfinite(found.solver_error) and stage.misled(penalty):
-            # It starts again, and is held against finer steps from the start.
-            if stage.refinement < MOST_REFINED:
-                stage.refinement *= 2
-                self._begin_again(1.0, "the penalty missed most of the solver error")
-            else:
-                self._next()
+        trial.passed = found.passed
+        return found
+
+    def _solve_again(self) -> float:
+        for span in self._require_start().spans:
+            span.solve_again()
+        return -math.inf
+
+    def _look(self, measure: Callable[[], Any] | None, penalty: float) -> None:
+        if self._verified(measure).passed:
+            self._pass()
+        elif not self._require_start().adaptive and self._stage.misled(penalty, self.solver_tol):
+            self._refine()
+
+    def _refine(self) -> bool:
+        """Gives the reference twice the steps; returns whether it may have them."""
+        if self._stage.reference >= MOST_REFERENCE:
+            return False
+        self._stage.reference *= 2
+        _log.info("the reference missed some of the solver error: %d steps of rk4", self._stage.reference)
+        return True
+
+    def _pass(self) -> None:
+        state = Snapshot()
+        state.take(self._require_start().model)
+        self._found[len(self.trials) - 1] = state
+        self._next()
 
     def _next(self) -> None:
         """Goes on to the next depth, or to the end."""
-        trial = self._stage.trial
-        _log.info("%d x %s is %s", trial.steps, trial.solver, "enough" if trial.passed else "not enough")
-        depth = next_depth(self.trials, self.solvers, self.max_steps)
-        if depth is None:
+        searched, trial = self._require_start(), self._stage.trial
+        self._tick()
+        _log.info("%s is %s", trial.label, "enough" if trial.passed else "not enough")
+        depths = None
+        if self._found or self._solver_was_short():
+            depths = next_depths(self.trials, searched.own, self.solvers, self.max_steps)
+        if depths is None:
             self.done = True
-        else:
-            # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
-            self._searched.go_back(self._found or self._initial)
-            self._enter(*depth)
+            return
+        # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
+        best = fewest(self.trials)
+        if best is None:
+            searched.go_back(self._initial)
+        elif not trial.passed:
+            searched.lay(best.every)
+            searched.go_back(self._found[self.trials.index(best)])
+        self._enter(depths)
+
+    def _solver_was_short(self) -> bool:
+        """Whether a first depth that failed did so for its solver, which more steps mend, and not for its loss."""
+        error = self._stage.trial.solver_error
+        return self._failed or (self._looked and error > self.solver_tol)
 
     def _begin_again(self, slower: float, why: str) -> None:
-        """Goes back to where this search, or its way down, began; ``slower`` stays on the learning rate."""
+        """Goes back to where this search began; ``slower`` stays on the learning rate."""
+        searched = self._require_start()
         self._restarts += 1
-        self._searched.go_back(self._found or self._initial)
-        self._use(self._stage.trial)  # the state holds the steps and the solver that it was saved with
-        self._rates = self._searched.rates = _times(slower, self._rates)
-        self._stage.restart(self.target / self._searched.penalty_bound(self.solver_tol))
+        searched.go_back(self._initial)
+        searched.rates = self._rates
+        searched.scale_rates(slower)
+        self._rates = searched.rates
+        self._stage.restart(self._first_weight())
         _log.info("%s: once more from the start, learning rate times %g", why, slower)
+
+    @property
+    def _may_raise(self) -> bool:
+        """Whether the learning rate may be raised: once, where nothing has shown yet that it is too high."""
+        return not (self._raised or self._restarts or self._failed or self._stage.drops)
+
+    def _faster(self, why: str) -> None:
+        searched, stage = self._require_start(), self._stage
+        self._raised, stage.since, stage.smooth = True, 0, None
+        searched.scale_rates(RAISE)
+        self._rates = searched.rates
+        _log.info("%s: learning rate times %g", why, RAISE)
 
     def _slower(self, why: str) -> bool:
         """Lowers the learning rate; returns False where that was done too often, and the depth is given up instead."""
@@ -369,7 +667,7 @@ class Shallowest:
         if stage.drops > MOST_DROPS:
             self._next()
             return False
-        self._searched.rates = _times(BACK_OFF, self._searched.rates)
+        self._require_start().scale_rates(BACK_OFF)
         _log.info("%s: learning rate times %g", why, BACK_OFF)
         return True
 
@@ -379,44 +677,96 @@ class Shallowest:
         """Returns plain values and tensors, for a checkpoint in the middle of a search."""
         return {
             "trials": [asdict(t) for t in self.trials],
-            "rung": {**asdict(self._stage), "trial": len(self.trials) - 1} if self.trials else None,
+            "stage": {**asdict(self._stage), "trial": len(self.trials) - 1} if self.trials else None,
             "iterations": self._iterations,
             "first_loss": self._first_loss,
+            "losses": list(self._losses),
+            "target": self.target,
+            "unit": self._unit,
             "done": self.done,
-            "good": self._good.state_dict(),
-            "found": self._found.state_dict(),
-            "initial": self._initial.state_dict(),
+            "raised": self._raised,
+            "judged": self._judged,
             "restarts": self._restarts,
             "base_lr": copy.deepcopy(self._rates),
+            "good": self._good.state_dict(),
+            "initial": self._initial.state_dict(),
+            "found": {i: state.state_dict() for i, state in self._found.items()},
+            "coefficients": None if self._searched is None else self._searched.coefficients_state,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict`; call it before :meth:`start`.
 
         Raises:
-            ValueError: the state is not that of a search, or is that of an older version.
+            ValueError: the state is not that of a search.
         """
-        if missing := [name for name in self.state_dict() if name not in state]:
+        if missing := [name for name in ("trials", "iterations", "initial") if name not in state]:
             raise ValueError(f"this is no state of a Shallowest: {missing} are missing; got the keys {sorted(state)}")
         self.trials = [Trial(**t) for t in state["trials"]]
-        if self.trials:
-            self._stage = Stage(**{**state["rung"], "trial": self.trials[-1]})
         self._iterations, self._restarts = state["iterations"], state["restarts"]
         self._first_loss, self._rates, self.done = state["first_loss"], state["base_lr"], state["done"]
-        for name in ("good", "found", "initial"):
+        for name in ("good", "initial"):
             getattr(self, f"_{name}").load_state_dict(state[name])
+        if "rung" in state:
+            self._from_version_0_1(state)
+            return
+        if self.trials:
+            self._stage = Stage(**{**state["stage"], "trial": self.trials[-1]})
+        self.target, self._unit, self._raised = state["target"], state["unit"], state["raised"]
+        self._judged = None if state["judged"] is None else tuple(state["judged"])
+        self._losses, self._coefficients = list(state["losses"]), state["coefficients"]
+        self._found = {}
+        for i, kept in state["found"].items():
+            self._found[int(i)] = Snapshot()
+            self._found[int(i)].load_state_dict(kept)
+
+    def _from_version_0_1(self, state: Mapping[str, Any]) -> None:
+        """Takes over a search of version 0.1, which kept the best state alone, and nothing of the others that passed."""
+        best = fewest(self.trials)
+        for trial in self.trials:
+            trial.passed = trial is best
+        if best is not None:
+            kept = Snapshot()
+            kept.load_state_dict(state["found"])
+            self._found = {self.trials.index(best): kept}
+        rung = state["rung"]
+        if rung is not None:
+            same = {k: rung[k] for k in ("weight", "smooth", "best", "since", "drops", "next_check", "mean_loss")}
+            self._stage = Stage(self.trials[-1], **same)
+        self._unit = self.target if self.target is not None else math.nan
 
 
-def _times(factor: float, rates: list[list[float]]) -> list[list[float]]:
-    return [[factor * rate for rate in own] for own in rates]
-
-
-def _fixed_step(solvers: Any) -> tuple[str, ...]:
-    """Returns the names of solvers, all of fixed steps."""
+def _names_of(solvers: Any) -> tuple[str, ...]:
+    """Returns the names of solvers that a search may take."""
     names = None if isinstance(solvers, str) or not isinstance(solvers, Iterable) else tuple(solvers)
     if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(f"solvers must be a list of names, such as ['midpoint']; got {solvers!r}")
+    known = (*STOCK, "learned")
     for name in names:
-        if make_stepper(name).adaptive:
-            raise ValueError(f"solvers={list(names)} must be of fixed steps; {name!r} chooses its own")
+        if name not in known:
+            raise ValueError(
+                f"solvers={list(names)} must be of {', '.join(known)}, which have fixed steps; got {name!r}"
+            )
     return names
+
+
+def _input_of(batch: Any) -> Any:
+    """Returns what the model is called with."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping) and batch:
+        return next(iter(batch.values()))
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
+        return batch[0]
+    raise ValueError(f"a batch must be x, (x, ...) or a mapping that begins with x; got {type(batch).__name__}")
+
+
+def _predicted(out: Any, batch: Any) -> Tensor | None:
+    """Returns the classes that a model predicts, where its output and the batch's second entry say that it does."""
+    target = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    if not (isinstance(target, Tensor) and not target.is_floating_point() and target.dim() == 1):
+        return None
+    if isinstance(out, tuple):
+        out = out[1][-1] if len(out) == 2 and isinstance(out[1], Tensor) else None
+    fits = isinstance(out, Tensor) and out.dim() == 2 and out.shape[0] == len(target) and out.shape[1] > 1
+    return out.argmax(1) if fits else None

@@ -3,7 +3,10 @@ r"""The training at one depth: the weight of its penalty, its progress, and when
 A depth has two constraints: the loss against its target, and the penalty (the square of the solver error, or the count
 of steps) against its bound. What is trained is
 
-    loss + w * penalty,    with w = target / bound at first, so that both terms reach their bounds together.
+    loss + w * penalty,    with w = unit / bound at first, so that both terms reach their bounds together,
+
+the loss being the mean of that at the steps taken and that at the end of a finer reference. ``unit`` is what the loss is
+measured in: the target itself, or the slack where that is what the target was made of.
 
 Once the loss is near its target, w follows the two constraints: it grows while the penalty is further from its bound than
 the loss is from its own, and falls in the other case. Before that it stays: a weight that falls early lets the model leave
@@ -11,7 +14,7 @@ the ODE while it learns.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchdyn_mintime.depth.trials import Trial
 
@@ -19,7 +22,7 @@ __all__ = ["Stage"]
 
 WEIGHT_RATE = 0.02
 """The weight changes by this share of itself an iteration, at most: with 2 % the network can follow."""
-WEIGHT_RANGE = (0.25, 100.0)
+WEIGHT_RANGE = (0.02, 100.0)
 """The least and the largest weight, over its first value."""
 NEAR = 10.0
 """The weight moves where the loss is below this many times its target."""
@@ -31,8 +34,14 @@ SOLVED = 1e-3
 """A constraint below this share of its bound counts as one at it: to fall further is no progress."""
 LOOK_EVERY = 10
 """Iterations between two looks at the exact solution, at least; a pass over the batches, where that is more."""
-MOST_HIDDEN = 4.0
-"""The penalty is corrected where the squared solver error is up to this many times as large; beyond it is misled."""
+HIDDEN = 1.3**2
+"""The reference is too coarse where the squared solver error is this many times the penalty, or more."""
+FAILED_LOOKS = 4
+"""The reference is refined after this many looks in a row that failed for another reason."""
+JUDGED_FROM, JUDGED_OVER = 1 / 2, 1 / 4
+"""From this share of the budget on, the progress over that share of it is looked at."""
+HOPE = 1.5
+"""A depth ends where its progress of late would lead to the bounds after this many times its budget, or later."""
 TINY = 1e-12
 """Keeps the logarithm of zero finite; its size decides nothing."""
 
@@ -50,8 +59,10 @@ class Stage:
         drops: how often the learning rate was lowered.
         next_check: the iteration from which a look at the exact solution is worth it again.
         mean_loss: of about as many iterations as there are batches.
-        refinement: into how many parts the penalty splits each step.
-        scale: the squared solver error over the penalty, where a look at the exact solution has shown that it is more.
+        reference: steps of rk4 in the solution that the steps are compared with.
+        failed_looks: at the exact solution, in a row.
+        budget: forward evaluations of the field, after which the depth is given up.
+        path: the share of the budget that was spent, and ``best``, at every tenth iteration.
     """
 
     trial: Trial
@@ -62,25 +73,40 @@ class Stage:
     drops: int = 0
     next_check: int = 0
     mean_loss: float | None = None
-    refinement: int = 0
-    scale: float = 1.0
+    reference: int = 4
+    failed_looks: int = 0
+    budget: float = math.inf
+    path: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def near(self) -> bool:
         """Whether both constraints have been near their bounds."""
         return self.best < math.log(NEAR)
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether the budget is spent, or the progress of late would not lead to the bounds within it."""
+        share = self.trial.spent / self.budget
+        if share < JUDGED_FROM or not self.path:
+            return False
+        before = next(best for spent, best in self.path if spent >= share - JUDGED_OVER)
+        gain = max(before - self.best, TINY) / JUDGED_OVER
+        return share >= 1.0 or share + self.best / gain > HOPE
+
     def restart(self, weight: float) -> None:
         """Forgets the progress, as the model goes back to where it began."""
         self.smooth, self.best, self.since, self.mean_loss = None, math.inf, 0, None
-        self.scale, self.weight = 1.0, weight
+        self.failed_looks, self.weight = 0, weight
 
-    def observe(self, loss: float, penalty: float, *, target: float, bound: float, batches: int = 1) -> bool:
+    def observe(
+        self, loss: float, penalty: float, *, target: float, unit: float, bound: float, batches: int = 1
+    ) -> bool:
         """Takes in the figures of one iteration, and moves the weight.
 
         Args:
             loss, penalty: of the iteration.
             target, bound: theirs.
+            unit: of the loss; a loss of ``target + unit`` is as far from its target as twice the bound is from the bound.
             batches: how many a pass has. One lucky batch is no proof: the mean of a pass must meet the target too.
 
         Returns:
@@ -88,9 +114,9 @@ class Stage:
         """
         trial = self.trial
         trial.loss = min(trial.loss, loss)
-        gap, error_gap = loss / target, self.scale * penalty / bound
+        gap, error_gap = max(1.0 + (loss - target) / unit, 0.0), penalty / bound
         if gap < NEAR:
-            low, high = (share * (target / bound) for share in WEIGHT_RANGE)
+            low, high = (share * (unit / bound) for share in WEIGHT_RANGE)
             pull = math.log((error_gap + TINY) / (gap + TINY))
             wanted = self.weight * math.exp(WEIGHT_RATE * min(max(pull, -1.0), 1.0))
             self.weight = min(max(wanted, low), high)
@@ -99,6 +125,8 @@ class Stage:
         self.since += 1
         if self.smooth < self.best - PROGRESS:
             self.best, self.since = self.smooth, 0
+        if trial.iterations % 10 == 0 and math.isfinite(self.budget):
+            self.path.append((trial.spent / self.budget, self.best))
         beta = 1.0 - 1.0 / batches
         self.mean_loss = loss if self.mean_loss is None else beta * self.mean_loss + (1 - beta) * loss
         met = max(loss, self.mean_loss) <= target and error_gap <= 1.0 and trial.iterations >= self.next_check
@@ -106,11 +134,12 @@ class Stage:
             self.next_check = trial.iterations + max(LOOK_EVERY, batches)
         return met
 
-    def misled(self, penalty: float) -> bool:
-        """Corrects the penalty by the solver error that a look has shown; returns whether it hid too much of it.
-
-        The steps and their parts then agree on something that is not the ODE, and training does not find back from there.
-        """
-        ratio = self.trial.solver_error**2 / max(penalty, 1e-30)
-        self.scale = min(max(ratio, 1.0), MOST_HIDDEN)
-        return ratio > MOST_HIDDEN
+    def misled(self, penalty: float, solver_tol: float) -> bool:
+        """Counts a look that failed; returns whether the reference hides what it shows, and must be refined."""
+        self.failed_looks += 1
+        error = self.trial.solver_error
+        hidden = error > solver_tol and error**2 > HIDDEN * penalty
+        if not (hidden or self.failed_looks >= FAILED_LOOKS):
+            return False
+        self.failed_looks = 0
+        return True

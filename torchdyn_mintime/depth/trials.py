@@ -1,20 +1,62 @@
-"""The records of a search: each depth that was tried, and what was found."""
+"""The records of a search: a depth, what was tried at it, and what was found."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Trial", "Verdict"]
+from torchdyn_mintime.numerics import make_stepper
+
+__all__ = ["Depth", "Trial", "Verdict", "fewest"]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How one span is solved.
+
+    Attributes:
+        solver: torchdyn's name, or "learned-s" for a LearnableSolver of s stages.
+        steps: equal steps of it; the accepted ones of an adaptive solver.
+
+    Example:
+        >>> Depth("rk4", 2).evaluations, Depth("learned-3", 1).evaluations, str(Depth("rk4", 2))
+        (8, 3, '2 x rk4')
+    """
+
+    solver: str
+    steps: int
+
+    @property
+    def stages(self) -> int | None:
+        """The stages of a LearnableSolver; None of another solver."""
+        return int(self.solver.removeprefix("learned-")) if self.solver.startswith("learned-") else None
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the field. An adaptive solver takes two more, for the size of its first step."""
+        if self.stages is not None:
+            return self.steps * self.stages
+        stepper = make_stepper(self.solver)
+        return 2 + self.steps * (stepper.evaluations - 1) if stepper.adaptive else self.steps * stepper.evaluations
+
+    def __str__(self) -> str:
+        return self.solver if self.stages is not None else f"{self.steps} x {self.solver}"
 
 
 @dataclass
 class Trial:
-    """A depth that was tried: a number of steps of a solver.
+    """A depth that was tried.
 
     Attributes:
-        solver, steps, evaluations: what was tried.
+        solver, steps: what was tried; of several spans, those of the first one.
+        evaluations: of the field in a forward, of all spans together.
         iterations: of training.
         passed: whether loss, reference loss and solver error were all within their bounds.
-        loss, reference_loss, solver_error: at the best moment.
+        loss, reference_loss: at the steps taken and solved exactly, of the worst batch.
+        solver_error: relative to the displacement, of the worst batch and span.
+        changed: the share of predictions that change when solved exactly; None where there are none.
+        seconds: of training at this depth, looks at the exact solution included.
+        spent: forward evaluations of the field at this depth in training, those of the reference included.
+        depths: of each span, in their order.
     """
 
     solver: str
@@ -25,6 +67,34 @@ class Trial:
     loss: float = math.inf
     reference_loss: float = math.inf
     solver_error: float = math.inf
+    changed: float | None = None
+    seconds: float = 0.0
+    spent: int = 0
+    depths: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def at(cls, depths: Iterable[Depth]) -> "Trial":
+        """Returns a new trial of these depths, one for each span."""
+        every = tuple(depths)
+        evaluations = sum(depth.evaluations for depth in every)
+        pairs = tuple((depth.solver, depth.steps) for depth in every)
+        return cls(every[0].solver, every[0].steps, evaluations, depths=pairs)
+
+    @property
+    def every(self) -> tuple[Depth, ...]:
+        """The depth of each span."""
+        return tuple(Depth(*pair) for pair in self.depths) or (Depth(self.solver, self.steps),)
+
+    @property
+    def label(self) -> str:
+        """The depth in words."""
+        return " + ".join(str(depth) for depth in self.every)
+
+
+def fewest(trials: Iterable[Trial]) -> Trial | None:
+    """Returns the passed trial of the fewest evaluations, the last one of equals; None where none passed."""
+    passed = [trial for trial in trials if trial.passed]
+    return min(reversed(passed), key=lambda trial: trial.evaluations) if passed else None
 
 
 @dataclass
@@ -35,27 +105,33 @@ class Verdict:
         feasible: whether some trial passed.
         best: that with the fewest evaluations among those that passed; else the last one tried.
         trials: all, in the order of trying.
-        target, solver_tol: the bounds.
+        target, solver_tol: the bounds; the target may have been found by the search.
         iterations: of training, altogether.
     """
 
     feasible: bool
     best: Trial
     trials: list[Trial]
-    target: float
+    target: float | None
     solver_tol: float
     iterations: int
 
+    @property
+    def front(self) -> list[Trial]:
+        """The depths passed on the way, from the most evaluations to the fewest."""
+        return sorted((t for t in self.trials if t.passed), key=lambda t: -t.evaluations)
+
     def __str__(self) -> str:
         head = "found" if self.feasible else "NOT found: the last trial was"
-        best = self.best
+        best, target = self.best, "none" if self.target is None else f"{self.target:g}"
+        changed = "" if best.changed is None else f", {best.changed:.1%} of predictions change when solved exactly"
         lines = [
-            f"{head} {best.evaluations} evaluations ({best.steps} x {best.solver}): loss {best.loss:.4g} and "
-            f"{best.reference_loss:.4g} solved exactly (target {self.target:g}), solver error {best.solver_error:.3g} "
-            f"(tolerance {self.solver_tol:g}), {self.iterations} iterations"
+            f"{head} {best.evaluations} evaluations ({best.label}): loss {best.loss:.4g} and {best.reference_loss:.4g} "
+            f"solved exactly (target {target}), solver error {best.solver_error:.3g} of the displacement (tolerance "
+            f"{self.solver_tol:g}){changed}, {self.iterations} iterations"
         ]
         lines += [
-            f"  {t.steps} x {t.solver}: {'passed' if t.passed else 'failed'} after {t.iterations} iterations, "
+            f"  {t.label}: {'passed' if t.passed else 'failed'} after {t.iterations} iterations, {t.seconds:.1f} s, "
             f"loss {t.loss:.4g} / {t.reference_loss:.4g}, solver error {t.solver_error:.3g}"
             for t in self.trials
         ]

@@ -1,19 +1,19 @@
-"""The proof of a depth: the model meets its loss, and is its own ODE, within so many evaluations.
+"""The proof of a depth: the model meets its loss on every batch, and is its own ODE, within so many evaluations.
 
 A small loss proves nothing by itself: a few large steps may be a discrete network that has little to do with its field.
 The loss is therefore measured twice, at the steps taken and with the ODE solved exactly, and the solver error with it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.core import (
+    LastSolve,
     LearnableSpan,
     evaluating,
     exact_solves,
@@ -21,105 +21,145 @@ from torchdyn_mintime.core import (
     relative_error,
     replaced_solves,
     require_spans,
+    undisturbed,
 )
 from torchdyn_mintime.numerics import IntegrationError
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Look", "Verification", "verify"]
+
+Look = Callable[[], Any]
+"""Calls the model on one batch; returns the loss, or (loss, predictions ``[batch]``) where the model predicts classes."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The figures of a model against their bounds. A solve that failed makes a figure infinite.
+    """The figures of a model against their bounds, of the worst batch. A solve that failed makes a figure infinite.
 
     Attributes:
         passed: whether all bounds hold.
-        loss: at the steps taken; 0 where nothing was given to measure it.
-        solver_error: the largest of the spans; infinite where the loss was too high already.
-        reference_loss: the loss with the ODE solved exactly; None where a cheaper figure was out of its bounds already.
+        loss: at the steps taken.
+        solver_error: relative to the displacement, the largest of the spans.
+        reference_loss: the loss with the ODE solved exactly.
+        changed: the share of predictions that change when solved exactly, of all batches; None where there are none.
     """
 
     passed: bool
     loss: float
     solver_error: float = math.inf
-    reference_loss: float | None = None
+    reference_loss: float = math.inf
+    changed: float | None = None
 
 
 @torch.no_grad()
 def verify(
     model: nn.Module,
-    measure: Callable[[], float | Tensor] | None = None,
+    looks: Iterable[Look],
     *,
-    target: float,
+    target: float | None,
     solver_tol: float,
     evaluations: float = math.inf,
     accept: Callable[[], bool] | None = None,
     reduce: Callable[[float], float] = float,
 ) -> Verification:
-    """Measures a model in eval mode against its bounds, the cheap ones first, until one is not met.
+    """Measures a model in eval mode against its bounds, batch by batch, until one is not met.
 
     Args:
         model: a LearnableSpan, or a module that holds some.
-        measure: calls the model and returns its loss. Default: every span solves its last initial state again, and no
-            loss is held against the target.
-        target: of the loss, at the steps taken and with the ODE solved exactly alike.
-        solver_tol: of the solver error (see :func:`torchdyn_mintime.diagnostics.solver_error`) of the last solve.
-        evaluations: of the field, at most, in each solve of ``measure``.
+        looks: one for each batch.
+        target: of the loss, at the steps taken and with the ODE solved exactly alike; None holds it against nothing.
+        solver_tol: of the solver error (see :func:`torchdyn_mintime.diagnostics.solver_error`).
+        evaluations: of the field, at most, in each look, of all spans together.
         accept: one more condition, asked last.
         reduce: takes the mean of a number over the processes, where several run; all then find the same.
 
     Raises:
         ValueError: ``model`` has no LearnableSpan.
-        Exception: that of ``measure`` or ``accept``; the other processes raise a RuntimeError.
+        Exception: that of a look or ``accept``; the other processes raise a RuntimeError.
 
     Example:
         >>> from torchdyn.core import NeuralODE
         >>> span = LearnableSpan(NeuralODE(nn.Tanh(), solver="rk4"), torch.tensor([0.0, 1.0]))  # doctest: +ELLIPSIS
         Your vector field ...
         >>> x = torch.tensor([[0.1, 0.2]])
-        >>> verify(span, lambda: span(x)[1][-1].square().mean(), target=1.0, solver_tol=0.01, evaluations=4).passed
+        >>> verify(span, [lambda: span(x)[1][-1].square().mean()], target=1.0, solver_tol=0.01, evaluations=4).passed
         True
     """
     found = require_spans(model)
-    agreed = partial(_agreed, reduce)
-    counted: list[int] = []
+    worst = Verification(True, -math.inf, 0.0, -math.inf)
+    bound = math.inf if target is None else target
+    changes = samples = 0
+    with evaluating(model), undisturbed(model):
+        for look in looks:
+            one, predicted, exactly = _look(model, found, look, bound, solver_tol, evaluations, reduce)
+            worst = Verification(
+                one.passed,
+                max(worst.loss, one.loss),
+                max(worst.solver_error, one.solver_error),
+                max(worst.reference_loss, one.reference_loss),
+            )
+            if predicted is not None and exactly is not None:
+                changes += int((predicted != exactly).sum())
+                samples += predicted.numel()
+            if not one.passed:
+                return worst
+        passed = accept is None or _agreed(reduce, accept)[0] == 1.0
+    changed = reduce(changes / samples) if samples else None
+    return Verification(passed, worst.loss, worst.solver_error, worst.reference_loss, changed)
 
-    def counting(span: LearnableSpan, x: Tensor, own: Callable[[], Any]) -> Any:
+
+def _look(
+    model: nn.Module,
+    found: list[LearnableSpan],
+    look: Look,
+    target: float,
+    solver_tol: float,
+    evaluations: float,
+    reduce: Callable[[float], float],
+) -> tuple[Verification, Tensor | None, Tensor | None]:
+    """Returns the figures of one batch, and what the model predicts as it is and solved exactly."""
+    solved: list[tuple[LearnableSpan, LastSolve]] = []
+
+    def watching(span: LearnableSpan, x: Tensor, own: Callable[[], Any]) -> Any:
         out = own()
-        counted.append(span.nfe)
+        solved.append((span, last_solve(span)))
         return out
 
-    def solve_again() -> float:
-        for span in found:
-            span(last_solve(span).x)
-        return 0.0
+    def errors() -> float:
+        return max((_error_of(*each) for each in solved), default=0.0)
 
-    with evaluating(model):
-        with replaced_solves(found, counting):
-            loss = agreed(measure or solve_again)
-        if not loss <= target:
-            return Verification(False, loss)
-        few = agreed(lambda: max(counted) <= evaluations) == 1.0
-        error = agreed(lambda: max(relative_error(span) for span in found))
-        if not (few and error <= solver_tol):
-            return Verification(False, loss, error)
-        reference = None
-        if measure is not None:
-            with exact_solves(model):
-                reference = agreed(measure)
-            if not reference <= target:
-                return Verification(False, loss, error, reference)
-        return Verification(accept is None or agreed(accept) == 1.0, loss, error, reference)
+    def count() -> int:  # a span that is called twice has the depth of one call
+        return sum(max(last.bound.nfe for owner, last in solved if owner is span) for span in {s for s, _ in solved})
+
+    with replaced_solves(found, watching):
+        loss, predicted = _agreed(reduce, look)
+    if not loss <= target:
+        return Verification(False, loss), None, None
+    few = _agreed(reduce, lambda: count() <= evaluations)[0] == 1.0
+    error, _ = _agreed(reduce, errors)
+    if not (few and error <= solver_tol):
+        return Verification(False, loss, error), None, None
+    with exact_solves(model):
+        reference, exactly = _agreed(reduce, look)
+    return Verification(reference <= target, loss, error, reference), predicted, exactly
 
 
-def _agreed(reduce: Callable[[float], float], figure: Callable[[], Any]) -> float:
+def _error_of(span: LearnableSpan, last: LastSolve) -> float:
+    span.last = last
+    return relative_error(span)
+
+
+def _agreed(reduce: Callable[[float], float], figure: Callable[[], Any]) -> tuple[float, Tensor | None]:
     """Returns the mean of a figure over the processes, which must decide the same; infinite where a solve failed."""
-    value, broken = math.inf, None
+    value, predicted, broken = math.inf, None, None
     try:
-        value = float(figure())
+        found = figure()
+        found, predicted = found if isinstance(found, tuple) else (found, None)
+        value = float(found)
     except IntegrationError:
         pass
     except Exception as other:  # the other processes wait for this one's word
         broken = other
     if reduce(float(broken is None)) < 1.0:
         raise broken or RuntimeError("the look at the model failed in another process; see its own error")
-    return reduce(value)
+    value = reduce(value)
+    return (math.inf if math.isnan(value) else value), predicted

@@ -1,13 +1,16 @@
 """The search for the fewest evaluations in a Trainer."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
-from torchdyn_mintime.core import freeze_times, spans
+from torchdyn_mintime.core import evaluating, freeze_times, spans
 from torchdyn_mintime.depth import shallowest as search
 from torchdyn_mintime.lightning import ranks
 from torchdyn_mintime.lightning.base import SpanCallback, loss_of
@@ -19,11 +22,15 @@ __all__ = ["Shallowest"]
 class Shallowest(SpanCallback):
     """Finds the fewest evaluations (:class:`torchdyn_mintime.Shallowest`) in a Trainer.
 
-    The search's term is added to the loss that ``training_step`` returns; the module itself is not changed. The
-    training stops when the search has ended, and the best model found is given back.
+    The search's part is added to the loss that ``training_step`` returns, which is called a second time with the ends of the
+    reference; the module itself is not changed. The training stops when the search has ended, and the best true model found
+    is given back, whatever ended it.
 
     Args:
-        target, solver_tol, solvers, max_steps, patience: those of :class:`torchdyn_mintime.Shallowest`.
+        target, slack, solver_tol, budget, solvers, accept: those of :class:`torchdyn_mintime.Shallowest`.
+        monitor: a metric that ``validation_step`` logs, which is kept in the place of the training loss: the search takes its
+            mean over the validation batches, with the steps as they are and solved exactly.
+        mode: "min" or "max", which of them is better for ``monitor``. With "max" the figures of the verdict are negative.
 
     Attributes:
         search: the search.
@@ -33,54 +40,84 @@ class Shallowest(SpanCallback):
         ValueError: a bound that cannot be used.
 
     Logs:
-        ``steps`` and ``nfe``; what is tried and why on the ``torchdyn_mintime`` logger.
+        ``t_f`` and ``nfe``; what is tried and why on the ``torchdyn_mintime`` logger.
 
     Example:
-        >>> trainer = pl.Trainer(callbacks=[Shallowest(target=0.01, solver_tol=0.1)], logger=False, accelerator="cpu",
+        >>> trainer = pl.Trainer(callbacks=[Shallowest(slack=0.02)], logger=False, accelerator="cpu",
         ...                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     """
 
-    def __init__(self, *, target: float, solver_tol: float = 0.1, **options: Any):
+    def __init__(
+        self,
+        target: float | None = None,
+        slack: float = 0.02,
+        solver_tol: float = 0.1,
+        *,
+        monitor: str | None = None,
+        mode: str = "min",
+        **options: Any,
+    ):
         super().__init__()
-        self.search = search.Shallowest(target=target, solver_tol=solver_tol, **options)
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max'; got {mode!r}")
+        sign = -1.0 if mode == "max" and monitor is not None else 1.0
+        self._make = functools.partial(
+            search.Shallowest, None if target is None else sign * target, slack, solver_tol, **options
+        )
+        self.search = self._make()
         self.verdict: search.Verdict | None = None
-        self._last: tuple[torch.Tensor, Callable[[], Any]] | None = None
+        self.monitor, self._sign = monitor, sign
+        self._last: tuple[Tensor, Callable[[], Any]] | None = None
+        self._used = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps, and freezes the times before a strategy takes hold of the parameters."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if self._used:  # by a fit before this one
+                self.search, self.verdict, self._used = self._make(), None, False
             for time in freeze_times(spans(pl_module)):
                 self._undo.callback(time.requires_grad_)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the search, or goes on with that of a checkpoint."""
         super().on_train_start(trainer, pl_module)
-        self.search.start(pl_module, trainer.optimizers)
-        self.search.batches_seen_together = max(1, int(min(trainer.num_training_batches, 1000)))
-        self.search.reduce = functools.partial(ranks.mean, trainer, pl_module)
+        found = self.search
+        self._used = True
+        found.reduce = functools.partial(ranks.mean, trainer, pl_module)
+        if self.monitor is not None:
+            found.judge = functools.partial(self._validated, trainer, pl_module)
+        found.batches_seen_together = max(1, int(min(trainer.num_training_batches, 1000)))
+        found.start(pl_module, trainer.optimizers)
+        self._undo.callback(self._finish)
+        found.share_gradients = functools.partial(_mean_gradients, trainer)
         # On the instance: a strategy calls it through its own wrapper, and the term must be in the same backward.
-        vars(pl_module)["training_step"] = self._with_penalty(pl_module.training_step, trainer.world_size)
+        vars(pl_module)["training_step"] = self._with_penalty(pl_module.training_step, pl_module, trainer.world_size)
         self._undo.callback(vars(pl_module).pop, "training_step")
-        trainer.should_stop = trainer.should_stop or self.search.done
+        trainer.should_stop = trainer.should_stop or found.done
 
-    def _with_penalty(self, original: Callable, world_size: int) -> Callable:
+    def _with_penalty(self, original: Callable, pl_module: pl.LightningModule, world_size: int) -> Callable:
         """Returns a ``training_step`` with the search's term on its loss."""
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             step = functools.partial(original, *args, **kwargs)
+
+            def again() -> Tensor:
+                with _recorded_logs(pl_module, None):
+                    return loss_of(step())
+
             try:
                 out = step()
                 if (loss := loss_of(out)) is None:
                     return None
-                total = loss + self.search.penalty()
+                total = loss + self.search.penalty(again)
             except IntegrationError as error:
                 if world_size > 1:  # the others are told, and all end
                     raise
                 self.search.diverged(str(error))
                 return None
-            self._last = loss.detach(), step
+            self._last = loss.detach(), again
             return {**out, "loss": total} if isinstance(out, dict) else total
 
         return training_step
@@ -89,14 +126,39 @@ class Shallowest(SpanCallback):
         """Looks at the progress, and decides."""
         self._log_spans(pl_module)
         if self._last is not None and not self.search.done:
-            loss, step = self._last
-            self.search.step(ranks.mean(trainer, pl_module, loss.item()), functools.partial(_measure, pl_module, step))
+            loss, again = self._last
+            self.search.step(ranks.mean(trainer, pl_module, loss.item()), again)
         self._last = None
         trainer.should_stop = trainer.should_stop or self.search.done
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives back the best model found, and the verdict."""
-        self.verdict = self.search.finish()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.verdict is None:
+            self.verdict = self.search.finish()
+
+    def _validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+        """Returns the monitored metric, the mean over the validation batches; lower is better."""
+        assert self.monitor is not None
+        loaders = trainer.val_dataloaders
+        if loaders is None:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            loaders = trainer.val_dataloaders
+        values: list[tuple[float, int]] = []
+        with evaluating(pl_module), torch.no_grad():
+            for i, given in enumerate(loaders or ()):
+                batch = trainer.strategy.batch_to_device(given, pl_module.device)
+                with _recorded_logs(pl_module, self.monitor) as seen:
+                    pl_module.validation_step(batch, i)
+                values += [(value, _rows(batch)) for value in seen]
+        if not values:
+            raise MisconfigurationException(
+                f"monitor={self.monitor!r} was not logged by validation_step; log a number of that name there, and give the "
+                "Trainer validation data"
+            )
+        return self._sign * sum(v * n for v, n in values) / sum(n for _, n in values)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the search, for a checkpoint."""
@@ -107,10 +169,40 @@ class Shallowest(SpanCallback):
         self.search.load_state_dict(state_dict)
 
 
-def _measure(pl_module: pl.LightningModule, step: Callable[[], Any]) -> float:
-    """Returns the loss of a ``training_step``, and logs nothing: what is logged is the training's."""
-    vars(pl_module)["log"] = lambda *args, **kwargs: None
+@contextlib.contextmanager
+def _recorded_logs(pl_module: pl.LightningModule, name: str | None) -> Iterator[list[float]]:
+    """Lets the module log nothing, and gives what it would have logged as ``name``: what is logged is the training's."""
+    seen: list[float] = []
+
+    def log(key: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if key == name:
+            seen.append(float(value.compute() if hasattr(value, "compute") else value))
+
+    def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
+        for key, value in values.items():
+            log(key, value)
+
+    held = {key: vars(pl_module)[key] for key in ("log", "log_dict") if key in vars(pl_module)}
+    vars(pl_module)["log"], vars(pl_module)["log_dict"] = log, log_dict
     try:
-        return float(loss_of(step()))
+        yield seen
     finally:
-        del vars(pl_module)["log"]
+        for key in ("log", "log_dict"):
+            del vars(pl_module)[key]
+        for key, value in held.items():
+            vars(pl_module)[key] = value
+
+
+def _rows(batch: Any) -> int:
+    first = batch
+    while isinstance(first, list | tuple | dict) and first:
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    return len(first) if isinstance(first, Tensor) and first.dim() else 1
+
+
+def _mean_gradients(trainer: pl.Trainer, gradients: list[Tensor]) -> None:
+    """Takes the mean over the ranks: a strategy knows only the parameters that were there before the training."""
+    for gradient in gradients:
+        mean = trainer.strategy.reduce(gradient, reduce_op="mean")
+        if isinstance(mean, Tensor):
+            gradient.copy_(mean)

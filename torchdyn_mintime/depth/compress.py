@@ -1,0 +1,104 @@
+"""A trained model made shallow: the search, from a copy of it."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+
+from torchdyn_mintime.core import (
+    LearnableSpan,
+    as_batches,
+    evaluate_without_ode,
+    evaluating,
+    has_bare,
+    mean_loss,
+    undisturbed,
+    wrap,
+)
+from torchdyn_mintime.depth.shallowest import Shallowest
+from torchdyn_mintime.depth.trials import Verdict
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[..., Tensor],
+    *,
+    slack: float = 0.02,
+    target: float | None = None,
+    solver_tol: float = 0.1,
+    lr: float = 0.003,
+    held_out: Iterable[Any] | None = None,
+    max_iterations: int = 20_000,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[nn.Module, Verdict]:
+    """Makes a trained model of any NeuralODEs shallow, and returns a copy of it; the model itself stays as it is.
+
+    The copy is wrapped where it is not. :class:`~torchdyn_mintime.Shallowest` trains it on, with four steps of rk4 until it
+    is a true model at the target, and then with fewer and fewer evaluations.
+
+    Args:
+        model: a NeuralODE, a LearnableSpan, or a module that holds some.
+        batches: of ``x`` or ``(x, *target)``, gone through many times.
+        loss: ``loss(output, *target)``, the mean over a batch; of a NeuralODE itself the output is z(t_f).
+        slack: how far the loss may rise, as a share of what the ODE lowers it by: from the loss with the ODE skipped to the
+            model's own, on the worst batch.
+        target: of the loss on every batch, where it is not to be found by ``slack``.
+        solver_tol, options: those of Shallowest (``budget``, ``solvers``, ``accept``).
+        lr: learning rate of Adam; low, since the model is trained already.
+        held_out, max_iterations, progress: those of :meth:`Shallowest.fit`.
+
+    Returns:
+        The copy, and the verdict. Where nothing was found, the copy has the steps of the model as it was.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from torchdyn.core import NeuralODE
+        >>> node = NeuralODE(nn.Linear(2, 2), solver="rk4")  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> x = torch.randn(16, 2)
+        >>> shallow, verdict = compress(node, [x], lambda z: z.square().mean(), target=10.0, progress=False)
+        >>> verdict.feasible, verdict.best.evaluations <= 4
+        (True, True)
+    """
+    prepared = as_batches(batches)
+    made = _copied(model)
+    made = wrap(made) if has_bare(made) else made
+    if target is None:
+        with evaluating(made), undisturbed(made):
+            own = max(mean_loss(made, [batch], loss)[0] for batch in prepared)
+        skipped = max(evaluate_without_ode(made, [batch], loss)[0] for batch in prepared)
+        target = own + slack * (skipped - own if skipped > own else abs(own))
+
+    def of_output(out: Any, batch: Any) -> Tensor:
+        if isinstance(made, LearnableSpan):
+            out = (out[1] if isinstance(out, tuple) else out)[-1]
+        return loss(out, *([] if isinstance(batch, Tensor) else batch[1:]))
+
+    search = Shallowest(target, slack, solver_tol, **options)
+    kept = None if held_out is None else as_batches(held_out)
+    verdict = search.fit(
+        made, of_output, prepared, lr=lr, held_out=kept, max_iterations=max_iterations, progress=progress
+    )
+    return made, verdict
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Returns a copy; torchdyn's nodes keep a tensor with a graph, which cannot be copied."""
+    nodes = [module for module in model.modules() if isinstance(module, NeuralODE)]
+    held = [node.vf_params for node in nodes]
+    try:
+        for node in nodes:
+            node.vf_params = node.vf_params.detach()
+        return copy.deepcopy(model)
+    finally:
+        for node, parameters in zip(nodes, held, strict=True):
+            node.vf_params = parameters
