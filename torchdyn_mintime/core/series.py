@@ -58,6 +58,6 @@ class Series:
             return
         raise ValueError(
             f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its last state "
-            "is now z(t_f), but the loss uses the states at all points and not t_eval, so it would compare them with data at other "
-            "times. Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"
+            "is now z(t_f), but the loss uses the states at all points and not t_eval, so it would compare them with data at "
+            "other times. Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"
         )
