@@ -117,13 +117,16 @@ class LearnableInterval(nn.Module):
     @staticmethod
     def _as_tensors(interval: Interval, even: bool) -> dict[str, Tensor]:
         template, bounds = interval.numbers(even)
-        values = {"_bounds": bounds, "_pinned": float(interval.pinned), "_template": template}
+        values = {"_bounds": bounds, "_pinned": [float(interval.pinned)], "_template": template}
         # On the processor, whatever the default device is: they follow the module, not the call.
         return {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in values.items()}
 
     def _numbers(self) -> list[float]:
-        """Returns the buffers as numbers. In one piece, since on a GPU each reading waits for all work before it."""
-        return torch.cat((self._bounds, self._pinned.reshape(1), self._template.reshape(-1))).tolist()
+        """Returns the buffers as numbers."""
+        parts = self._bounds, self._pinned, self._template.view(-1)
+        if self._bounds.is_cpu:
+            return [number for part in parts for number in part.tolist()]
+        return torch.cat(parts).tolist()  # in one piece: on a GPU each reading waits for all work before it
 
     @property
     def t_span(self) -> Tensor:
@@ -281,17 +284,18 @@ class LearnableInterval(nn.Module):
         span: Sequence[float] | None = None
         ends = None
         asked = _as_numbers(save_at)
-        # Times are compared to the rounding of the coarsest of them.
-        given = [t.dtype for t in (t_span, save_at) if isinstance(t, Tensor) and t.is_floating_point()]
-        dtype = min(self.t_f.dtype, *given, key=lambda d: d.itemsize) if given else self.t_f.dtype
+        dtype = own = self.t_f.dtype
+        for given in (t_span, save_at):  # times are compared to the rounding of the coarsest of them
+            if isinstance(given, Tensor) and given.is_floating_point() and given.dtype.itemsize < dtype.itemsize:
+                dtype = given.dtype
         if t_span is not None:
             values, _ = check_span(t_span, "t_span", either_direction=True)
             descending = values[0] > values[-1]
             span = values[::-1] if descending else values
             if not interval.settled:  # this first one is what the user meant
-                interval = settles = interval.settle(span, self.t_f.dtype)
+                interval = settles = interval.settle(span, own)
                 first, last = interval.template[0], interval.template[-1]
-                ends = interval.clipped(first, last, self.t_f.dtype, self.learn_t0)  # to bounds that were given
+                ends = interval.clipped(first, last, own, self.learn_t0)  # to bounds that were given
             if settles is not None or interval.pinned:
                 span = None
         elif not interval.settled:
@@ -301,17 +305,19 @@ class LearnableInterval(nn.Module):
         start: Tensor | None = t0
         end: Tensor | None = t_f
         if span is None:
-            nodes = interval.nodes(first, last, self.learn_t0, self.t_f.dtype)
+            nodes = interval.nodes(first, last, self.learn_t0, own)
         elif self._at_rest(interval, first, last):
             nodes, start, end = [*span], None, None
         else:
             nodes, from_t0, to_t_f = interval.part(span, first, last, self.learn_t0, rounding)
             start, end = t0 if from_t0 else None, t_f if to_t_f else None
             cut = span[-1] > nodes[-1] + 4 * rounding
-            self._warn_of_a_cut(span, nodes, interval, 4 * rounding)
+            self._warn_of_a_cut(span, nodes, interval)
         if interval.one_step:
             nodes = [nodes[0], nodes[-1]]
-        start, end = (None if t is None or not _learns(t) else t for t in (start, end))
+        learning = torch.is_grad_enabled()
+        start = start if learning and start is not None and start.requires_grad else None
+        end = end if learning and end is not None and end.requires_grad else None
         keep = rows = None
         if asked:
             if not all(nodes[0] - rounding <= t <= nodes[-1] + rounding for t in asked):
@@ -330,7 +336,7 @@ class LearnableInterval(nn.Module):
             if keep is not None and rows is not None:
                 keep, count = keep[::-1], sum(keep)
                 rows = [count - 1 - row for row in rows]
-        if rows == list(range(len(rows or ()))):
+        if rows is not None and rows == list(range(len(rows))):
             rows = None
         return Plan(Grid(nodes, start, end, keep), rows, settles, ends, cut)
 
@@ -346,8 +352,9 @@ class LearnableInterval(nn.Module):
         near = 2 * resolution(self.t_f.dtype, *ends)
         return frozen and not self._end_shift and abs(t0 - ends[0]) <= near and abs(t_f - ends[1]) <= near
 
-    def _warn_of_a_cut(self, span: Sequence[float], nodes: Sequence[float], interval: Interval, near: float) -> None:
+    def _warn_of_a_cut(self, span: Sequence[float], nodes: Sequence[float], interval: Interval) -> None:
         template = interval.template
+        near = 1e-3 * interval.length  # the template of an average comes to within a little of the model's
         early = span[0] < min(template[0], nodes[0]) - near
         late = span[-1] > max(template[-1], nodes[-1]) + near
         if (early or late) and "span" not in self._said:
@@ -390,10 +397,6 @@ def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:
             raise TypeError(f"save_at must be a dense tensor; got {save_at.layout}")
         save_at = save_at.detach().reshape(-1)
     return [checks.finite(t, "a time in save_at") for t in save_at]
-
-
-def _learns(t: Tensor) -> bool:
-    return t.requires_grad and torch.is_grad_enabled()
 
 
 def _short(times: list[float]) -> str:
