@@ -89,6 +89,20 @@ def test_bounds_that_were_raised_after_the_copy(kind):
     assert average.eval()(X)[0][-1].item() == pytest.approx(average.t_f.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("points", [[0.0, 1.0, 9.0], [0.0, 0.1, 0.5, 1.0], [0.0, 0.1, 0.5, 0.8, 1.0]], ids=len)
+def test_uneven_points_do_not_fit_into_a_copy_made_before_and_are_never_taken_for_others(kind, points):
+    span = make()
+    average, update = averaged(span, kind)
+    span(X, torch.tensor(points))
+    with pytest.raises(RuntimeError, match="shape"):
+        update()
+    assert len(average.t_span) == 101
+    late, update = averaged(span, kind)
+    update()
+    assert torch.equal(late.t_span, torch.tensor(points))
+
+
 @pytest.mark.parametrize("solver", ["rk4", "tsit5"])
 def test_a_copy_of_buffers_carries_the_pinned_steps(solver):
     span = make(torch.linspace(0, 1, 4), solver)

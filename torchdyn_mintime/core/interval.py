@@ -250,12 +250,13 @@ class Interval:
         """Returns the template and the bounds as a state_dict holds them; :meth:`from_numbers` is the way back.
 
         Args:
-            even: give the template as ``[[first, last, points, settled]]``, of one shape whatever span settles it, if its
-                points are evenly spaced.
+            even: give the template as ``[[first], [last], [points], [settled]]``, of one shape whatever span settles it,
+                if its points are evenly spaced. No list of points is copied into that shape by mistake.
         """
         template = self.template
         if even and _evenly_spaced(template):
-            return [[template[0], template[-1], float(len(template)), float(self.settled)]], [*self.bounds]
+            entries = template[0], template[-1], float(len(template)), float(self.settled)
+            return [[entry] for entry in entries], [*self.bounds]
         return [*template], [*self.bounds]
 
     def from_numbers(
@@ -279,7 +280,7 @@ class Interval:
             tensor = torch.as_tensor(template, dtype=torch.float64, device="cpu")
             settled = made.settled
             if tensor.dim() == 2:  # evenly spaced
-                first, last, points, given = tensor[0].tolist()
+                first, last, points, given = tensor.flatten().tolist()
                 # Averaged with a copy that was made before: it has been settled in one of them.
                 settled = given > 0
                 tensor = torch.linspace(first, last, max(2, round(points)), dtype=dtype)

@@ -97,7 +97,7 @@ class LearnableInterval(nn.Module):
         numbers = self._numbers()
         if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
             bounds, pinned = numbers[:2], numbers[2] > 0.5
-            template = [numbers[3:]] if self._template.dim() == 2 else numbers[3:]
+            template = torch.tensor(numbers[3:], dtype=torch.float64).view(self._template.shape)
             self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned)
             self._read = numbers
         return self._interval

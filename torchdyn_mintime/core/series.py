@@ -13,23 +13,21 @@ __all__ = ["Series"]
 
 
 class Series:
-    """Learns from a span's first backward whether the loss compares rows, and refuses the call that would shift them.
+    """Learns from backward whether the loss compares rows, and refuses the call that would shift them.
 
-    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval``.
+    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval``. What the last
+    backward before t_f cuts a span has shown holds from then on.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, bool] = {}
-
-    @property
-    def _compares(self) -> bool:
-        return self._seen.get("states", False) and not self._seen.get("times", False)
+        self._compares: bool | None = None
 
     def watch(self, t_eval: Tensor | None, sol: Tensor) -> Tensor:
-        """Returns ``sol``, whose backward is looked at if none was before."""
-        if "states" in self._seen or not (sol.requires_grad and torch.is_grad_enabled() and len(sol) > 2):
+        """Returns ``sol``, whose backward is looked at unless it is known already."""
+        if self._compares is not None or not (sol.requires_grad and torch.is_grad_enabled() and len(sol) > 2):
             return sol
-        seen = self._seen
+        seen = self._seen = {}
         sol = sol.view_as(sol)  # what is made of the span's record, such as a penalty, is not the user's loss
 
         def states(gradient: Tensor) -> None:
@@ -54,7 +52,11 @@ class Series:
         Raises:
             ValueError: t_f has cut the span, to as many rows as it has, and the loss compares rows.
         """
-        if not (plan.cut and self._compares and len(plan.grid.nodes) == len(t_span)):
+        if not plan.cut:
+            return
+        if self._compares is None and "states" in self._seen:
+            self._compares = self._seen["states"] and "times" not in self._seen
+        if not self._compares or len(plan.grid.nodes) != len(t_span):
             return
         raise ValueError(
             f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its last state "
