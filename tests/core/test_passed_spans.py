@@ -1,5 +1,6 @@
 """What happens to a span that is passed, and to the times that are asked for."""
 
+import contextlib
 import copy
 import math
 
@@ -163,6 +164,15 @@ def test_a_new_span_in_every_call_of_a_frozen_one():
         assert torch.equal(span(X, asked)[0], asked.to(span.t_f.dtype))
 
 
+def test_a_t_f_that_depth_growth_moves_cuts_from_the_start():
+    span = make(linspace(0, 0.05, 6))
+    growth = tm.DepthGrowth(span, threshold=1e-9)
+    for t_f in (0.05, 0.06, 0.07):
+        with pytest.warns(UserWarning, match="reaches beyond") if t_f == 0.05 else contextlib.nullcontext():
+            assert span(X, linspace(0, 1, 101))[0][-1].item() == pytest.approx(t_f)
+        growth.step(1.0)
+
+
 def test_a_learned_t_f_still_cuts_once_it_is_frozen():
     span = make()
     put(span, 0.4)
@@ -266,8 +276,11 @@ def test_a_series_is_not_compared_with_states_at_other_times(solver, sensitivity
         lambda t, sol: sol[-1].square().sum(),
         lambda t, sol: torch.trapezoid(sol.square().sum((1, 2)), t),
         lambda t, sol: (sol - X * torch.exp(-t)[:, None, None]).square().mean(),
+        lambda t, sol: tm.LyapunovRegularizer(
+            NeuralODE(Decay(), solver="rk4"), lambda z: z.square().sum(1), rate=9.0
+        ).penalty(t, sol, reduction="points"),
     ],
-    ids=["the end", "an integral over t_eval", "data at the times of t_eval"],
+    ids=["the end", "an integral over t_eval", "data at the times of t_eval", "a penalty at its points"],
 )
 def test_other_losses_go_on(loss_of):
     assert series(loss_of).t_f.item() < 1

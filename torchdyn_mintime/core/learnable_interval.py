@@ -343,14 +343,15 @@ class LearnableInterval(nn.Module):
     def _at_rest(self, interval: Interval, t0: float, t_f: float) -> bool:
         """Returns whether there is no time to honour: t_f is frozen where the template ends, so that it cuts nothing.
 
-        A frozen t_f that was learned before, or that :class:`DepthGrowth` moves, lies elsewhere.
+        A frozen t_f that was learned before lies elsewhere. One that ``DepthGrowth`` moves has a bound above the template.
         """
         times = (self.t_f, self.t0) if self.learn_t0 else (self.t_f,)
         # Under functional_call they are no parameters, and whether the caller learns them is not known here.
         frozen = all(isinstance(t, nn.Parameter) and not t.requires_grad for t in times)
         ends = interval.template[0], interval.template[-1]
         near = 2 * resolution(self.t_f.dtype, *ends)
-        return frozen and not self._end_shift and abs(t0 - ends[0]) <= near and abs(t_f - ends[1]) <= near
+        at_ends = abs(t0 - ends[0]) <= near and abs(t_f - ends[1]) <= near
+        return frozen and at_ends and not self._end_shift and interval.bounds[1] <= ends[1] + near
 
     def _warn_of_a_cut(self, span: Sequence[float], nodes: Sequence[float], interval: Interval) -> None:
         template = interval.template

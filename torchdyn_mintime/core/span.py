@@ -145,7 +145,7 @@ class LearnableSpan(LearnableInterval):
             x: initial state, ``[batch, ...]``.
             t_span: a span of the caller's own, ascending or descending. It is solved at its points over its part in
                 [t0, t_f], from where it starts to where it ends; one that starts or ends with the template does so at
-                t0 or t_f. Where t_f is frozen at the template's end, it is solved as it is, as torchdyn would.
+                t0 or t_f. Where t_f is frozen at the template's end, with no bound above, it is solved as torchdyn would.
             save_at: times to return instead of all points, within the interval solved: a row for each, in this order.
             args: passed on to a field that takes ``args``.
 
