@@ -94,6 +94,7 @@ INTERNAL = {
     "core",
     "core.checks",
     "core.learnable_interval",
+    "core.series",
     "core.solve",
     "depth.ladder",
     "depth.searched_model",

@@ -265,7 +265,8 @@ class FlowModel(pl.LightningModule):
         extra = 1 + cost_columns(span.node)
         state = torch.cat([start.new_zeros(len(start), extra), start], 1)
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
-        span.interval = replace(span.interval, settled=True)
+        if not span.interval.settled:
+            span.interval = replace(span.interval, settled=True)
         end = span.trajectory(state, span.t_span.flip(0) if reverse else None)[-1]
         return end[:, extra:], end[:, extra - 1]
 

@@ -45,9 +45,8 @@ def _points(span, *args):
     return span.grid(*args).detach()
 
 
-def _near(t, step):
-    """The distance at which the contract drops a template point beside t0 or t_f."""
-    return max(2e-5 * max(1.0, abs(t)), 1e-3 * step)
+NEAR = 1e-3
+"""The share of the step there within which the contract drops a template point beside t_f."""
 
 
 X = torch.tensor([[1.0, -2.0], [0.5, 0.25]], dtype=torch.float64)
@@ -217,12 +216,11 @@ def test_a_template_point_far_enough_stays():
     assert len(_points(span)) == 7
 
 
-def test_the_absolute_rule_takes_over_where_times_are_large():
-    # At t = 100, 2e-5 t is 2e-3: more than 1e-3 of a step of .1.
-    span = _span(torch.linspace(100, 101, 11, dtype=torch.float64))
-    _set(span, 100.5 + 1.8e-3)
+def test_closeness_is_measured_by_the_step_and_never_by_the_size_of_t():
+    span = _span(torch.linspace(1e6, 1e6 + 1, 11, dtype=torch.float64))
+    _set(span, 1e6 + 0.5 + 0.8e-4)
     assert len(_points(span)) == 6
-    _set(span, 100.5 + 2.3e-3)
+    _set(span, 1e6 + 0.5 + 1.2e-4)
     assert len(_points(span)) == 7
 
 
@@ -253,23 +251,17 @@ def test_every_grid_ascends_has_both_ends_and_no_near_duplicate(case):
     assert grid.dtype == template.dtype
     assert torch.equal(grid[0], span.t0) and torch.equal(grid[-1], span.t_f.detach())
     assert (grid.diff() > 0).all()
+    # The times are rounded to their type, and so are the steps between them.
+    slack = 2 * torch.finfo(template.dtype).eps * float(grid.abs().max())
     if len(grid) > 2:
-        gaps = grid.double().diff()
-        least = 2e-5 * grid.double().abs().clamp(min=1)
-        # Template points may stand as close as their maker put them; t0 and t_f keep their distance. The rounding of the
-        # times themselves is allowed for.
-        slack = 4 * torch.finfo(template.dtype).eps * float(grid.abs().max())
-        assert gaps[-1] >= least[-1] - slack and gaps[0] >= min(float(least[0]), step) - slack
-        assert gaps[-1] >= 1e-3 * step - slack
+        assert float(grid.double().diff().min()) >= NEAR * step - slack
     # Nothing is lost: every template point that is clearly before t_f is there.
     end = float(span.t_f.detach())
-    kept = [t for t in template if float(t) < end - 1.01 * _near(end, step) - 1e-12]
+    kept = [t for t in template if float(t) < end - 1.01 * NEAR * step - slack]
     assert len(kept) <= len(grid) - 1
     assert all(bool((grid == t).any()) for t in kept)
     if solver == "rk4":
-        assert float(grid.diff().max()) <= step * (1 + 2e-3) + _near(end, step)
-        # torchdyn's own check of an exported grid.
-        assert all(int(torch.isclose(t, grid).sum()) == 1 for t in grid)
+        assert float(grid.diff().max()) <= step * (1 + 2e-3) + slack
 
 
 @pytest.mark.slow
@@ -292,7 +284,8 @@ def test_thousands_of_float32_updates_never_spoil_the_grid(solver, draws):
         grid = _points(span)
         assert torch.equal(grid[-1], span.t_f.detach()) and torch.equal(grid[0], span.t0)
         gaps = grid.diff()
-        assert float(gaps.min()) >= 9.9e-6, (i, span.t_f.item())
+        # A thousandth of the step .01, less the rounding of two times of float32.
+        assert float(gaps.min()) >= 9.8e-6, (i, span.t_f.item())
         lowest = min(lowest, span.t_f.item())
         if i % 50 == 0:
             with torch.no_grad():
@@ -388,14 +381,6 @@ def test_a_passed_span_is_cut_the_same_way():
     assert len(span.t_span) == 101 and len(span(X)[0]) == 61
 
 
-def test_a_passed_span_that_ends_before_t_f_goes_on():
-    passed = torch.linspace(0, 0.5, 6, dtype=torch.float64)
-    span = _span(torch.linspace(0, 1, 11, dtype=torch.float64))
-    torch.testing.assert_close(_points(span, passed), torch.linspace(0, 1, 11, dtype=torch.float64))
-    adaptive = _span(torch.linspace(0, 1, 11, dtype=torch.float64), solver="tsit5")
-    torch.testing.assert_close(_points(adaptive, passed), torch.cat([passed, _double(1.0)]))
-
-
 @pytest.mark.parametrize("solver", ["rk4", "tsit5"])
 def test_the_first_span_passed_becomes_the_template(solver):
     span = tm.LearnableSpan(_node(solver))
@@ -406,7 +391,8 @@ def test_the_first_span_passed_becomes_the_template(solver):
     assert span.bounds[1] == pytest.approx(2.0)
     # Once: the next one is cut.
     _set(span, 1.5)
-    t_eval, _ = span(X, torch.linspace(0, 5, 11, dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"from 0 to 5, reaches beyond .* cut to \[0, 1\.5\]"):
+        t_eval, _ = span(X, torch.linspace(0, 5, 11, dtype=torch.float64))
     assert float(t_eval[-1].detach()) == 1.5 and len(span.t_span) == 21
 
 
@@ -421,7 +407,8 @@ def test_a_forward_without_a_span_settles_the_template_too():
 
 def test_a_given_template_is_not_replaced():
     for span in (tm.LearnableSpan(_node(), torch.linspace(0, 1, 11)), _span_from_node()):
-        span(X, torch.linspace(0, 3, 7))
+        with pytest.warns(UserWarning, match="from 0 to 3, reaches beyond"):
+            span(X, torch.linspace(0, 3, 7))
         assert float(span.t_f.detach()) == 1.0 and len(span.t_span) == 11
 
 
@@ -440,14 +427,6 @@ def test_that_the_template_was_filled_survives_a_checkpoint():
     assert float(fresh.t_f.detach()) == pytest.approx(0.7)
     t_eval, _ = fresh(X, torch.linspace(0, 2, 21, dtype=torch.float64))
     assert float(fresh.t_f.detach()) == pytest.approx(0.7) and float(t_eval[-1].detach()) == pytest.approx(0.7)
-
-
-def test_a_span_that_starts_elsewhere_is_refused():
-    span = _span(torch.linspace(0, 1, 11))
-    with pytest.raises(ValueError, match=r"0\.2"):
-        span(X, torch.linspace(0.2, 1, 11))
-    with pytest.raises(ValueError, match=r"0\.2"):
-        span(X, torch.linspace(1, 0.2, 11))
 
 
 @pytest.mark.parametrize("solver", ["rk4", "tsit5"])
@@ -489,19 +468,6 @@ def test_save_at_keeps_the_gradient_of_t_f_where_it_asks_for_it():
     _, sol = span(X, save_at=(0.5, 1.0))
     sol[-1].sum().backward()
     assert float(span.t_f.grad) == pytest.approx(float(-X.sum()) * math.exp(-1), rel=1e-3)
-
-
-@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
-@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
-def test_save_at_out_of_order_or_twice_stays_with_its_states(solver, descending):
-    span = _span(torch.linspace(0, 1, 21, dtype=torch.float64), solver=solver)
-    passed = torch.linspace(1, 0, 21, dtype=torch.float64) if descending else None
-    t_eval, sol = span(X, passed, save_at=(0.7, 0.25, 0.25))
-    assert sorted(t_eval.tolist()) == pytest.approx([0.25, 0.7])
-    for t, z in zip(t_eval, sol, strict=True):
-        start = 1.0 if descending else 0.0
-        # tsit5 at torchdyn's default tolerance of 1e-3.
-        torch.testing.assert_close(z, X * torch.exp(start - t), rtol=3e-3, atol=3e-3)
 
 
 def test_save_at_after_t_f_is_refused():
@@ -1151,9 +1117,9 @@ def test_how_far_a_span_may_grow_where_nothing_is_said(solver, least):
     assert span.bounds == pytest.approx((1 + least, 3.0), abs=1e-12)
 
 
-def test_far_from_zero_the_lower_bound_keeps_a_distance_that_torchdyn_can_see():
+def test_far_from_zero_the_lower_bound_is_as_near_as_at_zero():
     span = _span(torch.tensor([100.0, 101.0], dtype=torch.float64), solver="tsit5")
-    assert span.bounds[0] == pytest.approx(100.004, abs=1e-9)
+    assert span.bounds[0] == pytest.approx(100.001, abs=1e-9)
 
 
 def test_a_template_that_starts_behind_the_lower_bound_moves_it():
@@ -1165,11 +1131,11 @@ def test_a_template_that_starts_behind_the_lower_bound_moves_it():
     assert span.t_span[0] == 0.5 and span.bounds == pytest.approx((0.6, 2.0))
 
 
-def test_t_f_keeps_its_distance_whatever_the_bounds_say():
-    span = _span(torch.tensor([100.0, 101.0], dtype=torch.float64), bounds=(100.0001, 101.0))
-    _set(span, 100.0002)
+def test_t_f_stays_after_t0_where_the_lower_bound_is_rounded_to_it():
+    span = _span(torch.tensor([1e5, 1e5 + 1]), bounds=(1e5 + 1e-4, 1e5 + 1))  # float32 has steps of 1/128 there
+    _set(span, 1e5)
     span.clip_()
-    assert span.t_f.item() == pytest.approx(100.004, abs=1e-9)
+    assert 1e5 < span.t_f.item() <= 1e5 + 2 / 128 and len(_points(span)) == 2
 
 
 @pytest.mark.parametrize(
@@ -1231,8 +1197,8 @@ def test_a_call_refused_for_its_span_draws_nothing_and_leaves_the_control():
     field = nn.Sequential(control, nn.Linear(4, 2))
     span = tm.LearnableSpan(NeuralODE(field, solver="rk4"), torch.linspace(0, 1, 5))
     span(x)
-    with pytest.raises(ValueError, match="starts at"):
-        span(x + 5, torch.linspace(0.5, 1, 3))
+    with pytest.raises(ValueError, match="has no part in the learned interval"):
+        span(x + 5, torch.linspace(1.5, 2, 3))
     assert torch.equal(next(m._control for m in span.vf.modules() if hasattr(m, "_control")), x)
 
 

@@ -32,5 +32,7 @@ def test_a_checkpoint_of_version_0_1_0_is_gone_on_from(written, name, tmp_path):
     ends, state = written[name]["ends"], module.state_dict()
     assert state.keys() == ends.keys()
     for key, value in ends.items():
+        if key.endswith("bounds") and not len(value):  # it held none where they are the default
+            continue
         # Another version of torch may round otherwise, over 36 steps of Adam.
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")

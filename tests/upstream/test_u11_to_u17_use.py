@@ -112,16 +112,25 @@ def test_u12_every_multiple_of_the_step_is_a_good_end():
             assert float(sol[-1]) == pytest.approx(math.exp(-end), abs=1e-5)
 
 
-def test_u12_torchdyn_itself_accepts_every_grid():
-    span = tm.LearnableSpan(NeuralODE(Decay(dtype=torch.float32), solver="rk4"), torch.arange(0, 2.005, 0.01))
-    with torch.no_grad():
-        for end in _ends()[1::7]:
-            for nudge in (0.0, 1e-7, -1e-7, 1e-6, -1e-6, 1e-5, -1e-5, 3e-5, -3e-5):
+def test_u12_torchdyn_itself_accepts_every_grid_or_unwrap_says_that_it_does_not():
+    template, refused = torch.arange(0, 2.005, 0.01), 0
+    for end in _ends()[1::7]:
+        for nudge in (0.0, 1e-7, -1e-7, 1e-6, -1e-6, 1.5e-5, 3e-5, -3e-5):
+            node = NeuralODE(Decay(dtype=torch.float32), solver="euler")
+            span = tm.LearnableSpan(node, template, bounds=(0.01, 3.0))
+            with torch.no_grad():
                 span.t_f.fill_(end + nudge)
-                span.clip_()
-                grid = span.grid()
-                _, sol = NeuralODE(Decay(dtype=torch.float32), solver="euler")(torch.ones(1, 1), grid)
-                assert len(sol) == len(grid)
+            grid = span.grid()
+            # A point further than a thousandth of the step from t_f, and nearer than torchdyn tells apart.
+            if bool((grid.diff() <= 1e-8 + 1e-5 * grid[1:]).any()):
+                assert nudge == 1.5e-5 and end > 1
+                with pytest.raises(ValueError, match="torchdyn refuses the learned grid"):
+                    tm.unwrap(span, torch.ones(1, 1))
+                assert node.t_span is None
+                refused += 1
+            else:
+                assert len(tm.unwrap(span, torch.ones(1, 1))(torch.ones(1, 1))[1]) == len(grid)
+    assert refused
 
 
 # ---------------------------------------------------------------------------------------------------------------------

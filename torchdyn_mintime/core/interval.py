@@ -11,7 +11,7 @@ The terminal time is clipped to its bounds, eq. (14) and (41):
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,10 @@ __all__ = ["Interval", "check_span"]
 SHORTEST = 1e-3
 """The shortest interval of an adaptive solver, as a share of its template."""
 
-SAME_TIME = 2e-5
-"""Two times closer than this, relative to the larger one, are one: torchdyn compares them to 1e-8 + 1e-5 |t|."""
+
+def resolution(dtype: torch.dtype, *times: float) -> float:
+    """Returns how far the rounding to ``dtype`` moves one of ``times`` at most: less than the distance of any two numbers."""
+    return torch.finfo(dtype).eps / 2 * max(map(abs, times))
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Interval:
         """(lower, upper) of t_f where none were given."""
         t0, end = self.template[0], self.template[-1]
         least = min(self.step_size, self.length / 2) if self.has_step_size else self.least_length
-        return min(t0 + max(least, 2 * SAME_TIME * abs(t0)), end), end
+        return t0 + least, end
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -135,7 +137,7 @@ class Interval:
             return self
         t0, end = self.template[0], self.template[-1]
         # No sliver of a step at the end: the grid would go on beyond it in steps of that size.
-        sliver = max(1e-3 * step, SAME_TIME * max(1.0, abs(end)))
+        sliver = max(1e-3 * step, resolution(dtype, t0, end))
         n = max(1, math.ceil((length - sliver) / step))
         inner = torch.tensor([t0 + k * step for k in range(1, n)], dtype=dtype).tolist()
         return replace(self, template=(t0, *inner, end))
@@ -186,42 +188,116 @@ class Interval:
             moving_start: whether t0 is learned; it then stays a step before t_f.
         """
         lower, upper = (_rounded(bound, dtype) for bound in self.bounds)
-        # Whatever the bounds: torchdyn, and float32 soon after, take times closer than this for the same.
-        apart = _rounded(self.template[0] + 2 * SAME_TIME * abs(self.template[0]), dtype)
+        # A lower bound may be t0 itself once it is rounded: t_f is then the next number.
+        start = self.template[0]
+        apart = _rounded(start + 2 * resolution(dtype, start), dtype)
         t_f = min(max(t_f, lower, apart), max(upper, apart))
         if moving_start and t0 > t_f - self.least_length:
             t0 = _rounded(t_f - self.least_length, dtype)
         return t0, t_f
 
-    def nodes(self, t0: float, t_f: float, moving_start: bool, span: Sequence[float] | None = None) -> list[float]:
-        """Returns t0, the points of the template (or of another ``span``) before t_f, then t_f; no points with one step."""
-        if self.one_step:
-            return [t0, t_f]
-        template = self.template if span is None else span
-        step = template[1] - template[0]
-        return cut(template, t0, t_f, step=step, extend=not self.adaptive, moving_start=moving_start)
+    def nodes(self, t0: float, t_f: float, moving_start: bool, dtype: torch.dtype) -> list[float]:
+        """Returns t0, the points of the template before t_f, then t_f."""
+        return cut(
+            self.template,
+            t0,
+            t_f,
+            extend=not self.adaptive,
+            moving_start=moving_start,
+            rounding=resolution(dtype, t0, t_f),
+        )
+
+    def part(
+        self, span: Sequence[float], t0: float, t_f: float, moving_start: bool, rounding: float
+    ) -> tuple[list[float], bool, bool]:
+        """Returns the points of a span's part in [t0, t_f], and whether it starts at t0 and ends at t_f themselves.
+
+        A span that starts or ends where the template does means the whole interval on that side, wherever t0 and t_f are.
+
+        Args:
+            span: ascending times.
+            t0, t_f: the interval.
+            moving_start: whether t0 is learned.
+            rounding: of the times, see :func:`resolution`.
+
+        Raises:
+            ValueError: that part is empty.
+        """
+        first, last = span[0], span[-1]
+        # A few roundings: spans are computed, as arange(n) * dt is.
+        near = min(4 * rounding, (span[1] - first) / 4, (last - span[-2]) / 4)
+        from_t0 = first <= t0 + near or (moving_start and abs(first - self.template[0]) <= near)
+        to_t_f = last >= t_f - near or abs(last - self.template[-1]) <= near
+        begin, end = t0 if from_t0 else first, t_f if to_t_f else last
+        if not begin + rounding < end:
+            raise ValueError(
+                f"the span passed, from {first:g} to {last:g}, has no part in the learned interval: t0 = {t0:g}, "
+                f"t_f = {t_f:g}; pass one that has, or set `span.t_span` to a new template"
+            )
+        points = cut(
+            span,
+            begin,
+            end,
+            extend=to_t_f and not self.adaptive,
+            moving_start=moving_start and from_t0,
+            rounding=rounding,
+        )
+        return points, from_t0, to_t_f
 
     # ---------------------------------------------------------------------------------------------------- in checkpoints
 
-    def state(self) -> dict[str, Tensor]:
-        """Returns what a state_dict holds of it."""
-        return {
-            "template": torch.tensor(self.template, dtype=torch.float64),
-            "bounds": torch.tensor(self.given_bounds or (), dtype=torch.float64),
-            "filled": torch.tensor(self.settled),
-            "pinned": torch.tensor(self.pinned),
-        }
+    def numbers(self, even: bool) -> tuple[list, list[float]]:
+        """Returns the template and the bounds as a state_dict holds them; :meth:`from_numbers` is the way back.
 
-    def loaded(self, state: Mapping[str, Tensor | None], prefix: str) -> "Interval":
-        """Returns the interval of a :meth:`state`; what is None there stays as it is here."""
-        template, bounds, settled, pinned = (state[name] for name in ("template", "bounds", "filled", "pinned"))
-        made = replace(
-            self,
-            template=self.template if template is None else check_span(template, f"{prefix}template")[0],
-            settled=self.settled if settled is None else bool(settled),
-            pinned=self.pinned if pinned is None else bool(pinned),
-        )
-        return made if bounds is None else made.with_bounds(bounds.tolist() or None, frozen=True)
+        Args:
+            even: give the template as ``[[first], [last], [points], [settled]]``, of one shape whatever span settles it,
+                if its points are evenly spaced. No list of points is copied into that shape by mistake.
+        """
+        template = self.template
+        if even and _evenly_spaced(template):
+            entries = template[0], template[-1], float(len(template)), float(self.settled)
+            return [[entry] for entry in entries], [*self.bounds]
+        return [*template], [*self.bounds]
+
+    def from_numbers(
+        self,
+        template: Any,
+        bounds: Sequence[float] | None,
+        dtype: torch.dtype,
+        pinned: bool | None = None,
+        name: str = "template",
+    ) -> "Interval":
+        """Returns the interval of :meth:`numbers`, or of an average of some; what is None there stays as it is here.
+
+        Args:
+            template, bounds: as from :meth:`numbers`.
+            dtype: of the times.
+            pinned: whether the template is pinned.
+            name: of the template, in errors.
+        """
+        made = self if pinned is None else replace(self, pinned=pinned)
+        if template is not None:
+            tensor = torch.as_tensor(template, dtype=torch.float64, device="cpu")
+            settled = made.settled
+            if tensor.dim() == 2:  # evenly spaced
+                first, last, points, given = tensor.flatten().tolist()
+                # Averaged with a copy that was made before: it has been settled in one of them.
+                settled = given > 0
+                tensor = torch.linspace(first, last, max(2, round(points)), dtype=dtype)
+            made = replace(made, template=check_span(tensor, name)[0], settled=settled)
+        if bounds is None:
+            return made
+        if not bounds:  # as 0.1.0 wrote it where none were given
+            return made.with_bounds(None)
+        given, default = made.with_bounds(bounds, frozen=True), made.default_bounds
+        return made.with_bounds(None) if math.dist(bounds, default) <= 1e-9 * made.length else given
+
+
+def _evenly_spaced(template: tuple[float, ...]) -> bool:
+    """Returns whether the points are those of ``linspace``, to the rounding of float32."""
+    n, first, last = len(template) - 1, template[0], template[-1]
+    near = 8 * resolution(torch.float32, first, last)
+    return all(abs(t - (first + (last - first) * (k / n))) <= near for k, t in enumerate(template))
 
 
 @functools.lru_cache

@@ -2,19 +2,39 @@ r"""The torch side of an interval: its ends as tensors that are learned, clipped
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.core import checks
-from torchdyn_mintime.core.interval import SAME_TIME, Interval, check_span
+from torchdyn_mintime.core.interval import Interval, check_span, resolution
 from torchdyn_mintime.numerics import Grid, IntegrationError, merge
 
 __all__ = ["LearnableInterval"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call is to solve.
+
+    Attributes:
+        grid: the points.
+        rows: which of the returned points ``save_at`` asked for, in its order; None is all, as they come.
+        settles: the interval that the call makes of one that is not settled, or None.
+        ends: t0 and t_f of it, where they are other than before.
+        cut: whether t_f has cut the span that was passed, so that its last state is not at the span's own end.
+    """
+
+    grid: Grid
+    rows: list[int] | None = None
+    settles: Interval | None = None
+    ends: tuple[float, float] | None = None
+    cut: bool = False
 
 
 class LearnableInterval(nn.Module):
@@ -36,6 +56,9 @@ class LearnableInterval(nn.Module):
     """
 
     t0: Tensor
+    _bounds: Tensor
+    _pinned: Tensor
+    _template: Tensor
 
     def __init__(self, interval: Interval, t_f: float | None, dtype: torch.dtype, learn_t0: bool):
         super().__init__()
@@ -43,7 +66,7 @@ class LearnableInterval(nn.Module):
         initial = interval.template[-1] if t_f is None else checks.finite(t_f, "t_f")
         nearest = min(max(initial, lower), upper)
         # One step of 0.1 is a little less than float32's 0.1, which the template has.
-        if abs(initial - nearest) > 1e-6 * max(1.0, abs(initial)):
+        if abs(initial - nearest) > 1e-6 * interval.length + 2 * resolution(dtype, initial):
             if t_f is None:
                 raise ValueError(
                     f"the template's end {initial:g} lies outside bounds=({lower:g}, {upper:g}); give t_f= inside them"
@@ -51,15 +74,59 @@ class LearnableInterval(nn.Module):
             raise ValueError(
                 f"t_f = {initial:g} lies outside its bounds [{lower:g}, {upper:g}]; change it or give bounds="
             )
-        self.interval = interval
+        self.learn_t0 = learn_t0
         self.t_f = nn.Parameter(torch.tensor(nearest, dtype=dtype))
         t0 = torch.tensor(interval.template[0], dtype=dtype)
         if learn_t0:
             self.t0 = nn.Parameter(t0)
         else:
             self.register_buffer("t0", t0)
+        # The interval once more, for whoever averages, broadcasts or shards a model: they know tensors alone.
+        # Those of the state_dict, which this class writes and reads by itself.
+        for name, value in self._as_tensors(interval, even=not interval.settled).items():
+            self.register_buffer(name, value, persistent=False)
+        self._interval, self._read = interval, self._numbers()
         self._end_shift = 0.0  # see core.random_span
         self._said: set[str] = set()
+
+    # ------------------------------------------------------------------------------------------------- its state
+
+    @property
+    def interval(self) -> Interval:
+        """The template and the bounds, a value that never changes; assign another to change them."""
+        numbers = self._numbers()
+        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
+            bounds, pinned = numbers[:2], numbers[2] > 0.5
+            template = torch.tensor(numbers[3:], dtype=torch.float64).view(self._template.shape)
+            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned)
+            self._read = numbers
+        return self._interval
+
+    @interval.setter
+    def interval(self, value: Interval) -> None:
+        made = self._as_tensors(value, even=self._template.dim() == 2)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in made.items():
+                buffer = getattr(self, name)
+                if buffer.shape == tensor.shape:  # in place: DDP broadcasts the buffers that it has seen at its start
+                    buffer.copy_(tensor)
+                else:
+                    self._buffers[name] = tensor.to(buffer.device)
+        self._interval, self._read = value, self._numbers()
+
+    @staticmethod
+    def _as_tensors(interval: Interval, even: bool) -> dict[str, Tensor]:
+        template, bounds = interval.numbers(even)
+        values = {"_bounds": bounds, "_pinned": [float(interval.pinned)], "_template": template}
+        # On the processor, whatever the default device is: they follow the module, not the call.
+        return {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in values.items()}
+
+    def _numbers(self) -> list[float]:
+        """Returns the buffers as numbers."""
+        parts = self._bounds, self._pinned, self._template.view(-1)
+        if self._bounds.is_cpu:
+            return [number for part in parts for number in part.tolist()]
+        return torch.cat(parts).tolist()  # in one piece: on a GPU each reading waits for all work before it
 
     @property
     def t_span(self) -> Tensor:
@@ -142,21 +209,22 @@ class LearnableInterval(nn.Module):
             IntegrationError: a time is NaN.
         """
         now = self.t0.item(), self.t_f.item()
+        clipped = self._clipped(self.interval, *now)
         written = False
-        for tensor, is_, value, name in zip((self.t0, self.t_f), now, self._clipped(*now), ("t0", "t_f"), strict=True):
+        for tensor, is_, value, name in zip((self.t0, self.t_f), now, clipped, ("t0", "t_f"), strict=True):
             if is_ != value:
                 tensor.fill_(value)
                 written = True
                 self._warn_once(name, value)
         return written
 
-    def _clipped(self, t0: float, t_f: float) -> tuple[float, float]:
+    def _clipped(self, interval: Interval, t0: float, t_f: float) -> tuple[float, float]:
         if not (math.isfinite(t0) and math.isfinite(t_f)):
             raise IntegrationError(
                 f"the interval is [{t0}, {t_f}]: a gradient or a learning rate was not finite; "
                 "load the last checkpoint and lower the learning rate of the times"
             )
-        return self.interval.clipped(t0, t_f, self.t_f.dtype, isinstance(self.t0, nn.Parameter))
+        return interval.clipped(t0, t_f, self.t_f.dtype, self.learn_t0)
 
     def _warn_once(self, name: str, value: float) -> None:
         key = f"{name} {value:.9g}"
@@ -164,17 +232,23 @@ class LearnableInterval(nn.Module):
             self._said.add(key)
             _log.warning("%s was clipped to its bound %.6g (bounds of t_f: %.6g, %.6g)", name, value, *self.bounds)
 
-    def _times(self) -> tuple[Tensor, Tensor, float, float]:
-        """Returns t0 and t_f as they are to be used now: the parameters, or clipped values that pass the gradient.
+    def _times(
+        self, interval: Interval | None = None, ends: tuple[float, float] | None = None
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """Returns t0 and t_f as they are to be used now: the parameters, or other values that pass their gradient.
 
         And both as numbers: on a GPU each reading of a tensor waits for all work before it.
+
+        Args:
+            interval: where t_f may lie; default: the span's own.
+            ends: other values; default: those of t0 and t_f, clipped.
         """
         t0: Tensor = self.t0
         t_f: Tensor = self.t_f
         now = t0.item(), t_f.item()
-        value = self._clipped(*now)
+        value = self._clipped(interval or self.interval, *now) if ends is None else ends
         if value != now:
-            if self.training and isinstance(t_f, nn.Parameter):
+            if ends is None and self.training and isinstance(t_f, nn.Parameter):
                 self.clip_()
             else:
                 # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
@@ -189,74 +263,128 @@ class LearnableInterval(nn.Module):
     # ---------------------------------------------------------------------------------------------------- the grid
 
     def grid(self, t_span: Tensor | None = None) -> Tensor:
-        """Returns the points of a forward call: t0, the template's (or ``t_span``'s) points before t_f, then t_f.
+        """Returns the points of a forward call. It changes nothing.
 
         Args:
-            t_span: a span as it would be passed to :meth:`forward`.
+            t_span: a span as it would be passed to :meth:`forward`. Default: t0, the template's points before t_f, t_f.
 
         Returns:
             ``[points]``, with the gradient of t_f and a learnable t0.
         """
-        return self._grid(t_span, ()).times(self.t_f.dtype, self.t_f.device)
+        return self._plan(t_span, ()).grid.times(self.t_f.dtype, self.t_f.device)
 
     @property
     def nodes(self) -> list[float]:
         """The points of :meth:`grid` as numbers."""
-        return list(self._grid(None, ()).nodes)
+        return list(self._plan(None, ()).grid.nodes)
 
-    def _grid(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> Grid:
-        span, descending = (None, False) if t_span is None else self._read_span(t_span)
-        t0, t_f, first, last = self._times()
-        nodes = self.interval.nodes(first, last, isinstance(self.t0, nn.Parameter), span)
-        keep = None
-        if len(asked := _as_numbers(save_at)):
-            tolerance = SAME_TIME * max(1.0, abs(nodes[-1]))
-            if not all(nodes[0] - tolerance <= t <= nodes[-1] + tolerance for t in asked):
-                raise ValueError(f"save_at={asked} must lie between t0 = {nodes[0]:.6g} and t_f = {nodes[-1]:.6g}")
-            if self.interval.one_step and not all(min(abs(t - n) for n in nodes) <= tolerance for t in asked):
+    def _plan(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> Plan:
+        """Returns what a call is to solve. Nothing is changed, but t_f clipped in training."""
+        interval, settles, descending, cut = self.interval, None, False, False
+        span: Sequence[float] | None = None
+        ends = None
+        asked = _as_numbers(save_at)
+        dtype = own = self.t_f.dtype
+        for given in (t_span, save_at):  # times are compared to the rounding of the coarsest of them
+            if isinstance(given, Tensor) and given.is_floating_point() and given.dtype.itemsize < dtype.itemsize:
+                dtype = given.dtype
+        if t_span is not None:
+            values, _ = check_span(t_span, "t_span", either_direction=True)
+            descending = values[0] > values[-1]
+            span = values[::-1] if descending else values
+            if not interval.settled:  # this first one is what the user meant
+                interval = settles = interval.settle(span, own)
+                first, last = interval.template[0], interval.template[-1]
+                ends = interval.clipped(first, last, own, self.learn_t0)  # to bounds that were given
+            if settles is not None or interval.pinned:
+                span = None
+        elif not interval.settled:
+            settles = replace(interval, settled=True)
+        t0, t_f, first, last = self._times(interval, ends)
+        rounding = resolution(dtype, first, last)
+        start: Tensor | None = t0
+        end: Tensor | None = t_f
+        if span is None:
+            nodes = interval.nodes(first, last, self.learn_t0, own)
+        elif self._at_rest(interval, first, last):
+            nodes, start, end = [*span], None, None
+        else:
+            nodes, from_t0, to_t_f = interval.part(span, first, last, self.learn_t0, rounding)
+            start, end = t0 if from_t0 else None, t_f if to_t_f else None
+            cut = span[-1] > nodes[-1] + 4 * rounding
+            self._warn_of_a_cut(span, nodes, interval)
+        if interval.one_step:
+            nodes = [nodes[0], nodes[-1]]
+        learning = torch.is_grad_enabled()
+        start = start if learning and start is not None and start.requires_grad else None
+        end = end if learning and end is not None and end.requires_grad else None
+        keep = rows = None
+        if asked:
+            if not all(nodes[0] - rounding <= t <= nodes[-1] + rounding for t in asked):
                 raise ValueError(
-                    f"save_at={asked} asks for times between t0 = {nodes[0]:.6g} and t_f = {nodes[-1]:.6g}, but "
-                    f"{self.interval.solver} takes the whole interval in one step; ask for its ends, or use another solver"
+                    f"save_at={_short(asked)} must lie within the interval solved, from {nodes[0]:.6g} to {nodes[-1]:.6g}"
+                    f" (t_f = {last:.6g})"
                 )
-            template = self.interval.template if span is None else span
-            nodes, keep = merge(nodes, asked, step=template[1] - template[0])
-        start, end = (t if t.requires_grad and torch.is_grad_enabled() else None for t in (t0, t_f))
+            if interval.one_step and not all(min(t - nodes[0], nodes[-1] - t) <= rounding for t in asked):
+                raise ValueError(
+                    f"save_at={_short(asked)} asks for times between {nodes[0]:.6g} and {nodes[-1]:.6g}, but "
+                    f"{interval.solver} takes the whole interval in one step; ask for its ends, or use another solver"
+                )
+            nodes, keep, rows = merge(nodes, asked, rounding=rounding)
         if descending:
-            return Grid(nodes[::-1], end, start, None if keep is None else keep[::-1])
-        return Grid(nodes, start, end, keep)
+            nodes, start, end = nodes[::-1], end, start
+            if keep is not None and rows is not None:
+                keep, count = keep[::-1], sum(keep)
+                rows = [count - 1 - row for row in rows]
+        if rows is not None and rows == list(range(len(rows))):
+            rows = None
+        return Plan(Grid(nodes, start, end, keep), rows, settles, ends, cut)
 
-    def _read_span(self, t_span: Tensor) -> tuple[Sequence[float] | None, bool]:
-        """Returns the points of a span that was passed, ascending (None: the template holds), and if it descends."""
-        values, _ = check_span(t_span, "t_span", either_direction=True)
-        descending = values[0] > values[-1]
-        points = values[::-1] if descending else values
-        if not self.interval.settled:  # this first one is what the user meant
-            self.interval = self.interval.settle(points, self.t_f.dtype)
-            points = self.interval.template
-            with torch.no_grad():
-                self.t0.fill_(points[0])
-                self.t_f.fill_(points[-1])
-        elif self.pinned:
-            return None, descending
-        first = self.interval.template[0]
-        if abs(points[0] - first) > SAME_TIME * max(1.0, abs(first)):
-            raise ValueError(
-                f"the span passed starts at {points[0]:g}, but this LearnableSpan at t0 = {first:g}; "
-                "pass a span that starts there, or set `span.t_span` to a new template"
+    def _at_rest(self, interval: Interval, t0: float, t_f: float) -> bool:
+        """Returns whether there is no time to honour: t_f is frozen where the template ends, so that it cuts nothing.
+
+        A frozen t_f that was learned before lies elsewhere. One that ``DepthGrowth`` moves has a bound above the template.
+        """
+        times = (self.t_f, self.t0) if self.learn_t0 else (self.t_f,)
+        # Under functional_call they are no parameters, and whether the caller learns them is not known here.
+        frozen = all(isinstance(t, nn.Parameter) and not t.requires_grad for t in times)
+        ends = interval.template[0], interval.template[-1]
+        near = 2 * resolution(self.t_f.dtype, *ends)
+        at_ends = abs(t0 - ends[0]) <= near and abs(t_f - ends[1]) <= near
+        return frozen and at_ends and not self._end_shift and interval.bounds[1] <= ends[1] + near
+
+    def _warn_of_a_cut(self, span: Sequence[float], nodes: Sequence[float], interval: Interval) -> None:
+        template = interval.template
+        near = 1e-3 * interval.length  # the template of an average comes to within a little of the model's
+        early = span[0] < min(template[0], nodes[0]) - near
+        late = span[-1] > max(template[-1], nodes[-1]) + near
+        if (early or late) and "span" not in self._said:
+            self._said.add("span")
+            warnings.warn(
+                f"the span passed, from {span[0]:g} to {span[-1]:g}, reaches beyond the template's, from {template[0]:g} to "
+                f"{template[-1]:g}: it was cut to [{nodes[0]:g}, {nodes[-1]:g}], the learned interval. For a longer one set "
+                "`span.t_span` to another template; to solve spans as they are, freeze t_f at the template's end",
+                stacklevel=7,  # past forward and what torch calls it by
             )
-        return points, descending
 
-    def _put_back(self, interval: Interval, t0: float, t_f: float) -> None:
-        self.interval = interval
-        with torch.no_grad():
-            self.t0.fill_(t0)
-            self.t_f.fill_(t_f)
+    @torch.no_grad()
+    def _settle(self, plan: Plan) -> None:
+        """Takes over the interval that the first call has settled."""
+        assert plan.settles is not None
+        self.interval = plan.settles
+        if plan.ends is not None:
+            self.t0.fill_(plan.settles.template[0])
+            self.t_f.fill_(plan.settles.template[-1])
+            self.clip_()
 
     def _apply(self, fn, recurse=True):
+        interval = [id(t) for t in (self._bounds, self._pinned, self._template)]
+
         def keep_precise(t: Tensor) -> Tensor:
             out = fn(t)
             # Half precision has about 3 digits: far too few for a time that steps are subtracted from.
-            return t.to(out.device) if out.is_floating_point() and out.dtype.itemsize < 4 else out
+            least = 8 if id(t) in interval else 4
+            return t.to(out.device) if out.is_floating_point() and out.dtype.itemsize < least else out
 
         if recurse:
             for child in self.children():
@@ -270,3 +398,7 @@ def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:
             raise TypeError(f"save_at must be a dense tensor; got {save_at.layout}")
         save_at = save_at.detach().reshape(-1)
     return [checks.finite(t, "a time in save_at") for t in save_at]
+
+
+def _short(times: list[float]) -> str:
+    return str(times if len(times) < 9 else [*times[:4], "..", *times[-4:]])

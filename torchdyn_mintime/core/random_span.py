@@ -91,7 +91,7 @@ class RandomSpan(nn.Module):
         points = template.detach().tolist()
         end = points[-1] + self._shift(points[0], points[-1])
         adaptive = getattr(node.solver, "stepping_class", "fixed") == "adaptive"
-        points = cut(points, points[0], end, step=points[1] - points[0], extend=not adaptive)
+        points = cut(points, points[0], end, extend=not adaptive)
         drawn = torch.tensor(points, dtype=template.dtype, device=template.device)
         self.drawn = [drawn[-1].item()]
         return drawn

@@ -19,8 +19,11 @@ from torchdyn_mintime.numerics import (
     LearnedStepper,
     Problem,
     Stepper,
+    evaluating_in,
+    in_half_precision,
     integrate,
     make_stepper,
+    rounded,
     solve_adjoint,
     solve_checkpointed,
 )
@@ -119,22 +122,28 @@ class Method:
         # An adjoint counts the running cost beside the state, with or without a gradient.
         adjoint = self.sensitivity != "autograd" and (learning or node.integral_loss is not None)
         cost = None
+        f, start, running_cost = bound.function, x, node.integral_loss
+        if half := in_half_precision(x, self.stepper):
+            f, start = evaluating_in(x.dtype, f), x.float()
+            running_cost = None if running_cost is None else evaluating_in(x.dtype, running_cost)
         try:
             if not (adjoint or checkpoint):
-                solution = integrate(bound.function, x, grid, **settings)
+                solution = integrate(f, start, grid, **settings)
             else:
                 if learning:
                     self._check_repeats(bound, checkpoint)
-                problem = Problem(bound.function, node.vf, bound.parameters, restored=bound.in_backward, **settings)
+                problem = Problem(f, node.vf, bound.parameters, restored=bound.in_backward, **settings)
                 if checkpoint:
-                    solution = solve_checkpointed(problem, x, grid)
+                    solution = solve_checkpointed(problem, start, grid)
                 else:
-                    solution, cost = solve_adjoint(self._adjoint(node, problem), x, grid)
+                    solution, cost = solve_adjoint(self._adjoint(node, problem, running_cost), start, grid)
         except IntegrationError:
             raise
         except RuntimeError as error:
             _explain(error, bound, x, grid)
             raise
+        if half:
+            solution = rounded(solution, x.dtype, grid, self.stepper)
         return LastSolve(bound, x, grid, solution.steps, solution.states, cost)
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
@@ -152,7 +161,7 @@ class Method:
                 "or use checkpoint=False"
             )
 
-    def _adjoint(self, node: Any, problem: Problem) -> AdjointProblem:
+    def _adjoint(self, node: Any, problem: Problem, running_cost: Callable | None) -> AdjointProblem:
         interpolated = node.sensitivity == "interpolated_adjoint"
         # For the interpolated adjoint torchdyn takes the forward solve's tolerances where they are tighter.
         atol, rtol = (
@@ -164,7 +173,7 @@ class Method:
             backward_stepper=self.backward_stepper,
             backward_atol=atol,
             backward_rtol=rtol,
-            running_cost=node.integral_loss,
+            running_cost=running_cost,
             interpolated=interpolated,
         )
 

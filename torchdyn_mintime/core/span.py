@@ -12,7 +12,8 @@ from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 
 from torchdyn_mintime.core.field import Field
 from torchdyn_mintime.core.interval import Interval, check_span
-from torchdyn_mintime.core.learnable_interval import LearnableInterval
+from torchdyn_mintime.core.learnable_interval import LearnableInterval, Plan
+from torchdyn_mintime.core.series import Series
 from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
 from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, LearnedStepper, Stepper
 
@@ -83,8 +84,9 @@ class LearnableSpan(LearnableInterval):
         stepper = method.stepper
         given = t_span if t_span is not None else node.t_span
         settled = given is not None
-        if given is None:
-            given = torch.linspace(0, 1, 2 if stepper.adaptive or isinstance(stepper, LearnedStepper) else 101)
+        if given is None:  # in float32 whatever the default type is: half precision would round the points
+            points = 2 if stepper.adaptive or isinstance(stepper, LearnedStepper) else 101
+            given = torch.linspace(0, 1, points, dtype=torch.float32)
         template, dtype = check_span(given, "t_span")
         interval = Interval(template, settled=settled, **_traits(stepper))
         if step_size is not None:
@@ -102,6 +104,7 @@ class LearnableSpan(LearnableInterval):
         self.node, self.field, self.checkpoint, self._method = node, Field(node), checkpoint, method
         self._by_autograd = False
         self.last: LastSolve | None = None
+        self._series = Series()
         self._replacement: Solve | None = None  # see core.reference.replaced_solves
         self.release()
         self.register_state_dict_post_hook(_without_node_prefix)
@@ -140,9 +143,10 @@ class LearnableSpan(LearnableInterval):
 
         Args:
             x: initial state, ``[batch, ...]``.
-            t_span: a span of the caller's own. It is cut at t_f too, and must start at t0. A descending one integrates
-                from t_f to t0.
-            save_at: times to return instead of all points, within [t0, t_f].
+            t_span: a span of the caller's own, ascending or descending. It is solved at its points over its part in
+                [t0, t_f], from where it starts to where it ends; one that starts or ends with the template does so at
+                t0 or t_f. Where t_f is frozen at the template's end, with no bound above, it is solved as torchdyn would.
+            save_at: times to return instead of all points, within the interval solved: a row for each, in this order.
             args: passed on to a field that takes ``args``.
 
         Returns:
@@ -153,35 +157,32 @@ class LearnableSpan(LearnableInterval):
             IntegrationError: the state is not finite, or the solver's steps ran out.
             ValueError, TypeError: an argument that cannot be used; nothing is changed then.
         """
+        plan = self._plan(t_span, save_at)
+        if self.training and t_span is not None:
+            self._series.check(plan, t_span, self.t_f)
         if self._replacement is not None:
-            t_eval, sol = self._replacement(self, x, lambda: self._returned(self._solve(x, t_span, save_at, args)))
+            t_eval, sol = self._replacement(self, x, lambda: self._returned(self._solve(x, plan, args), plan.rows))
             return (t_eval, sol) if self.node.return_t_eval else sol
-        last = self._solve(x, t_span, save_at, args)
-        return self._returned(last) if self.node.return_t_eval else last.states
+        t_eval, sol = self._returned(self._solve(x, plan, args), plan.rows)
+        if self.training and t_span is not None and plan.grid.keep is None:
+            sol = self._series.watch(t_eval, sol)
+        return (t_eval, sol) if self.node.return_t_eval else sol
 
-    def _returned(self, last: LastSolve) -> tuple[Tensor, Tensor]:
-        return last.grid.times(self.t_f.dtype, self.t_f.device), last.states
+    def _returned(self, last: LastSolve, rows: list[int] | None) -> tuple[Tensor, Tensor]:
+        times, states = last.grid.times(self.t_f.dtype, self.t_f.device), last.states
+        return (times, states) if rows is None else (times[rows], states[rows])
 
-    def _solve(self, x: Tensor, t_span: Tensor | None, save_at: Any, args: Mapping[str, Any] | None) -> LastSolve:
-        # The first span passed may become the template, but not that of a call that fails.
-        before = None if self.interval.settled else (self.interval, self.t0.item(), self.t_f.item())
+    def _solve(self, x: Tensor, plan: Plan, args: Mapping[str, Any] | None) -> LastSolve:
         try:
-            grid = self._grid(t_span, save_at)
             with self.field.bind(x, args) as bound:
-                last = self._method.solve(bound, x, grid, self.checkpoint)
-        except BaseException as error:
-            if before is not None:
-                self._put_back(*before)
-            if isinstance(error, IntegrationError):
-                where = " (t_f = {:.6g}, bounds {:.6g} to {:.6g})".format(self.t_f.item(), *self.bounds)
-                error.args = (f"{error.args[0]}{where}", *error.args[1:])
+                last = self._method.solve(bound, x, plan.grid, self.checkpoint)
+        except IntegrationError as error:
+            where = " (t_f = {:.6g}, bounds {:.6g} to {:.6g})".format(self.t_f.item(), *self.bounds)
+            error.args = (f"{error.args[0]}{where}", *error.args[1:])
             raise
-        if before is not None:
-            if self.training:
-                # A span passed later is one of many, and must not reset what was learned.
-                self.interval = replace(self.interval, settled=True)
-            else:
-                self._put_back(*before)  # a look in eval mode does not decide what is to be learned
+        # A look in eval mode does not decide what is to be learned, and a call that fails does not either.
+        if plan.settles is not None and self.training and isinstance(self.t_f, nn.Parameter):
+            self._settle(plan)
         self.last = last
         return last
 
@@ -319,7 +320,12 @@ class LearnableSpan(LearnableInterval):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: value for name, value in self.interval.state().items()})
+        # The buffers themselves, not copies: averages are kept by writing to what a state_dict holds.
+        tensors = {"template": self._template, "bounds": self._bounds}
+        destination.update({prefix + name: t if keep_vars else t.detach() for name, t in tensors.items()})
+        interval = self.interval
+        flags = {"filled": interval.settled, "pinned": interval.pinned}
+        destination.update({prefix + name: torch.tensor(flag) for name, flag in flags.items()})
         if self.pinned:  # the steps were laid for this solver
             destination[prefix + "solver"] = torch.tensor(list(self.stepper.name.encode()), dtype=torch.uint8)
 
@@ -341,7 +347,7 @@ class LearnableSpan(LearnableInterval):
                 raise ValueError(
                     f"{prefix}{name} must be one time; the state has the shape {tuple(own[prefix + name].shape)}"
                 )
-        interval, solver = self.interval.loaded(extra, prefix), extra["solver"]
+        interval, solver = self._interval_of(extra, prefix), extra["solver"]
         if (made := _learned_solver(own, prefix + "node.solver.", self.solver)) is not None:
             self._take_solver(made.to(self.t_f.device))
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
@@ -349,6 +355,18 @@ class LearnableSpan(LearnableInterval):
         if name != self.stepper.name and name in SOLVER_DICT:
             self._take_solver(name)
         self.interval = replace(interval, **_traits(self.stepper))
+
+    def _interval_of(self, state: Mapping[str, Tensor | None], prefix: str) -> Interval:
+        """Returns the interval of a state_dict; what is None there stays as it is here."""
+        template, bounds, filled, pinned = (state[name] for name in ("template", "bounds", "filled", "pinned"))
+        interval = self.interval.from_numbers(
+            template,
+            None if bounds is None else bounds.tolist(),
+            self.t_f.dtype,
+            None if pinned is None else bool(pinned),
+            name=f"{prefix}template",
+        )
+        return interval if filled is None else replace(interval, settled=bool(filled))
 
     def extra_repr(self) -> str:
         lower, upper = self.bounds

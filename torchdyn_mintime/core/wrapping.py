@@ -168,7 +168,8 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
         ``model``, or the node of a span. Call it without a span: one that is passed would be used instead of the grid.
 
     Raises:
-        ValueError: nothing to unwrap, no shape to check with, or torchdyn cannot solve up to t_f. Nothing is changed then.
+        ValueError: nothing to unwrap, no shape to check with, or torchdyn cannot solve over the learned grid. Nothing is
+            changed then.
 
     Warns:
         UserWarning: torchdyn's result differs, as with rk4 and a field that depends on time.
@@ -222,6 +223,14 @@ def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
                 raise ValueError(
                     f"{name or 'the span'}: torchdyn's {span.stepper.name} gave no state at t_f = {grid[-1]:g}"
                 )
+    except AssertionError as error:
+        if "once and only once" not in str(error):
+            raise
+        raise ValueError(
+            f"{name or 'the span'}: torchdyn refuses the learned grid: it takes times that differ by 1e-8 + 1e-5 |t| or less "
+            f"for the same, and the closest two differ by {grid.diff().min().item():.3g}, up to t = {grid[-1].item():g}; set "
+            "`span.t_span` to a coarser template, or times nearer to 0"
+        ) from error
     except TypeError as error:
         raise ValueError(
             f"{name or 'the span'}: plain torchdyn cannot call this vector field ({error}); "

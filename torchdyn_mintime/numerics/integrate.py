@@ -137,10 +137,50 @@ def integrate(
         >>> solution.states.shape
         torch.Size([3, 1])
     """
+    if in_half_precision(x, stepper):
+        settings: dict[str, Any] = {"atol": atol, "rtol": rtol, "interpolator": interpolator, "error_size": error_size}
+        settings |= {"max_steps": max_steps, "record": record, "adapt": adapt}
+        solution = integrate(evaluating_in(x.dtype, f), x.float(), grid, stepper, **settings)
+        return rounded(solution, x.dtype, grid, stepper)
     stepper = stepper.prepare(x)
     if stepper.adaptive and adapt:
         return _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record)
     return _fixed(f, x, grid, stepper, record)
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+def in_half_precision(x: Tensor, stepper: Stepper) -> bool:
+    """Returns whether a solve from ``x`` keeps its state in float32 and evaluates the field in the type of ``x``.
+
+    A step is a small part of the state: in bfloat16 an increment below 1/256 of it is lost. Over 100 steps of a network's
+    field that left the end .85 off (float16: .07); with the sum in float32 it is as exact as the field, .003 to .02.
+    """
+    # A stepper that wants times evaluates something of its own, in a type of its own.
+    return x.dtype.itemsize < 4 and not stepper.timed
+
+
+def evaluating_in(dtype: torch.dtype, f: VectorField) -> VectorField:
+    """Returns ``f`` for a state in float32, evaluated in ``dtype``."""
+
+    def evaluate(t: Any, z: Tensor) -> Tensor:
+        return f(t.to(dtype) if isinstance(t, Tensor) else t, z.to(dtype)).float()
+
+    evaluate.timed = getattr(f, "timed", True)  # type: ignore[attr-defined]
+    return evaluate
+
+
+def rounded(solution: Solution, dtype: torch.dtype, grid: Grid, stepper: Stepper) -> Solution:
+    """Returns a solution in float32 with the returned states in ``dtype``.
+
+    Raises:
+        IntegrationError: the last one is finite in float32, but too large for ``dtype``.
+    """
+    states = solution.states.to(dtype)
+    if not _is_finite(states[-1:]):
+        raise _failure(f"the state is too large for {dtype}", grid.nodes[-1], len(solution.steps) - 1, stepper, grid)
+    return Solution(states, solution.steps, solution.path)
 
 
 # ---------------------------------------------------------------------------------------------------- fixed steps

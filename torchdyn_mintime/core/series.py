@@ -1,0 +1,65 @@
+"""A loss on a whole observed series under a t_f that falls: seen, and refused before it compares different times.
+
+A call is given the times of the data as its span, and the loss compares its states with the data, row by row. Once t_f has
+cut the span, the last row is z(t_f) and no longer the state at the last time, often in a trajectory of the same length.
+"""
+
+import torch
+from torch import Tensor
+
+from torchdyn_mintime.core.learnable_interval import Plan
+
+__all__ = ["Series"]
+
+
+class Series:
+    """Learns from backward whether the loss compares rows, and refuses the call that would shift them.
+
+    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval``. What the last
+    backward before t_f cuts a span has shown holds from then on.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, bool] = {}
+        self._compares: bool | None = None
+
+    def watch(self, t_eval: Tensor | None, sol: Tensor) -> Tensor:
+        """Returns ``sol``, whose backward is looked at unless it is known already."""
+        if self._compares is not None or not (sol.requires_grad and torch.is_grad_enabled() and len(sol) > 2):
+            return sol
+        seen = self._seen = {}
+        sol = sol.view_as(sol)  # what is made of the span's record, such as a penalty, is not the user's loss
+
+        def states(gradient: Tensor) -> None:
+            seen["states"] = bool(gradient[1:-1].any())
+
+        def times(gradient: Tensor) -> None:
+            seen["times"] = True
+
+        sol.register_hook(states)
+        if t_eval is not None and t_eval.requires_grad:
+            t_eval.register_hook(times)
+        return sol
+
+    def check(self, plan: Plan, t_span: Tensor, t_f: Tensor) -> None:
+        """Raises where the rows of a call are no longer those of the data.
+
+        Args:
+            plan: of the call.
+            t_span: that was passed.
+            t_f: the terminal time.
+
+        Raises:
+            ValueError: t_f has cut the span, to as many rows as it has, and the loss compares rows.
+        """
+        if not plan.cut:
+            return
+        if self._compares is None and "states" in self._seen:
+            self._compares = self._seen["states"] and "times" not in self._seen
+        if not self._compares or len(plan.grid.nodes) != len(t_span):
+            return
+        raise ValueError(
+            f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its last state "
+            "is now z(t_f), but the loss uses the states at all points and not t_eval, so it would compare them with data at "
+            "other times. Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"
+        )
