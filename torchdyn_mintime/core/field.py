@@ -295,7 +295,7 @@ class BoundField:
             if (timed_modules or captured) and dx.grad_fn is not None:
                 # torch.utils.checkpoint evaluates parts of the field again in backward, which reads them off the modules.
                 now = [*captured, *((module, "t", t) for module in timed_modules)]
-                dx.grad_fn.register_prehook(partial(_put, now))
+                dx.grad_fn.register_prehook(partial(_put_in_backward, now))
             return dx
 
         evaluate.timed = timed  # type: ignore[attr-defined]
@@ -379,9 +379,7 @@ class BoundField:
 
     def release(self) -> None:
         """Detaches the times and Galerkin weights that torchdyn keeps on its modules, which hold a graph alive."""
-        for module, name in self._roles.written:
-            if isinstance(value := getattr(module, name), Tensor):
-                setattr(module, name, value.detach())
+        _detach(self._roles.written)
 
     def undo(self) -> None:
         """Puts buffers such as batch statistics back, as before a solve that failed."""
@@ -400,9 +398,22 @@ class BoundField:
         return sorted({type(m).__name__ for m in self.modules if isinstance(m, STATEFUL) and m.training})
 
 
-def _put(values: Iterable[tuple[nn.Module, str, Any]], *_: Any) -> None:
+def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
     for module, name, value in values:
         setattr(module, name, value)
+
+
+def _put_in_backward(values: Sequence[tuple[nn.Module, str, Any]], _: Any) -> None:
+    _put(values)
+    if any(isinstance(value, Tensor) and value.requires_grad for _, _, value in values):
+        # Times keep a graph alive; they are let go of when this backward is over.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_detach, [v[:2] for v in values]))
+
+
+def _detach(places: Iterable[tuple[nn.Module, str]]) -> None:
+    for module, name in places:
+        if isinstance(value := getattr(module, name), Tensor):
+            setattr(module, name, value.detach())
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:

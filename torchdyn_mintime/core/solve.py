@@ -1,8 +1,8 @@
 """How a node is solved: its steppers, its sensitivity (autograd, checkpoints or an adjoint), and the record of a solve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torchdyn_mintime.numerics import (
     Hypersolver,
     IntegrationError,
     LearnedStepper,
+    OutsideTensors,
     Problem,
     Stepper,
     integrate,
@@ -26,6 +27,9 @@ from torchdyn_mintime.numerics import (
 )
 
 __all__ = ["SENSITIVITIES", "LastSolve", "Method", "interpolator_of"]
+
+P = TypeVar("P", bound=Problem)
+T = TypeVar("T")
 
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
 
@@ -94,7 +98,9 @@ class Method:
                 f"{self.backward_stepper.name[6:]!r}"
             )
 
-    def solve(self, bound: BoundField, x: Tensor, grid: Grid, checkpoint: bool) -> LastSolve:
+    def solve(
+        self, bound: BoundField, x: Tensor, grid: Grid, checkpoint: bool, sensitivity: str | None = None
+    ) -> LastSolve:
         """Solves along ``grid``, with the gradients that the node's sensitivity gives.
 
         Args:
@@ -102,12 +108,14 @@ class Method:
             x: initial state, ``[batch, ...]``.
             grid: the points.
             checkpoint: keep one state a step for backward, where the sensitivity is autograd.
+            sensitivity: another one than that of this method.
 
         Raises:
             IntegrationError: the solve failed.
             ValueError: the field cannot be evaluated again in backward, or does not accept ``x``.
         """
         node = bound.node
+        sensitivity = sensitivity or self.sensitivity
         learning = torch.is_grad_enabled()
         settings: dict[str, Any] = {
             "stepper": self.stepper,
@@ -115,9 +123,9 @@ class Method:
             "rtol": node.rtol,
             "interpolator": interpolator_of(node, self.stepper),
         }
-        checkpoint = learning and checkpoint and self.sensitivity == "autograd"
+        checkpoint = learning and checkpoint and sensitivity == "autograd"
         # An adjoint counts the running cost beside the state, with or without a gradient.
-        adjoint = self.sensitivity != "autograd" and (learning or node.integral_loss is not None)
+        adjoint = sensitivity != "autograd" and (learning or node.integral_loss is not None)
         cost = None
         try:
             if not (adjoint or checkpoint):
@@ -127,9 +135,14 @@ class Method:
                     self._check_repeats(bound, checkpoint)
                 problem = Problem(bound.function, node.vf, bound.parameters, restored=bound.in_backward, **settings)
                 if checkpoint:
-                    solution = solve_checkpointed(problem, x, grid)
+                    problem.outside = [p for p in node.solver.parameters() if p.requires_grad]
+                    solution = _naming_outside(bound, problem, lambda p: solve_checkpointed(p, x, grid))
                 else:
-                    solution, cost = solve_adjoint(self._adjoint(node, problem), x, grid)
+                    solution, cost = _naming_outside(
+                        bound, self._adjoint(node, problem), lambda p: solve_adjoint(p, x, grid)
+                    )
+                if learning:
+                    bound.remember_buffers()
         except IntegrationError:
             raise
         except RuntimeError as error:
@@ -146,10 +159,10 @@ class Method:
                 f"{', '.join(kinds)} in training mode within the field, under {under}: the "
                 f"backward solve would see another field than the forward one; use {instead}, or .eval() them"
             )
-        if checkpoint and any(p.requires_grad for p in bound.node.solver.parameters()):
+        if not checkpoint and any(p.requires_grad for p in bound.node.solver.parameters()):
             raise ValueError(
-                f"checkpoint=True gives the solver's own parameters ({self.stepper.name}) no gradient; freeze them, "
-                "or use checkpoint=False"
+                f"sensitivity={bound.node.sensitivity!r} gives the solver's own parameters ({self.stepper.name}) no "
+                "gradient; freeze them, or use sensitivity='autograd'"
             )
 
     def _adjoint(self, node: Any, problem: Problem) -> AdjointProblem:
@@ -175,6 +188,30 @@ def interpolator_of(node: Any, stepper: Stepper) -> Callable | None:
     if name is None or not stepper.adaptive or stepper.name == "tsit5":  # torchdyn has none for tsit5
         return None
     return str_to_interp(name, torch.float64) if isinstance(name, str) else name
+
+
+def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T:
+    """Returns ``solve(problem)``, once the problem names every tensor beside the parameters that needs a gradient.
+
+    They are those among ``args`` and attributes (embeddings, conditions), so that what lies behind them is passed once
+    in backward, and otherwise the leaves (a closure's parameters).
+    """
+    evaluations = bound.nfe
+    named = {id(p) for p in (*problem.parameters.values(), *problem.outside)}
+
+    def name(tensors: Iterable[Tensor]) -> bool:
+        new = list({id(t): t for t in tensors if id(t) not in named}.values())
+        named.update(map(id, new))
+        problem.outside = [*problem.outside, *new]
+        return bool(new)
+
+    while True:
+        try:
+            return solve(problem)
+        except OutsideTensors as found:
+            bound.nfe = evaluations  # the one that found them is no part of the solve
+            if not name(bound.tensors()):
+                name(found.tensors)
 
 
 def _explain(error: RuntimeError, bound: BoundField, x: Tensor, grid: Grid) -> None:

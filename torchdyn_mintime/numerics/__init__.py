@@ -5,7 +5,7 @@ from torchdyn_mintime.numerics.checkpoint import solve_checkpointed
 from torchdyn_mintime.numerics.grid import MAX_POINTS, cut, merge
 from torchdyn_mintime.numerics.integrate import Grid, IntegrationError, Solution, integrate
 from torchdyn_mintime.numerics.learned import LearnableSolver
-from torchdyn_mintime.numerics.problem import Problem, VectorField
+from torchdyn_mintime.numerics.problem import OutsideTensors, Problem, VectorField
 from torchdyn_mintime.numerics.steppers import (
     AsynchronousLeapfrog,
     Hypersolver,
@@ -24,6 +24,7 @@ __all__ = [
     "IntegrationError",
     "LearnableSolver",
     "LearnedStepper",
+    "OutsideTensors",
     "Problem",
     "RungeKutta",
     "Solution",
