@@ -249,7 +249,9 @@ class BoundField:
         self._roles = roles
         self.captured = [(m, name, getattr(m, name)) for m, name in roles.captured]
         # Statistics of batches would keep the NaN of a failed solve.
-        self._before = [(b, b.clone()) for m, name in roles.buffers if m.training and (b := m._buffers[name]) is not None]
+        self._before = [
+            (b, b.clone()) for m, name in roles.buffers if m.training and (b := m._buffers[name]) is not None
+        ]
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._count = _Count()
         self.function = self._build(takes_args)

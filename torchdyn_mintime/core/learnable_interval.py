@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.interval import SAME_TIME, Interval, check_span
@@ -171,7 +172,7 @@ class LearnableInterval(nn.Module):
         """
         t0: Tensor = self.t0
         t_f: Tensor = self.t_f
-        now = t0.item(), t_f.item()
+        now = _number(t0, "t0"), _number(t_f, "t_f")
         value = self._clipped(*now)
         if value != now:
             if self.training and isinstance(t_f, nn.Parameter):
@@ -220,7 +221,7 @@ class LearnableInterval(nn.Module):
                 )
             template = self.interval.template if span is None else span
             nodes, keep = merge(nodes, asked, step=template[1] - template[0])
-        start, end = (t if t.requires_grad and torch.is_grad_enabled() else None for t in (t0, t_f))
+        start, end = (t if _differentiated(t) else None for t in (t0, t_f))
         if descending:
             return Grid(nodes[::-1], end, start, None if keep is None else keep[::-1])
         return Grid(nodes, start, end, keep)
@@ -262,6 +263,22 @@ class LearnableInterval(nn.Module):
             for child in self.children():
                 child._apply(fn)
         return super()._apply(keep_precise, recurse=False)
+
+
+def _number(time: Tensor, name: str) -> float:
+    try:
+        return time.item()
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
+        ) from error
+
+
+def _differentiated(time: Tensor) -> bool:
+    """Returns whether a gradient of ``time`` is wanted, in reverse mode or in forward mode."""
+    return (time.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(time).tangent is not None
 
 
 def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:

@@ -1,5 +1,7 @@
 """How a node is solved: its steppers, its sensitivity (autograd, checkpoints or an adjoint), and the record of a solve."""
 
+import re
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,7 +11,7 @@ from torch import Tensor
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.core.field import BoundField
+from torchdyn_mintime.core.field import BoundField, kept
 from torchdyn_mintime.numerics import (
     AdjointProblem,
     AsynchronousLeapfrog,
@@ -43,7 +45,6 @@ class LastSolve:
         x: the initial state ``[batch, ...]``, with its graph.
         grid: the points asked for.
         steps: the times between which steps were taken (units of time).
-        states: ``[points, *x.shape]``, with their graph.
         running_cost: under an adjoint, the integral of ``node.integral_loss``, ``[batch]``; else None.
     """
 
@@ -51,8 +52,25 @@ class LastSolve:
     x: Tensor
     grid: Grid
     steps: list[float]
-    states: Tensor
-    running_cost: Tensor | None = None
+    running_cost: Tensor | None
+    _states: Callable[[], Tensor]
+    _end: Tensor | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """The states ``[points, *x.shape]``, with their graph.
+
+        Those of a forward without gradient are held as long as its caller holds them, and solved for again after that.
+
+        Raises:
+            RuntimeError: they would be solved for again, but the model or ``x`` has changed since.
+        """
+        return self._states()
+
+    @property
+    def end(self) -> Tensor:
+        """The last of ``states``, which is at hand without solving again."""
+        return self.states[-1] if self._end is None else self._end
 
     @property
     def reaches_end(self) -> bool:
@@ -146,9 +164,19 @@ class Method:
         except IntegrationError:
             raise
         except RuntimeError as error:
-            _explain(error, bound, x, grid)
+            if (adjoint or checkpoint) and re.search("setup_context|forward AD|forward mode", str(error)):
+                raise ValueError(
+                    "torch.func's transforms and forward mode pass a span with sensitivity='autograd' and without "
+                    f"checkpoints alone; this one has {sensitivity!r}, checkpoint={checkpoint}"
+                ) from error
+            _explain(error, x)
             raise
-        return LastSolve(bound, x, grid, solution.steps, solution.states, cost)
+        states = solution.states
+        if learning or bound.random_or_stateful():
+            return LastSolve(bound, x, grid, solution.steps, cost, lambda: states)
+        # A trajectory may be large, and most often nobody asks for it.
+        again = _OnRequest(bound, x, states, lambda: integrate(bound.function, x, grid, **settings).states)
+        return LastSolve(bound, x, grid, solution.steps, cost, again, states[-1].clone())
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
         """Raises where a second evaluation of the field would give something else, or leave a parameter out."""
@@ -180,6 +208,38 @@ class Method:
             running_cost=node.integral_loss,
             interpolated=interpolated,
         )
+
+
+class _OnRequest:
+    """The states of a solve without gradient: those that the caller holds, else ``solve()`` once more."""
+
+    def __init__(self, bound: BoundField, x: Tensor, states: Tensor, solve: Callable[[], Tensor]):
+        self._bound, self._x, self._solve = bound, x, solve
+        self._held = weakref.ref(states)
+        self._before = self._stamp()
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        """Returns what changes with the initial state, the parameters and the buffers."""
+        modules = self._bound.modules
+        tensors = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+        return [(id(t), 0 if t.is_inference() else t._version) for t in (self._x, *tensors)]
+
+    def __call__(self) -> Tensor:
+        states = self._held()
+        if states is not None:
+            return states
+        if self._stamp() != self._before:
+            raise RuntimeError(
+                "the states of the last forward, which was made without gradient, are gone, and the model or its input has "
+                "changed since; hold what the forward returns, or call the model again"
+            )
+        bound = self._bound
+        evaluations = bound.nfe
+        with torch.no_grad(), bound.alone, kept(bound.modules), bound.restored():
+            states = self._solve()
+        bound.nfe = evaluations
+        self._held = weakref.ref(states)
+        return states
 
 
 def interpolator_of(node: Any, stepper: Stepper) -> Callable | None:
@@ -214,13 +274,17 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
                 name(found.tensors)
 
 
-def _explain(error: RuntimeError, bound: BoundField, x: Tensor, grid: Grid) -> None:
-    """Raises a clearer error where the field does not accept the state at all."""
-    try:
-        with torch.no_grad(), bound.restored():
-            bound.function(x.new_tensor(grid.nodes[0]), x)
-    except RuntimeError as again:
-        if str(again) == str(error):
-            raise ValueError(
-                f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
-            ) from error
+def _explain(error: RuntimeError, x: Tensor) -> None:
+    """Raises a clearer error where the field does not accept the state, or cannot be evaluated without autograd."""
+    text = str(error)
+    if torch.is_inference_mode_enabled() and re.search("does not require grad|requires_grad|[Ii]nference", text):
+        raise ValueError(
+            "the vector field differentiates inside (a trace, an energy), which torch.inference_mode() forbids; use "
+            f"torch.no_grad() instead: {error}"
+        ) from error
+    if isinstance(error, torch.OutOfMemoryError) or re.search("same device|CUDA error|CUBLAS|CUDNN", text):
+        return  # such texts name sizes too
+    if re.search(r"shape|size|dimension|channels|mat1 and mat2|same dtype|scalar type|weight type", text):
+        raise ValueError(
+            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
+        ) from error

@@ -79,7 +79,9 @@ class _Checkpointed(torch.autograd.Function):
             else:  # the module holds others by now (functional_call): put those of the forward solve in their place
                 leaves = [p.detach().requires_grad_() for p in parameters]
                 named = {f"module.{n}": leaf for n, leaf in zip(names, leaves, strict=True)}
-                x, start, end, totals = torch.func.functional_call(replay, named, (started, grad_states, [*leaves, *outside]))
+                x, start, end, totals = torch.func.functional_call(
+                    replay, named, (started, grad_states, [*leaves, *outside])
+                )
         return (None, None, None, x, start, end, *totals)
 
 
