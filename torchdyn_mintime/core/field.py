@@ -157,6 +157,11 @@ class Field:
         """Returns a lock for the length of a solve, of fields whose modules keep something of it."""
         return self._lock if roles.shared else nullcontext()
 
+    def release(self) -> None:
+        """Detaches what solves have left on the modules, graphs of a bare node's solves too."""
+        roles = self._roles()
+        _detach([*roles.written, *roles.captured])
+
     def bind(self, x: Tensor, args: Mapping | None = None) -> "BoundField":
         """Returns the field bound to a solve from ``x``, a context manager for the length of that solve.
 
@@ -272,6 +277,7 @@ class BoundField:
         integral_loss = self.node.vf.integral_loss if self.node.vf.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
         captured = self.captured
+        held: list[tuple[nn.Module, str, Any]] = []
 
         if not timed and order == 1 and not captured:  # the most common field, and the shortest way to it
 
@@ -297,7 +303,7 @@ class BoundField:
             if (timed_modules or captured) and dx.grad_fn is not None:
                 # torch.utils.checkpoint evaluates parts of the field again in backward, which reads them off the modules.
                 now = [*captured, *((module, "t", t) for module in timed_modules)]
-                dx.grad_fn.register_prehook(partial(_put_in_backward, now))
+                dx.grad_fn.register_prehook(partial(_put_in_backward, now, held))
             return dx
 
         evaluate.timed = timed  # type: ignore[attr-defined]
@@ -405,11 +411,17 @@ def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
         setattr(module, name, value)
 
 
-def _put_in_backward(values: Sequence[tuple[nn.Module, str, Any]], _: Any) -> None:
+def _put_in_backward(values: Sequence[tuple[nn.Module, str, Any]], held: list, _: Any) -> None:
+    """Sets attributes for the part of a backward that follows; what was there before is held, and put back at its end."""
+    if not held:
+        held.extend((module, name, getattr(module, name)) for module, name, _ in values)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_put_back, held))
     _put(values)
-    if any(isinstance(value, Tensor) and value.requires_grad for _, _, value in values):
-        # Times keep a graph alive; they are let go of when this backward is over.
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_detach, [v[:2] for v in values]))
+
+
+def _put_back(held: list) -> None:
+    _put(held)
+    held.clear()
 
 
 def _detach(places: Iterable[tuple[nn.Module, str]]) -> None:

@@ -1,5 +1,6 @@
 r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) to (14) of the paper)."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -327,16 +328,31 @@ class LearnableSpan(LearnableInterval):
             raise
 
     def release(self) -> None:
-        """Lets go of graphs that torchdyn's modules keep: a non-leaf tensor can be neither copied nor pickled."""
+        """Lets go of graphs that torchdyn's modules keep of an evaluation."""
         self.node.vf_params = self.node.vf_params.detach()
-        for module in self.node.vf.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    setattr(module, name, value.detach())
+        self.field.release()
+
+    def _graphs(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Returns the attributes of the field's modules that hold a graph, such as a condition that was set there."""
+        found = [(m, name, value) for m in self.vf.modules() for name, value in vars(m).items()]
+        return [entry for entry in found if isinstance(entry[2], Tensor) and entry[2].grad_fn is not None]
 
     def __getstate__(self):
         self.release()
+        for module, name, value in self._graphs():  # what has a graph can be neither copied nor pickled
+            setattr(module, name, value.detach())
         return {**self.__dict__, "last": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LearnableSpan":
+        graphs = self._graphs()
+        made = memo[id(self)] = type(self).__new__(type(self))
+        try:
+            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        finally:
+            for module, name, value in graphs:  # the copy has none, this one goes on with them
+                setattr(module, name, value)
+        self.release()
+        return made
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

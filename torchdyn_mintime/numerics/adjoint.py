@@ -25,7 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import Grid, Path, Solution, integrate
-from torchdyn_mintime.numerics.problem import Problem, VectorField, Watched, autocast, autocast_state, check_same
+from torchdyn_mintime.numerics.problem import (
+    Problem,
+    VectorField,
+    Watched,
+    autocast,
+    autocast_state,
+    check_same,
+    cut_at,
+)
 from torchdyn_mintime.numerics.steppers import Stepper
 
 __all__ = ["AdjointProblem", "solve_adjoint", "with_running_cost"]
@@ -147,8 +155,9 @@ class _Adjoint(torch.autograd.Function):
             for n, p in zip(names, differentiated, strict=False)
             if own.get(n) is not p
         }
-        with problem.restored(), autocast(*ctx.autocast):
-            arguments = (x, first, states, grad_states, differentiated[len(names) :])
+        outside = differentiated[len(names) :]
+        with problem.restored(), autocast(*ctx.autocast), cut_at(outside):
+            arguments = (x, first, states, grad_states, outside)
             x, start, end, mu = torch.func.functional_call(solver, leaves, arguments)
         grads = [None if g is None else g.to(p.dtype) for g, p in zip(mu, differentiated, strict=True)]
         return (None, None, None, x, start, end, *grads)

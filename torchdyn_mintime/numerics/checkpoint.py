@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import Grid, Solution, _cast, _interpolate, _stage_times, integrate
-from torchdyn_mintime.numerics.problem import Problem, Watched, autocast, autocast_state, check_same
+from torchdyn_mintime.numerics.problem import Problem, Watched, autocast, autocast_state, check_same, cut_at
 
 __all__ = ["solve_checkpointed"]
 
@@ -73,7 +73,7 @@ class _Checkpointed(torch.autograd.Function):
         parameters, outside = differentiated[: len(names)], differentiated[len(names) :]
         replay = _Replay(problem, ctx.grid, ctx.steps)
         current = dict(problem.module.named_parameters())
-        with problem.restored(), autocast(*ctx.autocast):
+        with problem.restored(), autocast(*ctx.autocast), cut_at(outside):
             if all(current.get(n) is p for n, p in zip(names, parameters, strict=True)):
                 x, start, end, totals = replay(started, grad_states, differentiated)
             else:  # the module holds others by now (functional_call): put those of the forward solve in their place

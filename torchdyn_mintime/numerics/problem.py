@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,26 @@ def _leaves(output: Tensor, known: Sequence[Tensor]) -> Iterator[Tensor]:
         if hasattr(node, "variable"):
             yield node.variable
         nodes.extend(following for following, _ in node.next_functions)
+
+
+@contextmanager
+def cut_at(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Lets no gradient pass behind these tensors, so that each of them gets its partial derivative.
+
+    One may be made of another, as a scale of the condition that is used beside it. The backward that goes on after this
+    one passes from the first to the second; the total derivative would count that path twice.
+    """
+    handles = [t.grad_fn.register_prehook(partial(_stop, t.output_nr)) for t in tensors if t.grad_fn is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stop(place: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    # Before a node runs, and after its incoming gradient is taken where it was asked for.
+    return tuple(torch.zeros_like(g) if i == place and g is not None else g for i, g in enumerate(grads))
 
 
 def check_same(again: Tensor, first: Tensor, scale: Tensor | None = None) -> None:
