@@ -58,6 +58,18 @@ def test_the_trajectory_of_a_forward_without_gradient_is_not_kept(solver, sensit
         assert (span.nfe, span.vf.nfe) == counts
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
+@pytest.mark.parametrize("learning", [False, True])
+def test_a_forward_evaluates_the_field_as_often_as_it_says(solver, sensitivity, learning):
+    calls, field = [], nn.Linear(2, 2)
+    field.register_forward_hook(lambda *_: calls.append(1))
+    span = span_of(field, solver, sensitivity=sensitivity)
+    with torch.set_grad_enabled(learning):
+        span(state())
+    assert len(calls) == span.nfe > 0
+
+
 @pytest.mark.parametrize("change", ["parameter", "input", "functional call"])
 def test_states_that_are_gone_are_not_solved_for_with_another_model(change):
     span, x = span_of(), state()

@@ -260,7 +260,7 @@ class BoundField:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._count = _Count()
         self.function = self._build(takes_args)
-        self._remember()
+        self._attributes: list[Any] | None = None  # until the solve has ended, all is as it was
 
     @property
     def nfe(self) -> int:
@@ -344,7 +344,7 @@ class BoundField:
         remembered its buffers. Counts and caches that an evaluation itself writes stay as they come out.
         """
         held = [(module, "t", module.t) for module in self._roles.timed]
-        then = zip(self._roles.attributes, self._attributes, strict=True)
+        then = () if self._attributes is None else zip(self._roles.attributes, self._attributes, strict=True)
         changed = [(m, name, vars(m).get(name, _ABSENT), v) for (m, name), v in then]
         changed = [entry for entry in changed if entry[2] is not entry[3]]
         for module, name, _, value in changed:

@@ -54,6 +54,7 @@ class LastSolve:
     steps: list[float]
     running_cost: Tensor | None
     _states: Callable[[], Tensor]
+    _again: Callable[[], Tensor] | None = None
     _end: Tensor | None = None
 
     @property
@@ -66,6 +67,15 @@ class LastSolve:
             RuntimeError: they would be solved for again, but the model or ``x`` has changed since.
         """
         return self._states()
+
+    def light(self) -> "LastSolve":
+        """Returns the record to keep: of a forward without gradient, that which holds the last of the states alone."""
+        if self._again is None:
+            return self
+        # A trajectory may be large, and most often nobody asks for it.
+        on_request = _OnRequest(self.bound, self.x, self.states, self._again)
+        end = self.states[-1].clone()
+        return LastSolve(self.bound, self.x, self.grid, self.steps, self.running_cost, on_request, None, end)
 
     @property
     def end(self) -> Tensor:
@@ -172,11 +182,9 @@ class Method:
             _explain(error, x)
             raise
         states = solution.states
-        if learning or bound.random_or_stateful():
-            return LastSolve(bound, x, grid, solution.steps, cost, lambda: states)
-        # A trajectory may be large, and most often nobody asks for it.
-        again = _OnRequest(bound, x, states, lambda: integrate(bound.function, x, grid, **settings).states)
-        return LastSolve(bound, x, grid, solution.steps, cost, again, states[-1].clone())
+        repeats = not (learning or bound.random_or_stateful())
+        again = (lambda: integrate(bound.function, x, grid, **settings).states) if repeats else None
+        return LastSolve(bound, x, grid, solution.steps, cost, lambda: states, again)
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
         """Raises where a second evaluation of the field would give something else, or leave a parameter out."""

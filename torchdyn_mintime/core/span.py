@@ -192,7 +192,7 @@ class LearnableSpan(LearnableInterval):
                 self.interval = replace(self.interval, settled=True)
             else:
                 self._put_back(*before)  # a look in eval mode does not decide what is to be learned
-        self.last = last
+        self.last = last.light()
         if (
             self._steps_seen is not None
             and self.training
