@@ -149,13 +149,6 @@ def test_checkpoint_refuses_what_would_give_a_wrong_gradient():
         span(x)
     span.eval()(x)[1].sum().backward()
 
-    weight = torch.randn(2, 2, requires_grad=True)
-    stranger = tm.LearnableSpan(NeuralODE(lambda t, x: x @ weight, solver="rk4"), checkpoint=True)
-    with pytest.raises(ValueError, match=r"\(2, 2\).*not a parameter"):
-        stranger(x)
-    with torch.no_grad():
-        stranger(x)
-
     with pytest.raises(ValueError, match="autograd"):
         tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4", sensitivity="adjoint"), checkpoint=True)
 
@@ -309,7 +302,8 @@ def test_every_part_of_the_bench_runs(tmp_path, small_bench, part, names):
     assert (results["ratio"] > 0).all() and (results["milliseconds"] > 0).all()
     if part == "memory":
         held = results.set_index("contestant")["mebibytes"]
-        assert held["adjoint"] < held["checkpoint=True"] < held["autograd"]
+        # Where all points are returned, both keep these, and the adjoint one derivative more.
+        assert max(held["adjoint"], held["checkpoint=True"]) < held["autograd"] / 2
     if part == "linearity":  # NeuralODE's checks grow quadratically: it is left out where they would take minutes
         cases_of_node = set(results[results["contestant"] == "NeuralODE"]["case"])
         assert cases_of_node == {"10", "30", "100", "300", "1000"}

@@ -10,6 +10,7 @@ state is torchdyn's own, ``[batch, 1 + dim]`` with l in the first column, so tha
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -219,6 +220,7 @@ class FlowModel(pl.LightningModule):
         _check_field(self.flow, dim)
         self.base: Any = base
         self.dim, self.lr, self.span_lr = dim, lr, span_lr
+        self._said_ignored = False
 
     # ------------------------------------------------------------------------------------------ the two directions
 
@@ -341,6 +343,13 @@ class FlowModel(pl.LightningModule):
 
     def _step(self, batch: Any, name: str) -> Tensor:
         x = batch[0] if isinstance(batch, tuple | list) else batch
+        if isinstance(batch, tuple | list) and len(batch) > 1 and not self._said_ignored:
+            self._said_ignored = True
+            warnings.warn(
+                f"FlowModel learns p(x) and uses the first entry of a batch alone: the labels are ignored (the batch has "
+                f"{len(batch)} entries). For p(x | label) override training_step and set the label on the vector field",
+                stacklevel=3,
+            )
         loss = self.nll(x)
         self.log(name, loss.detach(), prog_bar=True, batch_size=len(x))
         return loss

@@ -190,6 +190,7 @@ def annuli(seed=0):
     x = torch.stack([radius * angle.cos(), radius * angle.sin(), 0 * radius], 1)
     net = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 3))
     span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 11))
+    span.t_f.requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
     for _ in range(120):
         optimizer.zero_grad()
@@ -197,6 +198,7 @@ def annuli(seed=0):
         loss.backward()
         optimizer.step()
     assert loss < 1e-2
+    span.t_f.requires_grad_(True)
     span.step_size = 0.01
     return span.eval(), x, y
 

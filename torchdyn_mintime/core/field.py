@@ -5,9 +5,12 @@ want the time, the control or the noise are found, the field becomes a plain fun
 (Hutchinson's noise, the data control) is kept with it, so that its backward and every secondary solve see the same.
 """
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,15 +39,24 @@ def kept(modules: Sequence[nn.Module]) -> Iterator[None]:
         held = [name for name in names if hasattr(module, name) and not isinstance(getattr(kind, name, None), property)]
         attributes += [(module, name, getattr(module, name)) for name in held]
     # Clones stand in for the buffers, since a buffer that is written in place may be part of a graph that is alive.
-    buffers = [(m, name, b) for m in modules if m.training for name, b in m.named_buffers(recurse=False)]
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer.clone()
+    with _standing_in([(m, name, b.clone()) for m in modules for name, b in m.named_buffers(recurse=False)]):
+        try:
+            yield
+        finally:
+            for module, name, value in attributes:
+                setattr(module, name, value)
+
+
+@contextmanager
+def _standing_in(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Puts tensors in the places of buffers, (module, name, tensor), and the buffers back afterwards."""
+    held = [(module, name, module._buffers[name]) for module, name, _ in buffers]
+    for module, name, value in buffers:
+        module._buffers[name] = value
     try:
         yield
     finally:
-        for module, name, value in attributes:
-            setattr(module, name, value)
-        for module, name, buffer in buffers:
+        for module, name, buffer in held:
             module._buffers[name] = buffer
 
 
@@ -84,6 +96,12 @@ def _walk(module: nn.Module, seen: dict[nn.Module, int]) -> dict[nn.Module, int]
     return seen
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes in which torch keeps parameters, children and hooks."""
+
+_ABSENT = object()
+
+
 class _Roles:
     """Which of a field's modules want what. Looking for it is most of the cost of a call, so it is kept."""
 
@@ -96,7 +114,21 @@ class _Roles:
         self.written = [(m, "t") for m in self.timed]
         self.written += [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
         self.captured = [(m, name) for m in modules for name in ("_control", "noise") if hasattr(m, name)]
-        self.batchnorms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [(m, name) for m in modules for name, b in m._buffers.items() if b is not None]
+        # What a user may set on the field between two forwards: flags, labels, conditions. Times and Galerkin weights are
+        # written at every evaluation; a count goes on in backward.
+        of_evaluations = {(id(m), name) for m, name in self.written} | {(id(m), "nfe") for m in modules}
+        self.attributes = [
+            (m, name)
+            for m in modules
+            for name in vars(m)
+            if name not in _OF_EVERY_MODULE and (id(m), name) not in of_evaluations
+        ]
+
+    @property
+    def shared(self) -> bool:
+        """Whether solves keep something of their own on the modules, so that two cannot run at once."""
+        return bool(self.traces or self.captured or self.written)
 
 
 class Field:
@@ -106,6 +138,7 @@ class Field:
         self.node: Any = node  # torchdyn's attributes have no types
         self._known: tuple[Any, bool] | None = None
         self._kept_roles: _Roles | None = None
+        self._lock = threading.RLock()
 
     def _roles(self) -> _Roles:
         """Finds the roles, anew where a module was added, removed or replaced, or has gained or lost an attribute."""
@@ -115,7 +148,19 @@ class Field:
         return self._kept_roles
 
     def __getstate__(self):
-        return {**self.__dict__, "_known": None, "_kept_roles": None}
+        return {"node": self.node}
+
+    def __setstate__(self, state):
+        self.__init__(state["node"])  # type: ignore[misc]
+
+    def _alone(self, roles: _Roles) -> AbstractContextManager:
+        """Returns a lock for the length of a solve, of fields whose modules keep something of it."""
+        return self._lock if roles.shared else nullcontext()
+
+    def release(self) -> None:
+        """Detaches what solves have left on the modules, graphs of a bare node's solves too."""
+        roles = self._roles()
+        _detach([*roles.written, *roles.captured])
 
     def bind(self, x: Tensor, args: Mapping | None = None) -> "BoundField":
         """Returns the field bound to a solve from ``x``, a context manager for the length of that solve.
@@ -134,22 +179,25 @@ class Field:
         _check_state(x, node)
         if args is not None and not isinstance(args, Mapping):
             raise TypeError(f"args must be a mapping, which the field gets as its `args`; got {type(args).__name__}")
-        if roles.traces or roles.controlled:
-            excess = cost_columns(node)
-            for module in roles.modules:
-                if module in roles.traces:
-                    if module.noise_dist is not None:
-                        module.noise = module.noise_dist.sample((x.shape[0],)).to(x)
-                    excess += 1
-                if module in roles.controlled:
-                    node.controlled = True
-                    module._control = x[:, excess:].detach()
         takes_args = self._calls_with_args()
         if args and not takes_args:
             raise ValueError(
                 f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward"
             )
-        return BoundField(node, roles, takes_args, args or {})
+        alone = self._alone(roles)
+        with alone:
+            if roles.traces or roles.controlled:
+                excess = cost_columns(node)
+                for module in roles.modules:
+                    if module in roles.traces:
+                        if module.noise_dist is not None:
+                            module.noise = module.noise_dist.sample((x.shape[0],)).to(x)
+                        excess += 1
+                    if module in roles.controlled:
+                        node.controlled = True
+                        module._control = x[:, excess:].detach()
+            # A copy: the caller may put other entries into the same mapping before the backward of this solve.
+            return BoundField(node, roles, takes_args, copy.copy(args) if args else {}, alone)
 
     @contextmanager
     def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
@@ -159,7 +207,7 @@ class Field:
         batch statistics and counters are as before, so that the solve's own backward is not touched (U19).
         """
         modules, controlled = list(self.node.vf.modules()), self.node.controlled
-        with kept(modules):
+        with self._alone(self._roles()), kept(modules):
             for module in modules:
                 noise = getattr(module, "noise", None)
                 if hasattr(module, "trace_estimator") and noise is not None and noise.shape[0] == x.shape[0]:
@@ -177,45 +225,71 @@ class Field:
         return self._known[1]
 
 
+class _Count:
+    """How often a field was evaluated. Apart from the BoundField, which would else be in a reference cycle."""
+
+    __slots__ = ("nfe",)
+
+    def __init__(self) -> None:
+        self.nfe = 0
+
+
 class BoundField:
     """``node.vf`` for one solve; see :meth:`Field.bind`.
 
     Attributes:
         node: the NeuralODE.
         modules: all modules of the field.
+        args: the extra arguments of the field.
         captured: (module, name, value) of what the solve drew: data control and noise.
         function: (t, z) -> dz/dt. ``function.timed`` is False where t is ignored (it may then be None).
-        nfe: how often it was evaluated.
+        alone: a lock that keeps solves of other threads away, where the field's modules keep something of a solve.
     """
 
-    def __init__(self, node: Any, roles: _Roles, takes_args: bool, args: Mapping):
+    def __init__(self, node: Any, roles: _Roles, takes_args: bool, args: Mapping, alone: AbstractContextManager):
         self.node = node
+        self.args = args
+        self.alone = alone
         self.modules = roles.modules
-        self._timed_modules = roles.timed
-        self._written = roles.written
+        self._roles = roles
         self.captured = [(m, name, getattr(m, name)) for m, name in roles.captured]
-        # Batch statistics would keep the NaN of a failed solve.
-        self._statistics = [(b, b.clone()) for m in roles.batchnorms if m.training for b in m.buffers(recurse=False)]
-        self.nfe = 0
-        self.function = self._build(takes_args, args)
+        # Statistics of batches would keep the NaN of a failed solve.
+        self._before = [
+            (b, b.clone()) for m, name in roles.buffers if m.training and (b := m._buffers[name]) is not None
+        ]
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._count = _Count()
+        self.function = self._build(takes_args)
+        self._attributes: list[Any] | None = None  # until the solve has ended, all is as it was
 
-    def _build(self, takes_args: bool, args: Mapping) -> Callable[[Any, Tensor], Tensor]:
-        own, own_timed, kwargs = self._core(takes_args, args)
-        timed_modules, order = self._timed_modules, self.node.order
+    @property
+    def nfe(self) -> int:
+        """How often the field was evaluated."""
+        return self._count.nfe
+
+    @nfe.setter
+    def nfe(self, value: int) -> None:
+        self._count.nfe = value
+
+    def _build(self, takes_args: bool) -> Callable[[Any, Tensor], Tensor]:
+        own, own_timed, kwargs = self._core(takes_args, self.args)
+        timed_modules, order, count = self._roles.timed, self.node.order, self._count
         integral_loss = self.node.vf.integral_loss if self.node.vf.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
+        captured = self.captured
+        held: list[tuple[nn.Module, str, Any]] = []
 
-        if not timed and order == 1:  # the most common field, and the shortest way to it
+        if not timed and order == 1 and not captured:  # the most common field, and the shortest way to it
 
             def evaluate_state(t, x):
-                self.nfe += 1
+                count.nfe += 1
                 return own(t, x)
 
             evaluate_state.timed = False  # type: ignore[attr-defined]
             return evaluate_state
 
         def evaluate(t, x):
-            self.nfe += 1
+            count.nfe += 1
             for module in timed_modules:
                 module.t = t
             if integral_loss is not None:
@@ -226,6 +300,10 @@ class BoundField:
             if integral_loss is not None:
                 cost = integral_loss(t, x)
                 dx = torch.cat([cost[:, None] if cost.dim() == 1 else cost, dx], 1)
+            if (timed_modules or captured) and dx.grad_fn is not None:
+                # torch.utils.checkpoint evaluates parts of the field again in backward, which reads them off the modules.
+                now = [*captured, *((module, "t", t) for module in timed_modules)]
+                dx.grad_fn.register_prehook(partial(_put_in_backward, now, held))
             return dx
 
         evaluate.timed = timed  # type: ignore[attr-defined]
@@ -248,55 +326,129 @@ class BoundField:
         """The parameters that require a gradient, by their names in ``node.vf``."""
         return {name: p for name, p in self.node.vf.named_parameters() if p.requires_grad}
 
+    def _remember(self) -> None:
+        """Remembers what is set on the field's modules."""
+        self._attributes = [vars(module).get(name, _ABSENT) for module, name in self._roles.attributes]
+
+    def remember_buffers(self) -> None:
+        """Remembers the buffers as they are now, for a backward that evaluates the field again."""
+        found = [(m, name, b) for m, name in self._roles.buffers if (b := m._buffers.get(name)) is not None]
+        # One with a graph is no state of the module, but a tensor that the gradient goes to.
+        self._buffers = [(m, name, b if b.requires_grad else b.clone()) for m, name, b in found]
+
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Puts back what the solve drew, whatever was solved since; afterwards all is as it was before."""
-        held = [(m, name, getattr(m, name)) for m, name, _ in self.captured]
-        held += [(m, "t", m.t) for m in self._timed_modules]
-        for module, name, value in self.captured:
-            setattr(module, name, value)
+        """Puts back what the solve drew and what was set on the field then; afterwards all is as it was before.
+
+        Flags (``training``), labels, conditions and other attributes of the field's modules, and where they were
+        remembered its buffers. Counts and caches that an evaluation itself writes stay as they come out.
+        """
+        held = [(module, "t", module.t) for module in self._roles.timed]
+        then = () if self._attributes is None else zip(self._roles.attributes, self._attributes, strict=True)
+        changed = [(m, name, vars(m).get(name, _ABSENT), v) for (m, name), v in then]
+        changed = [entry for entry in changed if entry[2] is not entry[3]]
+        for module, name, _, value in changed:
+            _set(module, name, value)
         try:
-            yield
+            with _standing_in([(m, name, b if b.requires_grad else b.clone()) for m, name, b in self._buffers]):
+                yield
         finally:
+            for module, name, value, _ in changed:
+                _set(module, name, value)
             for module, name, value in held:
                 setattr(module, name, value)
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
-        """Puts back what the solve drew, for its backward, and lets go of the graphs that are left on modules."""
+        """Puts back what the solve saw, for its backward, and lets go of the graphs that are left on modules."""
         with self.restored():
             yield
         self.release()
 
     def __enter__(self) -> "BoundField":
+        self.alone.__enter__()
+        _put(self.captured)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.undo()
-            return
-        # A backward is no part of the solve, and counts here alone.
-        vf = self.node.vf
-        vf.nfe += self.nfe
-        if isinstance(vf.vf, DEFuncBase) and not _has_hooks(vf.vf):
-            vf.vf.nfe += self.nfe
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        try:
+            if kind is not None:
+                self.undo()
+                return
+            # A backward is no part of the solve, and counts here alone.
+            vf = self.node.vf
+            vf.nfe += self.nfe
+            if isinstance(vf.vf, DEFuncBase) and not _has_hooks(vf.vf):
+                vf.vf.nfe += self.nfe
+            self.release()
+            self._remember()  # with what the field has set by itself in its first evaluation
+        finally:
+            self.alone.__exit__(kind, *error)
 
     def release(self) -> None:
         """Detaches the times and Galerkin weights that torchdyn keeps on its modules, which hold a graph alive."""
-        for module, name in self._written:
-            if isinstance(value := getattr(module, name), Tensor):
-                setattr(module, name, value.detach())
+        _detach(self._roles.written)
 
     def undo(self) -> None:
-        """Puts batch statistics back, as before a solve that failed."""
+        """Puts buffers such as batch statistics back, as before a solve that failed."""
         # Past autograd's version count, as batch norm itself writes them: a graph that is alive holds these buffers too.
-        for buffer, value in self._statistics:
+        for buffer, value in self._before:
             buffer.data.copy_(value)
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the tensors that require a gradient among the field's ``args`` and its modules' attributes and buffers."""
+        values = [vars(module).get(name) for module, name in self._roles.attributes]
+        buffers = [module._buffers.get(name) for module, name in self._roles.buffers]
+        return list(_with_gradient([self.args, *values, *buffers]))
 
     def random_or_stateful(self) -> list[str]:
         """Returns the kinds of modules in training mode whose evaluations do not repeat."""
         return sorted({type(m).__name__ for m in self.modules if isinstance(m, STATEFUL) and m.training})
+
+
+def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    for module, name, value in values:
+        setattr(module, name, value)
+
+
+def _put_in_backward(values: Sequence[tuple[nn.Module, str, Any]], held: list, _: Any) -> None:
+    """Sets attributes for the part of a backward that follows; what was there before is held, and put back at its end."""
+    if not held:
+        held.extend((module, name, getattr(module, name)) for module, name, _ in values)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_put_back, held))
+    _put(values)
+
+
+def _put_back(held: list) -> None:
+    _put(held)
+    held.clear()
+
+
+def _detach(places: Iterable[tuple[nn.Module, str]]) -> None:
+    for module, name in places:
+        if isinstance(value := getattr(module, name), Tensor):
+            setattr(module, name, value.detach())
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Sets a plain attribute, or removes one that was absent."""
+    if value is _ABSENT:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value
+
+
+def _with_gradient(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors that require a gradient in a value: itself, or what its lists, tuples and mappings hold."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _with_gradient(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _with_gradient(entry)
 
 
 def _without_time(function: Callable) -> Callable[[Any, Tensor], Tensor]:

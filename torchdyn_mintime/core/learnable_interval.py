@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.interval import Interval, check_span, resolution
@@ -245,7 +246,7 @@ class LearnableInterval(nn.Module):
         """
         t0: Tensor = self.t0
         t_f: Tensor = self.t_f
-        now = t0.item(), t_f.item()
+        now = _number(t0, "t0"), _number(t_f, "t_f")
         value = self._clipped(interval or self.interval, *now) if ends is None else ends
         if value != now:
             if ends is None and self.training and isinstance(t_f, nn.Parameter):
@@ -315,9 +316,8 @@ class LearnableInterval(nn.Module):
             self._warn_of_a_cut(span, nodes, interval)
         if interval.one_step:
             nodes = [nodes[0], nodes[-1]]
-        learning = torch.is_grad_enabled()
-        start = start if learning and start is not None and start.requires_grad else None
-        end = end if learning and end is not None and end.requires_grad else None
+        start = start if start is not None and _differentiated(start) else None
+        end = end if end is not None and _differentiated(end) else None
         keep = rows = None
         if asked:
             if not all(nodes[0] - rounding <= t <= nodes[-1] + rounding for t in asked):
@@ -390,6 +390,22 @@ class LearnableInterval(nn.Module):
             for child in self.children():
                 child._apply(fn)
         return super()._apply(keep_precise, recurse=False)
+
+
+def _number(time: Tensor, name: str) -> float:
+    try:
+        return time.item()
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
+        ) from error
+
+
+def _differentiated(time: Tensor) -> bool:
+    """Returns whether a gradient of ``time`` is wanted, in reverse mode or in forward mode."""
+    return (time.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(time).tangent is not None
 
 
 def _as_numbers(save_at: Iterable[float] | Tensor) -> list[float]:

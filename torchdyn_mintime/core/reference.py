@@ -42,7 +42,7 @@ TOLERANCE = 1e-7
 def end_by_steps(span: LearnableSpan) -> Tensor:
     """Returns the state at the end of the last forward, without alf's velocity."""
     last = last_solve(span)
-    state = last.states[-1]
+    state = last.end
     if not last.reaches_end:
         with untraced(last.bound):
             state = integrate(last.bound.function, last.x, Grid(last.steps), span.stepper, adapt=False).states[-1]

@@ -1,15 +1,17 @@
 """How a node is solved: its steppers, its sensitivity (autograd, checkpoints or an adjoint), and the record of a solve."""
 
-from collections.abc import Callable
+import re
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.core.field import BoundField
+from torchdyn_mintime.core.field import BoundField, kept
 from torchdyn_mintime.numerics import (
     AdjointProblem,
     AsynchronousLeapfrog,
@@ -17,7 +19,9 @@ from torchdyn_mintime.numerics import (
     Hypersolver,
     IntegrationError,
     LearnedStepper,
+    OutsideTensors,
     Problem,
+    Solution,
     Stepper,
     evaluating_in,
     in_half_precision,
@@ -29,6 +33,9 @@ from torchdyn_mintime.numerics import (
 )
 
 __all__ = ["SENSITIVITIES", "LastSolve", "Method", "interpolator_of"]
+
+P = TypeVar("P", bound=Problem)
+T = TypeVar("T")
 
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
 
@@ -42,7 +49,6 @@ class LastSolve:
         x: the initial state ``[batch, ...]``, with its graph.
         grid: the points asked for.
         steps: the times between which steps were taken (units of time).
-        states: ``[points, *x.shape]``, with their graph.
         running_cost: under an adjoint, the integral of ``node.integral_loss``, ``[batch]``; else None.
     """
 
@@ -50,8 +56,35 @@ class LastSolve:
     x: Tensor
     grid: Grid
     steps: list[float]
-    states: Tensor
-    running_cost: Tensor | None = None
+    running_cost: Tensor | None
+    _states: Callable[[], Tensor]
+    _again: Callable[[], Tensor] | None = None
+    _end: Tensor | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """The states ``[points, *x.shape]``, with their graph.
+
+        Those of a forward without gradient are held as long as its caller holds them, and solved for again after that.
+
+        Raises:
+            RuntimeError: they would be solved for again, but the model or ``x`` has changed since.
+        """
+        return self._states()
+
+    def light(self) -> "LastSolve":
+        """Returns the record to keep: of a forward without gradient, that which holds the last of the states alone."""
+        if self._again is None:
+            return self
+        # A trajectory may be large, and most often nobody asks for it.
+        on_request = _OnRequest(self.bound, self.x, self.states, self._again)
+        end = self.states[-1].clone()
+        return LastSolve(self.bound, self.x, self.grid, self.steps, self.running_cost, on_request, None, end)
+
+    @property
+    def end(self) -> Tensor:
+        """The last of ``states``, which is at hand without solving again."""
+        return self.states[-1] if self._end is None else self._end
 
     @property
     def reaches_end(self) -> bool:
@@ -97,7 +130,9 @@ class Method:
                 f"{self.backward_stepper.name[6:]!r}"
             )
 
-    def solve(self, bound: BoundField, x: Tensor, grid: Grid, checkpoint: bool) -> LastSolve:
+    def solve(
+        self, bound: BoundField, x: Tensor, grid: Grid, checkpoint: bool, sensitivity: str | None = None
+    ) -> LastSolve:
         """Solves along ``grid``, with the gradients that the node's sensitivity gives.
 
         Args:
@@ -105,12 +140,14 @@ class Method:
             x: initial state, ``[batch, ...]``.
             grid: the points.
             checkpoint: keep one state a step for backward, where the sensitivity is autograd.
+            sensitivity: another one than that of this method.
 
         Raises:
             IntegrationError: the solve failed.
             ValueError: the field cannot be evaluated again in backward, or does not accept ``x``.
         """
         node = bound.node
+        sensitivity = sensitivity or self.sensitivity
         learning = torch.is_grad_enabled()
         settings: dict[str, Any] = {
             "stepper": self.stepper,
@@ -118,9 +155,9 @@ class Method:
             "rtol": node.rtol,
             "interpolator": interpolator_of(node, self.stepper),
         }
-        checkpoint = learning and checkpoint and self.sensitivity == "autograd"
+        checkpoint = learning and checkpoint and sensitivity == "autograd"
         # An adjoint counts the running cost beside the state, with or without a gradient.
-        adjoint = self.sensitivity != "autograd" and (learning or node.integral_loss is not None)
+        adjoint = sensitivity != "autograd" and (learning or node.integral_loss is not None)
         cost = None
         f, start, running_cost = bound.function, x, node.integral_loss
         if half := in_half_precision(x, self.stepper):
@@ -134,17 +171,32 @@ class Method:
                     self._check_repeats(bound, checkpoint)
                 problem = Problem(f, node.vf, bound.parameters, restored=bound.in_backward, **settings)
                 if checkpoint:
-                    solution = solve_checkpointed(problem, start, grid)
+                    problem.outside = [p for p in node.solver.parameters() if p.requires_grad]
+                    solution = _naming_outside(bound, problem, lambda p: solve_checkpointed(p, start, grid))
                 else:
-                    solution, cost = solve_adjoint(self._adjoint(node, problem, running_cost), start, grid)
+                    solution, cost = _naming_outside(
+                        bound, self._adjoint(node, problem, running_cost), lambda p: solve_adjoint(p, start, grid)
+                    )
+                if learning:
+                    bound.remember_buffers()
         except IntegrationError:
             raise
         except RuntimeError as error:
-            _explain(error, bound, x, grid)
+            if (adjoint or checkpoint) and re.search("setup_context|forward AD|forward mode", str(error)):
+                raise ValueError(
+                    "torch.func's transforms and forward mode pass a span with sensitivity='autograd' and without "
+                    f"checkpoints alone; this one has {sensitivity!r}, checkpoint={checkpoint}"
+                ) from error
+            _explain(error, x)
             raise
-        if half:
-            solution = rounded(solution, x.dtype, grid, self.stepper)
-        return LastSolve(bound, x, grid, solution.steps, solution.states, cost)
+
+        def finished(found: Solution) -> Tensor:
+            return rounded(found, x.dtype, grid, self.stepper).states if half else found.states
+
+        states = finished(solution)
+        repeats = not (learning or bound.random_or_stateful())
+        again = (lambda: finished(integrate(f, start, grid, **settings))) if repeats else None
+        return LastSolve(bound, x, grid, solution.steps, cost, lambda: states, again)
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
         """Raises where a second evaluation of the field would give something else, or leave a parameter out."""
@@ -155,10 +207,10 @@ class Method:
                 f"{', '.join(kinds)} in training mode within the field, under {under}: the "
                 f"backward solve would see another field than the forward one; use {instead}, or .eval() them"
             )
-        if checkpoint and any(p.requires_grad for p in bound.node.solver.parameters()):
+        if not checkpoint and any(p.requires_grad for p in bound.node.solver.parameters()):
             raise ValueError(
-                f"checkpoint=True gives the solver's own parameters ({self.stepper.name}) no gradient; freeze them, "
-                "or use checkpoint=False"
+                f"sensitivity={bound.node.sensitivity!r} gives the solver's own parameters ({self.stepper.name}) no "
+                "gradient; freeze them, or use sensitivity='autograd'"
             )
 
     def _adjoint(self, node: Any, problem: Problem, running_cost: Callable | None) -> AdjointProblem:
@@ -178,6 +230,38 @@ class Method:
         )
 
 
+class _OnRequest:
+    """The states of a solve without gradient: those that the caller holds, else ``solve()`` once more."""
+
+    def __init__(self, bound: BoundField, x: Tensor, states: Tensor, solve: Callable[[], Tensor]):
+        self._bound, self._x, self._solve = bound, x, solve
+        self._held = weakref.ref(states)
+        self._before = self._stamp()
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        """Returns what changes with the initial state, the parameters and the buffers."""
+        modules = self._bound.modules
+        tensors = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+        return [(id(t), 0 if t.is_inference() else t._version) for t in (self._x, *tensors)]
+
+    def __call__(self) -> Tensor:
+        states = self._held()
+        if states is not None:
+            return states
+        if self._stamp() != self._before:
+            raise RuntimeError(
+                "the states of the last forward, which was made without gradient, are gone, and the model or its input has "
+                "changed since; hold what the forward returns, or call the model again"
+            )
+        bound = self._bound
+        evaluations = bound.nfe
+        with torch.no_grad(), bound.alone, kept(bound.modules), bound.restored():
+            states = self._solve()
+        bound.nfe = evaluations
+        self._held = weakref.ref(states)
+        return states
+
+
 def interpolator_of(node: Any, stepper: Stepper) -> Callable | None:
     """Returns what gives the points between two ends without landing on them; None where the solver lands on each."""
     name = node.interpolator
@@ -186,13 +270,41 @@ def interpolator_of(node: Any, stepper: Stepper) -> Callable | None:
     return str_to_interp(name, torch.float64) if isinstance(name, str) else name
 
 
-def _explain(error: RuntimeError, bound: BoundField, x: Tensor, grid: Grid) -> None:
-    """Raises a clearer error where the field does not accept the state at all."""
-    try:
-        with torch.no_grad(), bound.restored():
-            bound.function(x.new_tensor(grid.nodes[0]), x)
-    except RuntimeError as again:
-        if str(again) == str(error):
-            raise ValueError(
-                f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
-            ) from error
+def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T:
+    """Returns ``solve(problem)``, once the problem names every tensor beside the parameters that needs a gradient.
+
+    They are those among ``args`` and attributes (embeddings, conditions), so that what lies behind them is passed once
+    in backward, and otherwise the leaves (a closure's parameters).
+    """
+    evaluations = bound.nfe
+    named = {id(p) for p in (*problem.parameters.values(), *problem.outside)}
+
+    def name(tensors: Iterable[Tensor]) -> bool:
+        new = list({id(t): t for t in tensors if id(t) not in named}.values())
+        named.update(map(id, new))
+        problem.outside = [*problem.outside, *new]
+        return bool(new)
+
+    while True:
+        try:
+            return solve(problem)
+        except OutsideTensors as found:
+            bound.nfe = evaluations  # the one that found them is no part of the solve
+            if not name(bound.tensors()):
+                name(found.tensors)
+
+
+def _explain(error: RuntimeError, x: Tensor) -> None:
+    """Raises a clearer error where the field does not accept the state, or cannot be evaluated without autograd."""
+    text = str(error)
+    if torch.is_inference_mode_enabled() and re.search("does not require grad|requires_grad|[Ii]nference", text):
+        raise ValueError(
+            "the vector field differentiates inside (a trace, an energy), which torch.inference_mode() forbids; use "
+            f"torch.no_grad() instead: {error}"
+        ) from error
+    if isinstance(error, torch.OutOfMemoryError) or re.search("same device|CUDA error|CUBLAS|CUDNN", text):
+        return  # such texts name sizes too
+    if re.search(r"shape|size|dimension|channels|mat1 and mat2|same dtype|scalar type|weight type", text):
+        raise ValueError(
+            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
+        ) from error

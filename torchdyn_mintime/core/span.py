@@ -1,6 +1,8 @@
 r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) to (14) of the paper)."""
 
+import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,6 +108,7 @@ class LearnableSpan(LearnableInterval):
         self.last: LastSolve | None = None
         self._series = Series()
         self._replacement: Solve | None = None  # see core.reference.replaced_solves
+        self._steps_seen: _StepsSeen | None = _StepsSeen()
         self.release()
         self.register_state_dict_post_hook(_without_node_prefix)
 
@@ -172,10 +175,12 @@ class LearnableSpan(LearnableInterval):
         times, states = last.grid.times(self.t_f.dtype, self.t_f.device), last.states
         return (times, states) if rows is None else (times[rows], states[rows])
 
-    def _solve(self, x: Tensor, plan: Plan, args: Mapping[str, Any] | None) -> LastSolve:
+    def _solve(
+        self, x: Tensor, plan: Plan, args: Mapping[str, Any] | None = None, sensitivity: str | None = None
+    ) -> LastSolve:
         try:
             with self.field.bind(x, args) as bound:
-                last = self._method.solve(bound, x, plan.grid, self.checkpoint)
+                last = self._method.solve(bound, x, plan.grid, self.checkpoint, sensitivity)
         except IntegrationError as error:
             where = " (t_f = {:.6g}, bounds {:.6g} to {:.6g})".format(self.t_f.item(), *self.bounds)
             error.args = (f"{error.args[0]}{where}", *error.args[1:])
@@ -183,7 +188,14 @@ class LearnableSpan(LearnableInterval):
         # A look in eval mode does not decide what is to be learned, and a call that fails does not either.
         if plan.settles is not None and self.training and isinstance(self.t_f, nn.Parameter):
             self._settle(plan)
-        self.last = last
+        self.last = last.light()
+        if (
+            self._steps_seen is not None
+            and self.training
+            and torch.is_grad_enabled()
+            and not self._steps_seen.go_on(self)
+        ):
+            self._steps_seen = None
         return last
 
     @torch.no_grad()
@@ -201,9 +213,17 @@ class LearnableSpan(LearnableInterval):
                 raise
 
     def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
-        """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``, as torchdyn's own."""
-        out = self(x, t_span)
-        return out[1] if isinstance(out, tuple) else out
+        """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``.
+
+        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity.
+        """
+
+        def own() -> tuple[Tensor, Tensor]:
+            return self._returned(self._solve(x, plan, sensitivity="autograd"), plan.rows)
+
+        plan = self._plan(t_span, ())
+
+        return (own() if self._replacement is None else self._replacement(self, x, own))[1]
 
     # ---------------------------------------------------------------------------------------- what the last forward did
 
@@ -213,7 +233,7 @@ class LearnableSpan(LearnableInterval):
         if self.last is not None:
             return len(self.last.steps) - 1
         if self.adaptive:
-            raise RuntimeError("an adaptive solver's steps are known after a forward call; make one first")
+            raise AttributeError("an adaptive solver's steps are known after a forward call; make one first")
         return len(self.nodes) - 1
 
     @property
@@ -225,16 +245,19 @@ class LearnableSpan(LearnableInterval):
     def running_cost(self) -> Tensor:
         """The integral of ``node.integral_loss`` over the last forward, ``[batch]``.
 
-        Under autograd it is the first column of the state and carries its gradient; under an adjoint it is a value
-        alone, since the backward pass adds its gradient by itself (torchdyn's convention).
+        It carries its gradient: as the first column of the state under autograd, by the backward solve under an adjoint.
+        Under an adjoint, backward adds the gradient of its sum by itself if the loss does not use it (torchdyn's
+        convention). That gradient knows nothing of a scaled loss (GradScaler, accumulated batches), nor of a second
+        backward: then put ``span.running_cost.sum()`` on the loss.
         """
         if self.node.integral_loss is None:
-            raise RuntimeError("the node has no integral_loss, so there is no running cost")
+            raise AttributeError("the node has no integral_loss, so there is no running cost")
         if self.last is None:
-            raise RuntimeError("the running cost is known after a forward call; make one first")
+            raise AttributeError("the running cost is known after a forward call; make one first")
         if self.node.sensitivity == "autograd":
-            return self.last.states[-1][:, 0] - self.last.x[:, 0]
-        assert self.last.running_cost is not None
+            return self.last.end[:, 0] - self.last.x[:, 0]
+        if self.last.running_cost is None:
+            raise AttributeError("trajectory() counts no running cost under an adjoint; call the span itself")
         return self.last.running_cost
 
     # -------------------------------------------------------------------------------------------- the node's own names
@@ -306,17 +329,42 @@ class LearnableSpan(LearnableInterval):
 
     # -------------------------------------------------------------------------------------------- copies and checkpoints
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A property that raises AttributeError ends up here, where torch's text would replace its reason.
+            found = getattr(type(self), name, None)
+            if isinstance(found, property) and found.fget is not None:
+                return found.fget(self)
+            raise
+
     def release(self) -> None:
-        """Lets go of graphs that torchdyn's modules keep: a non-leaf tensor can be neither copied nor pickled."""
+        """Lets go of graphs that torchdyn's modules keep of an evaluation."""
         self.node.vf_params = self.node.vf_params.detach()
-        for module in self.node.vf.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    setattr(module, name, value.detach())
+        self.field.release()
+
+    def _graphs(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Returns the attributes of the field's modules that hold a graph, such as a condition that was set there."""
+        found = [(m, name, value) for m in self.vf.modules() for name, value in vars(m).items()]
+        return [entry for entry in found if isinstance(entry[2], Tensor) and entry[2].grad_fn is not None]
 
     def __getstate__(self):
         self.release()
+        for module, name, value in self._graphs():  # what has a graph can be neither copied nor pickled
+            setattr(module, name, value.detach())
         return {**self.__dict__, "last": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LearnableSpan":
+        graphs = self._graphs()
+        made = memo[id(self)] = type(self).__new__(type(self))
+        try:
+            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        finally:
+            for module, name, value in graphs:  # the copy has none, this one goes on with them
+                setattr(module, name, value)
+        self.release()
+        return made
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -376,6 +424,37 @@ class LearnableSpan(LearnableInterval):
 def _traits(stepper: Stepper) -> dict[str, Any]:
     """Returns what an interval knows of the method that takes its steps."""
     return {"solver": stepper.name, "adaptive": stepper.adaptive, "one_step": isinstance(stepper, LearnedStepper)}
+
+
+class _StepsSeen:
+    """Looks, in training forwards, whether an optimizer steps the field and leaves t_f out, until t_f has moved."""
+
+    LIMIT = 20
+    """Steps after which it is said. In fewer, t_f may wait for its turn (Algorithm 1 steps it in alternation)."""
+
+    def __init__(self) -> None:
+        self.time: int | None = None
+        self.field, self.steps = -1, 0
+
+    def go_on(self, span: LearnableSpan) -> bool:
+        """Returns whether to look further; warns where the field was stepped ``LIMIT`` times and t_f never."""
+        if not (isinstance(span.t_f, nn.Parameter) and span.t_f.requires_grad):
+            return True
+        first = next((p for p in span.vf.parameters() if p.requires_grad), None)
+        if first is None or (self.time is not None and span.t_f._version != self.time):
+            return False
+        if first._version != self.field:  # each step of an optimizer writes in place
+            self.steps += span.t_f.grad is not None and self.time is not None
+            self.time, self.field = span.t_f._version, first._version
+        if self.steps < self.LIMIT:
+            return True
+        warnings.warn(
+            f"the vector field was stepped {self.steps} times, and t_f, which has a gradient, never: an optimizer that was "
+            "made before the model was wrapped has no times. Make it after wrap(model), or "
+            "optimizer.add_param_group({'params': [span.t_f]}); span.t_f.requires_grad_(False) keeps t_f as it is",
+            stacklevel=5,
+        )
+        return False
 
 
 def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:

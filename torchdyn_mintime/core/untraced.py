@@ -39,7 +39,7 @@ def untraced(bound: BoundField) -> Iterator[None]:
     dropout = [m for m in bound.modules if isinstance(m, nn.modules.dropout._DropoutNd)]
     nfe = bound.nfe
     try:
-        with kept(bound.modules), evaluating(*dropout), bound.restored():
+        with bound.alone, kept(bound.modules), bound.restored(), evaluating(*dropout):
             yield
     finally:
         bound.nfe = nfe

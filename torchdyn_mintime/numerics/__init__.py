@@ -13,7 +13,7 @@ from torchdyn_mintime.numerics.integrate import (
     rounded,
 )
 from torchdyn_mintime.numerics.learned import LearnableSolver
-from torchdyn_mintime.numerics.problem import Problem, VectorField
+from torchdyn_mintime.numerics.problem import OutsideTensors, Problem, VectorField
 from torchdyn_mintime.numerics.steppers import (
     AsynchronousLeapfrog,
     Hypersolver,
@@ -32,6 +32,7 @@ __all__ = [
     "IntegrationError",
     "LearnableSolver",
     "LearnedStepper",
+    "OutsideTensors",
     "Problem",
     "RungeKutta",
     "Solution",

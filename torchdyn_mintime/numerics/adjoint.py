@@ -10,8 +10,10 @@ For the loss l = Phi(z(t_1), ..., z(t_n)) + int_{t0}^{t_f} L(t, z, theta) dt, wi
 where p(t0) is taken before the point at t0 adds to it, since z(t0) = x does not move with t0. The printed (36) has the
 opposite sign. The formulas hold in either direction of time, with "first" and "last" for t0 and t_f.
 
-The states that the solve returned are kept and nothing else; between two of them, z is solved backwards with p and mu.
-``interpolated=True`` keeps the whole path and reads z off it.
+L, the running cost, weighs 1 unless the loss uses the integral that the solve returns: then it weighs what the loss gives it.
+
+The states that the solve returned are kept, with the first state and derivative; between two of them, z is solved backwards
+with p and mu. ``interpolated=True`` keeps the whole path and reads z off it.
 """
 
 import math
@@ -23,7 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import Grid, Path, Solution, integrate
-from torchdyn_mintime.numerics.problem import Problem, VectorField, autocast, autocast_state
+from torchdyn_mintime.numerics.problem import (
+    Problem,
+    VectorField,
+    Watched,
+    autocast,
+    autocast_state,
+    check_same,
+    cut_at,
+)
 from torchdyn_mintime.numerics.steppers import Stepper
 
 __all__ = ["AdjointProblem", "solve_adjoint", "with_running_cost"]
@@ -36,7 +46,8 @@ class AdjointProblem(Problem):
     Attributes:
         backward_stepper, backward_atol, backward_rtol: of the backward solve; The absolute tolerance
             is relative to the largest incoming gradient, since the adjoint equation is linear in p.
-        running_cost: L(t, z) -> [batch]; the gradient of its integral, summed over the batch, is always added.
+        running_cost: L(t, z) -> [batch]; the gradient of its integral, summed over the batch, is added where the loss
+            does not use the integral itself.
         interpolated: keep the path and interpolate it, instead of solving z backwards.
     """
 
@@ -52,14 +63,17 @@ def solve_adjoint(problem: AdjointProblem, x: Tensor, grid: Grid) -> tuple[Solut
     """Solves along a grid; ``solution.states`` carries adjoint gradients to x, the times and the parameters.
 
     Returns:
-        The solution, and the running cost's integral for each entry of the batch (detached; None without one).
+        The solution, and the running cost's integral for each entry of the batch (None without one).
 
     Raises:
         IntegrationError: as :func:`integrate`, also from the backward pass.
+        OutsideTensors: the field uses tensors that require a gradient and that the problem does not name.
+        ValueError: from the backward pass, where the field is not the one of the forward solve any more.
     """
-    info: dict[str, Any] = {}
-    states = _Adjoint.apply(problem, info, grid, x, grid.start, grid.end, *problem.parameters.values())
-    return Solution(states, info["steps"]), info["cost"]
+    info: dict[str, Any] = {"learning": torch.is_grad_enabled()}
+    differentiated = (*problem.parameters.values(), *problem.outside)
+    states, cost = _Adjoint.apply(problem, info, grid, x, grid.start, grid.end, *differentiated)
+    return Solution(states, info["steps"]), cost
 
 
 def with_running_cost(
@@ -86,73 +100,108 @@ def with_running_cost(
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: AdjointProblem, info, grid: Grid, x, start, end, *parameters):
+    def forward(ctx, problem: AdjointProblem, info, grid: Grid, x, start, end, *differentiated):
         asked = grid.keep is None or grid.keep[-1]
         plain = Grid(grid.nodes, keep=None if grid.keep is None else [*grid.keep[:-1], True])
-        x = x.detach()
+        z = x.detach()
         settings: dict[str, Any] = dict(atol=problem.atol, rtol=problem.rtol, interpolator=problem.interpolator)
         record = problem.interpolated
         cost = None
         if problem.running_cost is None:
-            solution = integrate(problem.f, x, plain, problem.stepper, record=record, **settings)
+            f = Watched(problem.f, differentiated, info["learning"])
+            solution = integrate(f, z, plain, problem.stepper, record=record, **settings)
         else:
             with problem.restored():
-                f, y = with_running_cost(problem.f, problem.running_cost, x, grid.nodes[0])
-            flat = integrate(f, y, plain, problem.stepper, error_size=x.numel(), record=record, **settings)
-            cut = x.numel()
-            cost = flat.states[-1, cut:]
-            path = [(t, y[:cut].view(x.shape), None if k is None else k[:cut].view(x.shape)) for t, y, k in flat.path]
-            solution = Solution(flat.states[:, :cut].reshape(-1, *x.shape), flat.steps, path)
+                flat_field, y = with_running_cost(problem.f, problem.running_cost, z, grid.nodes[0])
+            f = Watched(flat_field, differentiated, info["learning"])
+            flat = integrate(f, y, plain, problem.stepper, error_size=z.numel(), record=record, **settings)
+            cut = z.numel()
+            cost = flat.states[-1, cut:].clone()
+            path = [(t, y[:cut].view(z.shape), None if k is None else k[:cut].view(z.shape)) for t, y, k in flat.path]
+            solution = Solution(flat.states[:, :cut].reshape(-1, *z.shape), flat.steps, path)
         ctx.problem, ctx.grid = problem, plain
         ctx.steps, ctx.times = solution.steps, [t for t, _, _ in solution.path]
         ctx.autocast = autocast_state(x.device.type)
         ctx.ends = (start is not None, end is not None)
+        ctx.cost_used = False
+        ctx.set_materialize_grads(False)
         # An empty tensor stands for a derivative that was not recorded.
         points = [y for _, z, k in solution.path for y in (z, z.new_empty(0) if k is None else k)]
-        ctx.save_for_backward(solution.states, *parameters, *points)
-        info["steps"], info["cost"] = solution.steps, cost
-        return solution.states if asked else solution.states[:-1].clone()
+        returned = grid.keep is None or grid.keep[0]
+        ctx.save_for_backward(None if returned else x, f.first, solution.states, *differentiated, *points)
+        info["steps"] = solution.steps
+        return (solution.states if asked else solution.states[:-1].clone()), cost
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_states):
-        states, *saved = ctx.saved_tensors
-        parameters, points = saved[: len(ctx.problem.parameters)], saved[len(ctx.problem.parameters) :]
-        path = list(zip(ctx.times, points[::2], (k if k.numel() else None for k in points[1::2]), strict=True))
+    def backward(ctx, grad_states, grad_cost):
         problem, names = ctx.problem, list(ctx.problem.parameters)
-        solver = _Backward(problem, names, ctx.grid, ctx.steps, path, ctx.ends)
+        x, first, states, *saved = ctx.saved_tensors
+        # The states are outputs: a field that differentiates inside would take them for part of its own graph.
+        states = states.detach()
+        x = states[0] if x is None else x.detach()
+        count = len(names) + len(problem.outside)
+        differentiated, points = saved[:count], saved[count:]
+        path = list(zip(ctx.times, points[::2], (k if k.numel() else None for k in points[1::2]), strict=True))
+        weights = _weights_of_cost(ctx, grad_cost, first.numel() - x.numel(), x)
+        if grad_states is None:
+            grad_states = torch.zeros_like(states)
+        solver = _Backward(problem, names, ctx.grid, ctx.steps, path, ctx.ends, weights)
         # Where the module holds others by now than in the forward solve (functional_call), those of the solve are put
         # in their place. Else its own are used, which a field that is a closure holds too.
         own = dict(problem.module.named_parameters())
         leaves = {
             f"module.{n}": p.detach().requires_grad_()
-            for n, p in zip(names, parameters, strict=True)
+            for n, p in zip(names, differentiated, strict=False)
             if own.get(n) is not p
         }
-        with problem.restored(), autocast(*ctx.autocast):
-            x, start, end, mu = torch.func.functional_call(solver, leaves, (states, grad_states))
-        grads = [None if g is None else g.to(p.dtype) for g, p in zip(mu, parameters, strict=True)]
+        outside = differentiated[len(names) :]
+        with problem.restored(), autocast(*ctx.autocast), cut_at(outside):
+            arguments = (x, first, states, grad_states, outside)
+            x, start, end, mu = torch.func.functional_call(solver, leaves, arguments)
+        grads = [None if g is None else g.to(p.dtype) for g, p in zip(mu, differentiated, strict=True)]
         return (None, None, None, x, start, end, *grads)
+
+
+def _weights_of_cost(ctx, arriving: Tensor | None, size: int, x: Tensor) -> Tensor:
+    """Returns the weight in the loss of each entry of the running cost's integral, ``[size]``."""
+    if arriving is not None:
+        ctx.cost_used = True
+        return arriving.reshape(-1)
+    if ctx.cost_used:  # an earlier backward of the same solve had it on its loss, and this one is of another loss
+        return x.new_zeros(size)
+    _, enabled, dtype = ctx.autocast
+    if size and enabled and dtype == torch.float16:
+        raise ValueError(
+            "the node has an integral_loss, whose gradient backward adds by itself under an adjoint. In float16 the loss is "
+            "scaled (GradScaler), and that gradient would not be: put the running cost on the loss, such as "
+            "loss + span.running_cost.sum(), and it is scaled like the rest"
+        )
+    return x.new_ones(size)
 
 
 class _Backward(nn.Module):
     """The backward solve, as a module, so that the parameters can be put in its place for its whole length."""
 
-    def __init__(self, problem: AdjointProblem, names, grid: Grid, steps, path, ends):
+    def __init__(self, problem: AdjointProblem, names, grid: Grid, steps, path, ends, weights: Tensor):
         super().__init__()
         self.module = problem.module
-        self._problem, self._names = problem, names
+        self._problem, self._names, self._weights = problem, names, weights
         self._grid, self._steps, self._path, self._ends = grid, steps, path, ends
         self._used: set[int] = set()
 
-    def forward(self, states: Tensor, grad_states: Tensor):
+    def forward(self, x: Tensor, first: Tensor, states: Tensor, grad_states: Tensor, outside: Sequence[Tensor]):
         problem, grid = self._problem, self._grid
         own = dict(self.module.named_parameters())
-        parameters = [own[n] for n in self._names]
+        parameters = [*(own[n] for n in self._names), *outside]
+        flat, y = problem.f, x
+        if problem.running_cost is not None:
+            flat, y = with_running_cost(problem.f, problem.running_cost, x, grid.nodes[0])
+        check_same(flat(x.new_tensor(grid.nodes[0]), y).detach(), first)
         last = len(grid.nodes) - 1
         kept = [i for i in range(last + 1) if grid.keep is None or grid.keep[i]]
         p, mu = torch.zeros_like(states[-1]), states.new_zeros(sum(q.numel() for q in parameters))
-        scale = grad_states.abs().max().item() if grad_states.numel() else 0.0
+        scale = max((g.abs().max().item() for g in (grad_states, self._weights) if g.numel()), default=0.0)
         if scale == 0.0 or not math.isfinite(scale):  # a NaN gradient passes through as it is
             scale = 1.0
         path = Path(self._path, problem.f) if self._path else None
@@ -184,8 +233,8 @@ class _Backward(nn.Module):
         time = z.new_tensor(t)
         rate = (p * self._problem.f(time, z)).sum()
         if self._problem.running_cost is not None:
-            rate = rate + self._problem.running_cost(time, z).sum() / scale
-        return rate
+            rate = rate + (self._problem.running_cost(time, z).reshape(-1) * self._weights).sum() / scale
+        return rate.detach()
 
     def _between(self, t1: float, t0: float, z, p, mu, parameters, scale, path):
         """Solves p and mu (and z) from t1 back to t0, over the forward solve's steps where they are fixed."""
@@ -205,13 +254,15 @@ class _Backward(nn.Module):
                 weights: Sequence[Tensor] = [-p]
                 if problem.running_cost is not None:
                     cost = problem.running_cost(t, state)
-                    outputs, weights = [dz, cost], [-p, torch.full_like(cost, -1 / scale)]
+                    outputs, weights = [dz, cost], [-p, self._weights.view(cost.shape) / -scale]
                 pairs = [(o, w.to(o.dtype)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
                 wanted = (state, *parameters)
                 grads: Sequence[Tensor | None] = [None] * len(wanted)
                 if pairs:
                     outputs, weights = zip(*pairs, strict=True)
-                    grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+                    # What lies behind an outside tensor is passed again at every evaluation.
+                    kept = bool(problem.outside)
+                    grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=kept)
                     self._used.update(i for i, g in enumerate(grads[1:]) if g is not None)
             flat = [
                 (torch.zeros_like(q) if g is None else g).reshape(-1).to(y.dtype)

@@ -9,15 +9,14 @@ and the same for the times that the first and the last step depend on. The graph
 kept, so the gradient is the same to rounding, for one more evaluation of every stage. Adaptive steps are held as accepted.
 """
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import Grid, Solution, _cast, _interpolate, _stage_times, integrate
-from torchdyn_mintime.numerics.problem import Problem, VectorField, autocast, autocast_state
+from torchdyn_mintime.numerics.problem import Problem, Watched, autocast, autocast_state, check_same, cut_at
 
 __all__ = ["solve_checkpointed"]
 
@@ -27,21 +26,22 @@ def solve_checkpointed(problem: Problem, x: Tensor, grid: Grid) -> Solution:
 
     Raises:
         IntegrationError: as :func:`integrate`.
-        ValueError: the field uses a tensor that requires a gradient and is not among the parameters; autograd would
-            find it, a second evaluation would not.
+        OutsideTensors: the field uses tensors that require a gradient and that the problem does not name.
+        ValueError: from the backward pass, where the field is not the one of the forward solve any more.
     """
     info: dict[str, Any] = {}
-    states = _Checkpointed.apply(problem, info, grid, x, grid.start, grid.end, *problem.parameters.values())
+    differentiated = (*problem.parameters.values(), *problem.outside)
+    states = _Checkpointed.apply(problem, info, grid, x, grid.start, grid.end, *differentiated)
     return Solution(states, info["steps"])
 
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, info, grid: Grid, x, start, end, *parameters):
+    def forward(ctx, problem: Problem, info, grid: Grid, x, start, end, *differentiated):
         stepper, fixed = problem.stepper, not problem.stepper.adaptive
         start, end = (None if t is None else t.detach() for t in (start, end))
         solution = integrate(
-            _watched(problem.f, parameters),
+            Watched(problem.f, differentiated),
             x.detach(),
             Grid(grid.nodes, start, end, None if fixed else grid.keep),
             stepper,
@@ -52,32 +52,36 @@ class _Checkpointed(torch.autograd.Function):
         )
         returned = solution.states
         if not fixed:
-            started = torch.stack([z for _, z, _ in solution.path[:-1]])
+            started = torch.stack([z for _, z, _ in solution.path])
         else:
-            started = returned  # with the last state too, which nothing starts from: no second copy of the others
+            started = returned  # no second copy of them
             if grid.keep is not None:
                 returned = returned[[i for i, kept in enumerate(grid.keep) if kept]]
         ctx.problem, ctx.steps = problem, solution.steps
         ctx.grid = Grid(grid.nodes, start, end, grid.keep)
         ctx.autocast = autocast_state(x.device.type)
-        ctx.save_for_backward(started, *parameters)
+        ctx.save_for_backward(started, *differentiated)
         info["steps"] = solution.steps
         return returned
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_states):
-        started, *parameters = ctx.saved_tensors
+        started, *differentiated = ctx.saved_tensors
+        started = started.detach()
         problem, names = ctx.problem, list(ctx.problem.parameters)
+        parameters, outside = differentiated[: len(names)], differentiated[len(names) :]
         replay = _Replay(problem, ctx.grid, ctx.steps)
         current = dict(problem.module.named_parameters())
-        with problem.restored(), autocast(*ctx.autocast):
+        with problem.restored(), autocast(*ctx.autocast), cut_at(outside):
             if all(current.get(n) is p for n, p in zip(names, parameters, strict=True)):
-                x, start, end, totals = replay(started, grad_states, parameters)
+                x, start, end, totals = replay(started, grad_states, differentiated)
             else:  # the module holds others by now (functional_call): put those of the forward solve in their place
                 leaves = [p.detach().requires_grad_() for p in parameters]
                 named = {f"module.{n}": leaf for n, leaf in zip(names, leaves, strict=True)}
-                x, start, end, totals = torch.func.functional_call(replay, named, (started, grad_states, leaves))
+                x, start, end, totals = torch.func.functional_call(
+                    replay, named, (started, grad_states, [*leaves, *outside])
+                )
         return (None, None, None, x, start, end, *totals)
 
 
@@ -99,7 +103,8 @@ class _Replay(nn.Module):
         passes = self._passes()
         totals: list[Tensor | None] = [None] * (len(parameters) + 2)
         carried: Tensor | None = None
-        stepper = stepper.prepare(started[0])
+        with torch.enable_grad():  # to the coefficients of a learned solver
+            stepper = stepper.prepare(started[0])
         for i in range(last, -1, -1):
             t, t_new = steps[i], steps[i + 1]
             if (arriving := incoming.get(t_new)) is not None and (passes is None or i == last):
@@ -117,11 +122,15 @@ class _Replay(nn.Module):
                 if passes is not None and inside:
                     interpolator = self._problem.interpolator
                     _interpolate(interpolator, passes[i][0], nodes, keep, outputs, step, z, z_new, stages)
+            if i in (0, last):
+                check_same((z_new - z).detach(), started[i + 1] - z.detach(), scale=started[i + 1])
             weights = inside
             if carried is not None:
                 outputs, weights = [*outputs, z_new], [*inside, carried]
             wanted = [z, *parameters, *(time for time in ends if time is not None)]
-            carried, *found = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+            # What lies behind an outside tensor is passed again at every step.
+            kept_graph = bool(self._problem.outside)
+            carried, *found = torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=kept_graph)
             places = [*range(len(parameters)), *(len(parameters) + k for k in (0, 1) if ends[k] is not None)]
             for k, g in zip(places, found, strict=True):
                 if g is not None:
@@ -145,50 +154,3 @@ class _Replay(nn.Module):
             passes.append((begin, end))
             begin = end
         return passes
-
-
-# --------------------------------------------------------------------------------------- tensors that nobody named
-
-
-def _watched(f: VectorField, parameters: Sequence[Tensor]) -> VectorField:
-    """Returns ``f``, whose first evaluation looks for tensors that require a gradient and would get none."""
-    first = True
-
-    def evaluate(t, z):
-        nonlocal first
-        if not first:
-            return f(t, z)
-        first = False
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            dz = f(t, z)
-        value = dz.detach()
-        known = {id(z), id(t), *map(id, parameters)}
-        strangers = [weakref.ref(leaf) for leaf in _leaves(dz, parameters) if id(leaf) not in known]
-        del dz
-        # What the field made for itself in the evaluation is gone with its graph.
-        for stranger in strangers:
-            if (leaf := stranger()) is not None:
-                raise ValueError(
-                    f"checkpoint=True, but the vector field uses a tensor of shape {tuple(leaf.shape)} that requires a "
-                    "gradient and is not a parameter of the node's field, so it would get none; register it there "
-                    "(NeuralODE's optimizable_params=), detach it, or use checkpoint=False"
-                )
-        return value
-
-    evaluate.timed = getattr(f, "timed", True)  # type: ignore[attr-defined]
-    return evaluate
-
-
-def _leaves(output: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yields the leaves of a graph, without what lies behind ``parameters`` (under functional_call they may be computed)."""
-    seen: set[Any] = {p.grad_fn for p in parameters}
-    nodes = [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes.extend(following for following, _ in node.next_functions)

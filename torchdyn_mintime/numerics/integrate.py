@@ -281,7 +281,11 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
     direction = 1.0 if nodes[-1] > nodes[0] else -1.0
     timed = getattr(f, "timed", True) or stepper.timed
     t = nodes[0]
-    k1 = f(torch.as_tensor(grid.left(0)).to(x) if timed else None, x)
+
+    def tensor(t: float | Tensor) -> Tensor:  # a number straight to the state's type: torch's default has fewer digits
+        return t.to(x) if isinstance(t, Tensor) else torch.tensor(t, dtype=x.dtype, device=x.device)
+
+    k1 = f(tensor(grid.left(0)) if timed else None, x)
     _check_shape(x, [k1])
     if not _is_finite(k1):
         if not _is_finite(x):
@@ -293,7 +297,7 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
         return error_norm(*seen, atol=atol, rtol=rtol).item()
 
     def time(passed: float) -> Tensor | None:
-        return torch.as_tensor(nodes[0] + direction * passed).to(x) if timed else None
+        return tensor(nodes[0] + direction * passed) if timed else None
 
     length = abs(nodes[-1] - t)
     with torch.no_grad():

@@ -1,16 +1,19 @@
-"""What a solve with a gradient of its own needs to know."""
+"""What a solve with a gradient of its own needs to know, and the looks at a field that such a solve stands on."""
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchdyn_mintime.numerics.step_control import rms
 from torchdyn_mintime.numerics.steppers import Stepper
 
-__all__ = ["Problem"]
+__all__ = ["OutsideTensors", "Problem"]
 
 VectorField = Callable[[Any, Tensor], Tensor]
 
@@ -25,6 +28,7 @@ class Problem:
         parameters: those that require a gradient.
         stepper, atol, rtol, interpolator: of the solve (see :func:`integrate`).
         restored: a context in which the field is as it was in the forward solve (data control, noise).
+        outside: further tensors that f uses and that get a gradient: conditions, parameters of other modules.
     """
 
     f: VectorField
@@ -35,6 +39,116 @@ class Problem:
     rtol: float
     interpolator: Callable | None = None
     restored: Callable[[], AbstractContextManager] = nullcontext
+    outside: Sequence[Tensor] = ()
+
+
+class OutsideTensors(Exception):
+    """A field uses tensors that require a gradient and that its :class:`Problem` does not name.
+
+    Attributes:
+        tensors: the leaves of the graph that these tensors are made of.
+    """
+
+    def __init__(self, tensors: list[Tensor]):
+        super().__init__(f"{len(tensors)} tensors that the problem does not name")
+        self.tensors = tensors
+
+
+class Watched:
+    """A field whose first evaluation is kept, and searched for tensors that would get no gradient.
+
+    Args:
+        f: the field.
+        known: the tensors that get one.
+        search: False keeps the first value alone.
+
+    Attributes:
+        first: the value of the first evaluation.
+
+    Raises:
+        OutsideTensors: from that evaluation, where it used others.
+    """
+
+    def __init__(self, f: VectorField, known: Iterable[Tensor], search: bool = True):
+        self.timed = getattr(f, "timed", True)
+        self.first: Tensor | None = None
+        self._f, self._known, self._search = f, list(known), search
+
+    def __call__(self, t: Any, z: Tensor) -> Tensor:
+        if self.first is not None:
+            return self._f(t, z)
+        if not self._search:
+            self.first = self._f(t, z)
+            return self.first
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            dz = self._f(t, z)
+        known = {id(z), id(t), *map(id, self._known)}
+        strangers = [weakref.ref(leaf) for leaf in _leaves(dz, self._known) if id(leaf) not in known]
+        self.first = dz = dz.detach()
+        # What the field made for itself in the evaluation is gone with its graph.
+        found = [leaf for stranger in strangers if (leaf := stranger()) is not None]
+        if found:
+            raise OutsideTensors(found)
+        return dz
+
+
+def _leaves(output: Tensor, known: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yields the leaves of a graph, without what lies behind ``known`` (a condition is the output of an encoder)."""
+    seen: set[Any] = {p.grad_fn for p in known}
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes.extend(following for following, _ in node.next_functions)
+
+
+@contextmanager
+def cut_at(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Lets no gradient pass behind these tensors, so that each of them gets its partial derivative.
+
+    One may be made of another, as a scale of the condition that is used beside it. The backward that goes on after this
+    one passes from the first to the second; the total derivative would count that path twice.
+    """
+    handles = [t.grad_fn.register_prehook(partial(_stop, t.output_nr)) for t in tensors if t.grad_fn is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stop(place: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    # Before a node runs, and after its incoming gradient is taken where it was asked for.
+    return tuple(torch.zeros_like(g) if i == place and g is not None else g for i, g in enumerate(grads))
+
+
+def check_same(again: Tensor, first: Tensor, scale: Tensor | None = None) -> None:
+    """Checks that an evaluation in backward repeats that of the forward solve.
+
+    Args:
+        again, first: both values.
+        scale: where the values are sums with something larger: that, whose rounding they carry.
+
+    Raises:
+        ValueError: they differ in more than the last third of their digits.
+    """
+    eps = torch.finfo(first.dtype).eps
+    # Rounding is some units in the last place, more where a GPU adds in another order. A field that has changed, or that
+    # draws anew, differs by far more; one that still does by less gives a gradient that is as good.
+    allowed = eps ** (2 / 3) * rms(first) + (0.0 if scale is None else 10 * eps * rms(scale))
+    difference = rms(again - first)
+    if difference > allowed:  # of NaN neither is true: the gradient will show it
+        raise ValueError(
+            f"the vector field is not the one of the forward solve any more: in backward, the same state gives a value that "
+            f"differs by {(difference / rms(first)).item():.2g} of its size. Something that the field reads has changed in "
+            "between, or changes with every evaluation (dropout, spectral norm in training mode, random numbers, a tensor "
+            "written in place); keep it fixed from forward to backward, or use sensitivity='autograd' without checkpoints"
+        )
 
 
 def autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
