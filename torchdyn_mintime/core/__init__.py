@@ -30,7 +30,7 @@ from torchdyn_mintime.core.reference import (
     solver_error,
 )
 from torchdyn_mintime.core.solve import LastSolve, Method
-from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.core.span import LOAD_HINT, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit
 from torchdyn_mintime.core.untraced import last_solve, refine, undisturbed, untraced
 from torchdyn_mintime.core.wrapping import (
@@ -46,6 +46,7 @@ from torchdyn_mintime.core.wrapping import (
 )
 
 __all__ = [
+    "LOAD_HINT",
     "STATEFUL",
     "TOLERANCE",
     "BoundField",

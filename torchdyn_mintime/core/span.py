@@ -16,12 +16,15 @@ from torchdyn_mintime.core.learnable_interval import LearnableInterval
 from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
 from torchdyn_mintime.numerics import IntegrationError, LearnableSolver, LearnedStepper, Stepper
 
-__all__ = ["LearnableSpan"]
+__all__ = ["LOAD_HINT", "LearnableSpan"]
 
 _log = logging.getLogger(__name__)
 
 Solve = Callable[["LearnableSpan", Tensor, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 """``solve(span, x, own) -> (t_eval, sol)``: what stands in a span's place; ``own()`` is its own solve from ``x``."""
+
+LOAD_HINT = "(was wrapped by a callback: before loading, `from torchdyn_mintime import wrap; wrap(module)`)"
+"""The name of an empty entry in checkpoints of Lightning, which torch shows where the module that loads is a bare one."""
 
 
 class LearnableSpan(LearnableInterval):
@@ -318,6 +321,8 @@ class LearnableSpan(LearnableInterval):
             elif "." in name and not name.startswith("node."):
                 state_dict[prefix + "node." + name] = state_dict.pop(key)
         own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
+        if state_dict.pop(prefix + LOAD_HINT, None) is not None:  # this module needs no hint
+            del own[prefix + LOAD_HINT]
         extra = {k: own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")}
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
