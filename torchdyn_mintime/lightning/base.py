@@ -20,7 +20,7 @@ class SpanCallback(ranks.EndTogether):
     """Wraps the module, logs its spans, keeps a loaded state until the training starts, and undoes what it changed.
 
     A subclass takes its loaded state from :meth:`_take_loaded` when the training starts; until then its ``state_dict`` is
-    ``_loaded``. It begins every training in :meth:`_begin`, as if it were new: a callback may be used for one training
+    ``_loaded``. It begins every training in :meth:`begin`, as if it were new: a callback may be used for one training
     after another. What it puts on ``_undo`` is called when the training ends, with or without an error. Where it looks at
     the loss of training_step, ``_losses`` are those since its last look.
     """
@@ -61,9 +61,9 @@ class SpanCallback(ranks.EndTogether):
             )
         if stage == "fit":
             self._undo.close()
-            self._begin()
+            self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Forgets the training before, if there was one: a checkpoint's state is loaded after this."""
         self._loaded = {}
         self._losses.clear()

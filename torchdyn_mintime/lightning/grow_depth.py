@@ -75,10 +75,10 @@ class GrowDepth(SpanCallback):
         self.monitor, self.span = monitor, span
         self.rescue = self._survives_nan = rescue
         self._name = monitor or "the training loss"
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
-        super()._begin()
+    def begin(self) -> None:
+        super().begin()
         self._rollback = None
         self._best, self._kept = math.inf, Snapshot()
         self._epochs = 0

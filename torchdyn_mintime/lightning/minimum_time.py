@@ -67,8 +67,8 @@ class MinimumTime(SpanCallback):
         self.price: TargetLoss | None = None
         self._unpriced: list[tuple[nn.Parameter, float]] = []
 
-    def _begin(self) -> None:
-        super()._begin()
+    def begin(self) -> None:
+        super().begin()
         self.price = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
