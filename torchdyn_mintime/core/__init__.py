@@ -8,6 +8,7 @@ from torchdyn_mintime.core.evaluation import (
     Loss,
     as_batches,
     as_number,
+    check_end_alone,
     evaluate_with_reference,
     evaluate_without_ode,
     mean_loss,
@@ -23,6 +24,7 @@ from torchdyn_mintime.core.reference import (
     exact_solves,
     position,
     reference_solution,
+    reference_states,
     relative_error,
     replaced_solves,
     rk4_solution,
@@ -30,7 +32,7 @@ from torchdyn_mintime.core.reference import (
     solver_error,
 )
 from torchdyn_mintime.core.solve import LastSolve, Method
-from torchdyn_mintime.core.span import LOAD_HINT, LearnableSpan
+from torchdyn_mintime.core.span import LOAD_HINT, Call, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit
 from torchdyn_mintime.core.untraced import last_solve, refine, undisturbed, untraced
 from torchdyn_mintime.core.wrapping import (
@@ -50,6 +52,7 @@ __all__ = [
     "STATEFUL",
     "TOLERANCE",
     "BoundField",
+    "Call",
     "Field",
     "Interval",
     "LastSolve",
@@ -60,6 +63,7 @@ __all__ = [
     "SpeedLimit",
     "as_batches",
     "as_number",
+    "check_end_alone",
     "checks",
     "cost_columns",
     "ending",
@@ -77,6 +81,7 @@ __all__ = [
     "parameter_groups",
     "position",
     "reference_solution",
+    "reference_states",
     "refine",
     "relative_error",
     "replaced_solves",

@@ -2,7 +2,7 @@ r"""A learnable interval [t0, t_f] around a NeuralODE (Algorithm 1 and eq. (12) 
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,46 @@ from torchdyn_mintime.core.field import Field
 from torchdyn_mintime.core.interval import Interval, check_span
 from torchdyn_mintime.core.learnable_interval import LearnableInterval
 from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
-from torchdyn_mintime.numerics import IntegrationError, LearnableSolver, LearnedStepper, Stepper
+from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, LearnedStepper, Stepper
 
-__all__ = ["LOAD_HINT", "LearnableSpan"]
+__all__ = ["LOAD_HINT", "Call", "LearnableSpan"]
 
 _log = logging.getLogger(__name__)
 
-Solve = Callable[["LearnableSpan", Tensor, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
-"""``solve(span, x, own) -> (t_eval, sol)``: what stands in a span's place; ``own()`` is its own solve from ``x``."""
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a span, for what stands in its place (:func:`~torchdyn_mintime.core.reference.replaced_solves`).
+
+    Calling it makes the span's own solve, and returns ``(t_eval, sol)``.
+
+    Attributes:
+        span: that is called.
+        x, t_span, save_at, args: what it is called with.
+    """
+
+    span: "LearnableSpan"
+    x: Tensor
+    t_span: Tensor | None
+    save_at: Iterable[float] | Tensor
+    args: Mapping[str, Any] | None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return self.span._returned(self.span._solve(self.x, self.t_span, self.save_at, self.args))
+
+    def grid(self) -> Grid:
+        """Returns the points that the call is solved on, without solving it."""
+        span = self.span
+        before = span.interval, span.t0.item(), span.t_f.item()
+        try:
+            return span._grid(self.t_span, self.save_at)
+        finally:
+            if span.interval is not before[0]:  # the first span may become the template, but not here
+                span._put_back(*before)
+
+
+Solve = Callable[["LearnableSpan", Tensor, Call], tuple[Tensor, Tensor]]
+"""``solve(span, x, call) -> (t_eval, sol)``: what stands in a span's place; ``call()`` is its own solve from ``x``."""
 
 LOAD_HINT = "(was wrapped by a callback: before loading, `from torchdyn_mintime import wrap; wrap(module)`)"
 """The name of an empty entry in checkpoints of Lightning, which torch shows where the module that loads is a bare one."""
@@ -157,7 +189,7 @@ class LearnableSpan(LearnableInterval):
             ValueError, TypeError: an argument that cannot be used; nothing is changed then.
         """
         if self._replacement is not None:
-            t_eval, sol = self._replacement(self, x, lambda: self._returned(self._solve(x, t_span, save_at, args)))
+            t_eval, sol = self._replacement(self, x, Call(self, x, t_span, save_at, args))
             return (t_eval, sol) if self.node.return_t_eval else sol
         last = self._solve(x, t_span, save_at, args)
         return self._returned(last) if self.node.return_t_eval else last.states
