@@ -109,7 +109,8 @@ class Bump(nn.Module):
         return self.height * torch.exp(-(((t - self.at) / self.width) ** 2) / 2) - t
 
     def forward(self, t, z, args=None):
-        return torch.func.jvp(self.value, (t,), (torch.ones_like(t),))[1] + 0 * z
+        since = (t - self.at) / self.width
+        return -self.height / self.width * since * torch.exp(-(since**2) / 2) - 1 + 0 * z
 
 
 @given(
@@ -158,7 +159,7 @@ def test_both_the_ode_and_the_models_own_steps_are_certified(rate, steps, asked,
     span = LearnableSpan(NeuralODE(linear, solver="euler"), torch.linspace(0, 1, steps + 1, dtype=dtype))
     found = LyapunovRegularizer(span, square, asked).certificate(torch.full((2, 1), 1.5, dtype=dtype))
     t = torch.arange(steps + 1) / steps
-    own = max(((1 - rate / steps) ** (2 * i) * math.exp(asked * t[i]) for i in range(steps + 1)))
+    own = max((1 - rate / steps) ** (2 * i) * math.exp(asked * t[i]) for i in range(steps + 1))
     exact = max(1.0, math.exp(asked - 2 * rate))
     # Half of float32's digits for V and a large exponent.
     assert found.own_ratio.tolist() == pytest.approx([own] * 2, rel=1e-4)

@@ -31,6 +31,7 @@ from torchdyn_mintime.core.reference import (
     solved_spans,
     solver_error,
 )
+from torchdyn_mintime.core.sharding import replicate_times
 from torchdyn_mintime.core.solve import LastSolve, Method
 from torchdyn_mintime.core.span import LOAD_HINT, Call, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit
@@ -85,6 +86,7 @@ __all__ = [
     "refine",
     "relative_error",
     "replaced_solves",
+    "replicate_times",
     "require_spans",
     "rest_of",
     "rk4_solution",

@@ -338,6 +338,16 @@ class LearnableSpan(LearnableInterval):
         self.release()
         return {**self.__dict__, "last": None}
 
+    @property
+    def template(self) -> Tensor:
+        """The template as the state_dict has it, in float64. torch.distributed.checkpoint asks for entries by their names."""
+        return self.interval.state()["template"]
+
+    @property
+    def filled(self) -> Tensor:
+        """Whether the template is settled, as the state_dict has it."""
+        return self.interval.state()["filled"]
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: value for name, value in self.interval.state().items()})
@@ -353,6 +363,11 @@ class LearnableSpan(LearnableInterval):
             elif "." in name and not name.startswith("node."):
                 state_dict[prefix + "node." + name] = state_dict.pop(key)
         own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
+        # Lightning's sharded strategies load a tensor only where it is computed with.
+        lazy = [
+            k for k, v in own.items() if "." not in k[len(prefix) :] and v is not None and not isinstance(v, Tensor)
+        ]
+        own.update({k: torch.clone(own[k]) for k in lazy})
         if state_dict.pop(prefix + LOAD_HINT, None) is not None:  # this module needs no hint
             del own[prefix + LOAD_HINT]
         extra = {k: own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")}
@@ -384,6 +399,10 @@ def _traits(stepper: Stepper) -> dict[str, Any]:
 
 
 def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:
+    if getattr(
+        module, "_is_fsdp_managed_module", False
+    ):  # what shares out the weights looks for them by their own names
+        return
     inner = prefix + "node."
     for key in [k for k in state_dict if k.startswith(inner)]:
         state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)

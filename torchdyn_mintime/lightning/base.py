@@ -7,10 +7,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchdyn.core import NeuralODE
 
-from torchdyn_mintime.core import LOAD_HINT, LearnableSpan, has_bare, named_spans, wrap
+from torchdyn_mintime.core import LOAD_HINT, LearnableSpan, has_bare, named_spans, replicate_times, wrap
 from torchdyn_mintime.lightning import ranks
 
 __all__ = ["SpanCallback", "loss_of", "monitored"]
@@ -46,12 +47,24 @@ class SpanCallback(ranks.EndTogether):
         if isinstance(module, pl.LightningModule) and has_bare(module) and not isinstance(module, NeuralODE):
             wrap(module)
 
+    def _keep_times_whole(self, strategy: FSDPStrategy, pl_module: pl.LightningModule) -> None:
+        """Leaves the times out of the sharding, and moves them where the strategy moves the rest."""
+        times = replicate_times(pl_module)
+        for time in times:
+            time.data = time.data.to(strategy.root_device)
+        before = strategy.kwargs.get("ignored_states")
+        strategy.kwargs["ignored_states"] = [*(before or ()), *times]
+        self._undo.callback(strategy.kwargs.update, ignored_states=before)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps every bare NeuralODE, before the optimizers are made and a checkpoint is loaded.
+
+        FSDPStrategy is told to leave the times whole.
 
         Raises:
             MisconfigurationException: the module has no NeuralODE.
         """
+        self._undo.close()  # of a training whose end this callback was not told
         if has_bare(pl_module):
             wrap(pl_module)
         if not list(named_spans(pl_module)):
@@ -59,8 +72,9 @@ class SpanCallback(ranks.EndTogether):
                 f"{type(self).__name__} found no NeuralODE in {type(pl_module).__name__}; keep it as an attribute, in an "
                 "nn.Sequential or an nn.ModuleList, where it is registered as a submodule"
             )
+        if isinstance(trainer.strategy, FSDPStrategy):
+            self._keep_times_whole(trainer.strategy, pl_module)
         if stage == "fit":
-            self._undo.close()
             self.begin()
 
     def begin(self) -> None:

@@ -1,6 +1,7 @@
 """Minimum-time training in a Trainer: eq. (13) and (14), by a weight or for a target loss."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from torchdyn_mintime.core import LearnableSpan, checks, named_spans, spans
-from torchdyn_mintime.depth.target import TargetLoss
+from torchdyn_mintime.depth.target import LONGEST_WINDOW, TargetLoss
 from torchdyn_mintime.lightning.base import SpanCallback, monitored
 
 __all__ = ["MinimumTime"]
@@ -32,7 +33,7 @@ class MinimumTime(SpanCallback):
     Args:
         weight: the price of time, in units of loss per unit of time; 0 lets t_f follow the loss alone. Default 1, where
             no target is given.
-        target: the loss to reach, instead of a weight.
+        target: the mean loss of an epoch to reach, instead of a weight. Of the last 50 steps, where an epoch has more.
         monitor: with a target, the logged metric that is held against it; None is the loss of an optimizer step,
             averaged over the ranks: the mean of an accumulation, or with manual optimization the sum of the losses that
             ``manual_backward`` was given.
@@ -84,7 +85,9 @@ class MinimumTime(SpanCallback):
         if self.target is None:
             self._check_optimizers(trainer, pl_module)
             return
-        self.price = TargetLoss(pl_module, self.target)
+        # An epoch that nobody knows the length of counts as one of many steps, and so does one that is longer.
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        self.price = TargetLoss(pl_module, self.target, window=max(1, min(LONGEST_WINDOW, math.ceil(min(steps, 1e6)))))
         if state := self._take_loaded().get("price"):
             self.price.load_state_dict(state)
 
