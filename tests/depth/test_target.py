@@ -69,7 +69,7 @@ def test_a_lucky_batch_is_not_feasible(seed, noise, start, window):
         span.t_f.grad = torch.tensor(-2 * loss * factor, dtype=torch.float64)
         price.step(loss * factor)
     assert price.feasible and price.restore_best()
-    # The mean of 16 or 50 losses is up to 10 % off where their scatter is large, beyond the two standard errors.
+    # Beyond the two standard errors the mean of 16 or 50 losses is a few percent off where their scatter is large.
     assert 0.3 * target <= loss_of(span).item() <= 1.1 * target
     assert price.best["loss"] <= target
 

@@ -60,7 +60,8 @@ def test_a_loop_of_ones_own_trains_as_with_ddp(seen, kind):
 def test_lightnings_strategies_train_as_with_ddp(seen, strategy, callback):
     for rank in seen:
         if (strategy, callback) == ("FSDPStrategy", "resumed"):
-            # On the CPU torch 2.14 saves Adam's exp_avg_sq in the place of exp_avg (of any model): the first loss alone is equal.
+            # On the CPU torch 2.14 saves Adam's exp_avg_sq in the place of exp_avg, of any model.
+            # So the first loss alone is equal.
             assert rank["FSDPStrategy, resumed"][0] == pytest.approx(rank["ddp, resumed"][0], abs=1e-5)
             continue
         # FSDPStrategy turns the module into float32.

@@ -10,7 +10,6 @@ the unit of time nor the learning rate of the network matters.
 
 import logging
 import math
-import statistics
 from collections import deque
 from typing import Any
 
@@ -72,6 +71,7 @@ class TargetLoss:
     def __init__(self, model: nn.Module, target: float, *, max_t_f: float | None = None, window: int = LONGEST_WINDOW):
         self.model, self.target = model, checks.positive(target, "target")
         self._recent: deque[float] = deque(maxlen=checks.count(window, "window", 1, " of steps"))
+        self._durations: deque[float] = deque(maxlen=self._recent.maxlen)
         self._spans = require_spans(model)
         if max_t_f is not None:
             longest = max(span.t_f.item() for span in self._spans)
@@ -114,6 +114,7 @@ class TargetLoss:
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value}; the times and their price were left as they are")
         self._recent.append(value)
+        self._durations.append(self.duration)
         value = self._level()
         # In the logarithm: a loss falls by orders of magnitude, and its mean would be that of the early steps.
         log_loss = math.log(max(value, 1e-12))
@@ -134,8 +135,10 @@ class TargetLoss:
 
     def _level(self) -> float:
         """Returns what is held against the target: the mean of the last losses, and two standard errors of it above."""
-        mean, count = statistics.fmean(self._recent), len(self._recent)
-        return mean if count == 1 else mean + 2 * statistics.stdev(self._recent, mean) / math.sqrt(count)
+        count = len(self._recent)
+        mean = math.fsum(self._recent) / count
+        squares = math.fsum((loss - mean) ** 2 for loss in self._recent)
+        return mean if count == 1 else mean + 2 * math.sqrt(squares / (count - 1) / count)
 
     @torch.no_grad()
     def _move(self, i: int, span: LearnableSpan, price: float, beta: float) -> None:
@@ -160,6 +163,9 @@ class TargetLoss:
         if not whole or max(value, smooth) > self.target:
             return
         duration = self.duration
+        # While t_f falls, the mean is of deeper models than this one.
+        if duration < 0.995 * math.fsum(self._durations) / len(self._durations):
+            return
         # A percent is too little to copy the model for.
         if self.best is None or duration < 0.99 * self.best["duration"]:
             self.best = {"duration": duration, "loss": value, "step": self._steps}
@@ -176,7 +182,12 @@ class TargetLoss:
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values and tensors, for a checkpoint."""
         plain = {"weight": self.weight, "best": self.best and dict(self.best), "steps": self._steps}
-        smooth = {"log_loss": self._log_loss, "recent": list(self._recent), "size": list(self._size)}
+        smooth = {
+            "log_loss": self._log_loss,
+            "recent": list(self._recent),
+            "durations": list(self._durations),
+            "size": list(self._size),
+        }
         return {**plain, **smooth, "state": self._state.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,6 +196,8 @@ class TargetLoss:
         self._log_loss, self._size = state["log_loss"], list(state["size"])
         self._recent.clear()
         self._recent.extend(state.get("recent", ()))  # version 0.1.0 knew the last loss alone
+        self._durations.clear()
+        self._durations.extend(state.get("durations", ()))
         self._state.load_state_dict(state["state"])
 
     def __repr__(self) -> str:
