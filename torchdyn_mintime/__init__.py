@@ -1,6 +1,6 @@
 """Neural ODEs that learn how deep they need to be: minimum-time and convergence-rate training for torchdyn."""
 
-from torchdyn_mintime.core import LearnableSpan, SpeedLimit, parameter_groups, spans, unwrap, wrap
+from torchdyn_mintime.core import LearnableSpan, SpeedLimit, parameter_groups, replicate_times, spans, unwrap, wrap
 from torchdyn_mintime.depth.compress import compress
 from torchdyn_mintime.depth.early_exit import early_exit
 from torchdyn_mintime.depth.growth import DepthGrowth
@@ -28,6 +28,7 @@ __all__ = [
     "compress",
     "early_exit",
     "parameter_groups",
+    "replicate_times",
     "spans",
     "trim",
     "unwrap",

@@ -23,6 +23,7 @@ from torchdyn_mintime.core import (
     Loss,
     as_batches,
     as_number,
+    check_end_alone,
     evaluate_with_reference,
     evaluate_without_ode,
     evaluating,
@@ -67,7 +68,8 @@ class Profile:
     """Loss against time: what the loss would be, did the span end earlier (figure 1a).
 
     Attributes:
-        times: ``[points]`` from t0 to t_f.
+        times: ``[points]`` from the start of the solve to its end: from t0 to t_f, unless the model asks for less, or for
+            the way back.
         loss: ``[points]``, mean over the batches.
         accuracy: ``[points]``, or None.
     """
@@ -84,7 +86,7 @@ class Profile:
         infinity where it started at 0 and did not stay there.
         """
         first, later = self.loss[0], self.loss[1:]
-        rates = (first / later).log() / (self.times[1:] - self.times[0])
+        rates = (first / later).log() / (self.times[1:] - self.times[0]).abs()
         return rates.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).min().item()
 
 
@@ -107,6 +109,9 @@ def loss_profile(
         span: which one, if the model has several; the others are solved to their ends.
         points: equal parts of the interval and one, of an adaptive solver; of a fixed-step one its own steps are taken.
 
+    Raises:
+        ValueError: there is no such span, or the model uses more of its trajectory than the last state.
+
     Example:
         >>> from torchdyn.core import NeuralODE
         >>> span = LearnableSpan(NeuralODE(lambda t, z: -z, solver="rk4"), torch.linspace(0, 1, 5))
@@ -117,6 +122,8 @@ def loss_profile(
     """
     prepared, target_span = as_batches(batches), only_span(model, span)
     functions = [loss] if accuracy is None else [loss, accuracy]
+    with evaluating(model), undisturbed(model):
+        check_end_alone(model, target_span, prepared[0][0])
     totals, count, nodes = torch.zeros((), dtype=torch.float64), 0, [0.0]
     with evaluating(model), undisturbed(model):
         for x, *target in prepared:
@@ -175,7 +182,7 @@ class Hamiltonian:
     distance from 0 at a free t_f speaks of optimality, and there of t_f alone.
 
     Attributes:
-        times: ``[points]``.
+        times: ``[points]``, ascending.
         values: ``[points]``, loss per unit of time; the last one is the derivative of the whole loss in t_f.
     """
 
@@ -217,7 +224,8 @@ def hamiltonian(
         span: which one, if the model has several.
 
     Raises:
-        ValueError: there is no such span, or its solver is alf, whose state holds more than that of the ODE.
+        ValueError: there is no such span, its solver is alf, whose state holds more than that of the ODE, or the model uses
+            more, or something else, of the trajectory than its end.
 
     Example:
         >>> from torchdyn.core import NeuralODE
@@ -233,9 +241,16 @@ def hamiltonian(
             "alf steps [z, v], which has no Hamiltonian of its own; use another solver, such as 'midpoint'"
         )
     with evaluating(model), undisturbed(model):
+        check_end_alone(model, chosen, x)
         with torch.no_grad():
             model(x)
         last = last_solve(chosen)
+        if not last.reaches_end:
+            raise ValueError(
+                f"the model looks at z(t) up to a time before the end {last.steps[-1]:g} of the solve alone, so that its loss "
+                "does not depend on t_f; ask for the end too"
+            )
+        sign = 1.0 if last.steps[-1] > last.steps[0] else -1.0  # of dz per unit of the interval's length
         with untraced(last.bound), torch.enable_grad():
             running_cost = chosen.node.integral_loss if chosen.sensitivity != "autograd" else None
             f, start = with_running_cost(last.bound.function, running_cost, last.x.detach(), last.steps[0])
@@ -245,7 +260,7 @@ def hamiltonian(
 
             @torch.no_grad()
             def rate(t: float, y: Tensor, p: Tensor) -> float:
-                return float((p * f(y.new_tensor(t), y.detach())).sum().double())
+                return sign * float((p * f(y.new_tensor(t), y.detach())).sum().double())
 
             with torch.no_grad():
                 states = solve(start, last.steps)
@@ -257,8 +272,8 @@ def hamiltonian(
                 z = states[i].requires_grad_()
                 (p,) = torch.autograd.grad(solve(z, last.steps[i : i + 2])[-1], z, p)
                 values.append(rate(last.steps[i], z, p))
-    times = torch.tensor(last.steps, dtype=torch.float64)
-    return Hamiltonian(times, torch.tensor(values[::-1], dtype=torch.float64) + weight)
+    times, order = torch.tensor(last.steps, dtype=torch.float64).sort()
+    return Hamiltonian(times, torch.tensor(values[::-1], dtype=torch.float64)[order] + weight)
 
 
 # ------------------------------------------------------------------------------------------------------ all in one

@@ -1,13 +1,16 @@
 """MinimumTime: the same training as a plain loop with `loss + weight * span.duration`, and nothing else."""
 
 import contextlib
+import csv
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from learners import Learner, loader, make_node, points, trainer
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchdyn.core import NeuralODE
@@ -60,8 +63,9 @@ def plain_loop(model, make_optimizer, epochs=2, weight=WEIGHT, accumulate=1, cli
             mixed = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
             with mixed if autocast else contextlib.nullcontext():
                 loss = nn.CrossEntropyLoss()(span(x, SPAN)[1][-1], y)
-            ((loss + weight * span.duration) / accumulate).backward()
+            (loss / accumulate).backward()
             if (i + 1) % accumulate == 0 or i + 1 == len(data):
+                (weight * span.duration).backward()  # once a step, of a partial window too
                 if clip is not None:
                     clip(span.parameters())
                 optimizer.step()
@@ -261,6 +265,46 @@ def test_an_optimizer_for_the_time_alone():
     assert learner.model.t_f.item() == pytest.approx(span.t_f.item(), abs=1e-6)
 
 
+class ByHand(Quickstart):
+    """Several backwards before a step, or one and a clear between, as a training_step by hand may do."""
+
+    def __init__(self, model, how, clears):
+        super().__init__(model, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        self.automatic_optimization = False
+        self.how, self.clears, self.seen = how, clears, []
+
+    def training_step(self, batch, batch_idx):
+        optimizer, loss = self.optimizers(), self.loss(*batch)
+        if self.how == "two losses":
+            self.manual_backward(loss / 2, retain_graph=True)
+            self.manual_backward(loss / 2)
+        elif self.how == "sharpness-aware":  # the gradient of the first pass only says where to look
+            self.manual_backward(loss)
+            self.zero_grad()
+            self.manual_backward(self.loss(*batch))
+        else:
+            self.manual_backward(loss / 3 if self.how == "accumulates" else loss)
+        if self.how != "accumulates" or batch_idx % 3 == 2:
+            self.seen.append(self.model.t_f.grad.item())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=self.clears == "None")
+
+
+@pytest.mark.parametrize("clears", ["None", "0"])
+@pytest.mark.parametrize("how", ["one", "two losses", "sharpness-aware", "accumulates"])
+def test_the_price_is_on_the_gradient_once_a_step_whatever_the_number_of_backwards(how, clears):
+    grads = {}
+    for weight in (0.0, WEIGHT):
+        learner = ByHand(node(), how, clears)
+        fit(learner, epochs=1, weight=weight)
+        grads[weight] = learner.seen
+    assert len(grads[0.0]) == (2 if how == "accumulates" else 7)
+    # float32, of gradients below 1
+    assert [a - b for a, b in zip(grads[WEIGHT], grads[0.0], strict=True)] == pytest.approx(
+        [WEIGHT] * len(grads[0.0]), abs=1e-6
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a user need not do
 
@@ -308,9 +352,21 @@ def test_several_nodes_deep_inside():
 def test_t_f_and_nfe_are_logged():
     learner = Quickstart(node())
     metrics = fit(learner).callback_metrics
-    assert float(metrics["t_f"]) == pytest.approx(learner.model.t_f.item(), abs=0.02)
+    assert float(metrics["t_f"]) == pytest.approx(learner.model.t_f.item())
     # rk4 over a grid of about ten steps.
     assert 20 <= float(metrics["nfe"]) <= 44
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_csv_log_has_t_f_and_nfe_at_every_epoch_and_at_the_steps_that_the_trainer_logs(tmp_path, every):
+    learner, logger = Quickstart(node()), CSVLogger(tmp_path)
+    run = fit(learner, epochs=3, logger=logger, log_every_n_steps=every)  # 7 batches an epoch
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["t_f"]]
+    assert len(rows) == 3 + (21 if every == 1 else 0)
+    assert all(20 <= float(row["nfe"]) <= 44 for row in rows)
+    assert float(rows[-1]["t_f"]) == pytest.approx(learner.model.t_f.item(), abs=1e-6)
+    assert {"t_f", "nfe"} <= set(run.callback_metrics)
 
 
 def test_the_callback_can_be_used_for_validation_and_prediction_too():
@@ -351,6 +407,33 @@ def test_a_checkpoint_loads_with_the_safe_default(tmp_path):
     other.load_state_dict(state)
     assert torch.equal(other.model.t_f, learner.model.t_f)
     assert not bare.load_state_dict(state, strict=False).missing_keys
+
+
+def test_a_checkpoint_says_how_to_load_it_into_a_module_that_is_not_wrapped(tmp_path):
+    class Validated(Quickstart):
+        def __init__(self, seed=3):
+            super().__init__(node(seed))
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(*batch))
+
+    learner, path = Validated(0), tmp_path / "one.ckpt"
+    run = trainer(1, MinimumTime(weight=WEIGHT))
+    run.fit(learner, batches(), batches(1))
+    run.save_checkpoint(path)
+    with pytest.raises(RuntimeError, match="before loading, `from torchdyn_mintime import wrap; wrap.module"):
+        Validated.load_from_checkpoint(path, weights_only=True)
+    with pytest.raises(RuntimeError, match="before loading"):
+        trainer(1).validate(Validated(), batches(2), ckpt_path=path, verbose=False, weights_only=True)
+    # As it says, or with the callback: and the same again, since the wrapped module needs no hint.
+    by_hand = tm.wrap(Validated())
+    by_hand.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    (loss,) = trainer(1).validate(by_hand, batches(2), verbose=False)
+    for other in (Validated(), tm.wrap(Validated())):
+        run = trainer(1, MinimumTime(weight=WEIGHT))
+        (found,) = run.validate(other, batches(2), ckpt_path=path, verbose=False, weights_only=True)
+        assert found == loss and other.model.t_f.item() == learner.model.t_f.item() != 1.0
+    assert set(by_hand.state_dict()) == set(learner.state_dict())
 
 
 def test_a_vanilla_checkpoint_can_start_minimum_time_training(tmp_path):
@@ -418,6 +501,15 @@ def test_an_optimizer_that_spares_the_time_gets_none():
         fit(Grouped(node()), epochs=1)
         fit(Quickstart(node()), epochs=1)
     assert not [w for w in caught if "decay" in str(w.message).lower()]
+
+
+@pytest.mark.parametrize("how", [{"weight": WEIGHT}, {"target": 0.5}])
+def test_a_time_that_is_frozen_gets_a_warning_and_stays(how):
+    span = tm.LearnableSpan(node(), SPAN)
+    span.t_f.requires_grad_(False)
+    with pytest.warns(UserWarning, match="t_f of model is frozen, and stays at 1 whatever"):
+        trainer(1, MinimumTime(**how)).fit(Quickstart(span), batches())
+    assert span.t_f.item() == 1.0
 
 
 def test_an_optimizer_that_never_sees_the_time_is_noticed():

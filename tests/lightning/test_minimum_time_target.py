@@ -35,6 +35,16 @@ def test_the_target_can_be_held_against_a_logged_metric():
         assert module.potential(span(data[0])[1][-1], data[1]).mean().item() <= 0.1
 
 
+def test_the_target_is_met_on_all_the_data_and_not_on_a_lucky_batch():
+    torch.manual_seed(0)
+    learner = Learner(make_node(3, 32), torch.linspace(0, 1, 6), lambda p: torch.optim.Adam(p, lr=0.01), classes=2)
+    data, callback = annuli(), MinimumTime(target=0.3)
+    trainer(60, callback, accumulate_grad_batches=2).fit(learner, loader(data, 8, shuffle=True))
+    assert callback.price.feasible and learner.model.t_f.item() < 1.0
+    with torch.no_grad():
+        assert learner.loss(*data).item() <= 0.3
+
+
 def test_it_takes_a_weight_or_a_target():
     with pytest.raises(ValueError, match="not both"):
         MinimumTime(weight=1.0, target=0.1)

@@ -8,6 +8,7 @@ from torchdyn_mintime.core.evaluation import (
     Loss,
     as_batches,
     as_number,
+    check_end_alone,
     evaluate_with_reference,
     evaluate_without_ode,
     mean_loss,
@@ -23,14 +24,16 @@ from torchdyn_mintime.core.reference import (
     exact_solves,
     position,
     reference_solution,
+    reference_states,
     relative_error,
     replaced_solves,
     rk4_solution,
     solved_spans,
     solver_error,
 )
+from torchdyn_mintime.core.sharding import replicate_times
 from torchdyn_mintime.core.solve import LastSolve, Method
-from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.core.span import LOAD_HINT, Call, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit
 from torchdyn_mintime.core.untraced import last_solve, refine, undisturbed, untraced
 from torchdyn_mintime.core.wrapping import (
@@ -46,9 +49,11 @@ from torchdyn_mintime.core.wrapping import (
 )
 
 __all__ = [
+    "LOAD_HINT",
     "STATEFUL",
     "TOLERANCE",
     "BoundField",
+    "Call",
     "Field",
     "Interval",
     "LastSolve",
@@ -59,6 +64,7 @@ __all__ = [
     "SpeedLimit",
     "as_batches",
     "as_number",
+    "check_end_alone",
     "checks",
     "cost_columns",
     "ending",
@@ -76,9 +82,11 @@ __all__ = [
     "parameter_groups",
     "position",
     "reference_solution",
+    "reference_states",
     "refine",
     "relative_error",
     "replaced_solves",
+    "replicate_times",
     "require_spans",
     "rest_of",
     "rk4_solution",

@@ -5,6 +5,7 @@ called as ``loss(output, *target)`` and returns the mean over the batch. ``outpu
 model is a span itself, which returns times and states, it is z(t_f) alone.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.reference import TOLERANCE, ending, exact_solves, replaced_solves
-from torchdyn_mintime.core.span import LearnableSpan
+from torchdyn_mintime.core.span import Call, LearnableSpan
 from torchdyn_mintime.core.untraced import evaluating, undisturbed
 from torchdyn_mintime.core.wrapping import require_spans
 
@@ -21,6 +22,7 @@ __all__ = [
     "Loss",
     "as_batches",
     "as_number",
+    "check_end_alone",
     "evaluate_with_reference",
     "evaluate_without_ode",
     "mean_loss",
@@ -69,8 +71,50 @@ def rest_of(model: nn.Module, span: LearnableSpan, state: Tensor, x: Tensor) -> 
     """Returns what the rest of ``model`` makes of ``state`` at the end of the span, for the input ``x``."""
     if model is span:
         return state
-    with replaced_solves([span], lambda *_: ending(span, state)):
+    with replaced_solves([span], lambda span, z, call: ending(call, state)):
         return model_output(model, x)
+
+
+def check_end_alone(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:
+    """Raises where the end of one solve of ``span`` is not all that the rest of ``model`` sees of it.
+
+    Figures that put another state in the place of that end (:func:`rest_of`) would be of another model then.
+
+    Raises:
+        ValueError: the model calls the span not once, or uses more of its trajectory than the last state.
+    """
+    if model is span:
+        return
+    seen: list[Tensor] = []
+
+    def spoiled(span: LearnableSpan, z: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        t_eval, sol = ending(call, z)
+        seen.append(z)
+        return t_eval, torch.cat([torch.full_like(sol[:-1], math.nan), sol[-1:]])
+
+    with torch.no_grad():
+        with replaced_solves([span], spoiled):
+            out = model_output(model, x)
+        calls = len(seen)
+        if calls != 1:
+            raise ValueError(
+                f"the model calls the span {calls} times for one input; this figure is of exactly one call"
+            )
+        plain = rest_of(model, span, seen[0], x)
+    pairs = zip(_tensors(out), _tensors(plain), strict=True)
+    if any(not torch.equal(a.isnan(), b.isnan()) for a, b in pairs):
+        raise ValueError(
+            "the model uses more of the span's trajectory than its last state, and this figure puts another state in the "
+            "place of that one alone; take a model whose output depends on sol[-1]"
+        )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors of floating point in what a model returned."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def mean_loss(
@@ -93,7 +137,8 @@ def evaluate_with_reference(
 ) -> tuple[float, float | None]:
     """Returns loss and accuracy with every span solved in float64 at ``tolerance`` instead of by its own solver.
 
-    The model is called in eval mode. Of a trajectory, the last state alone is replaced.
+    The model is called in eval mode, and with what it passes to its spans: args, times, direction. Every state that they
+    return is that of the reference.
 
     Args:
         model: a LearnableSpan, or a module that holds some.
@@ -115,7 +160,7 @@ def evaluate_without_ode(
 
     Arguments and result are those of :func:`evaluate_with_reference`.
     """
-    with replaced_solves(require_spans(model), lambda span, x, own: ending(span, x)):
+    with replaced_solves(require_spans(model), lambda span, x, call: ending(call, x)):
         return _evaluate(model, batches, loss, accuracy)
 
 

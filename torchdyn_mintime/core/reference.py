@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.core.field import BoundField
-from torchdyn_mintime.core.span import LearnableSpan, Solve
+from torchdyn_mintime.core.span import Call, LearnableSpan, Solve
 from torchdyn_mintime.core.untraced import LastSolve, evaluating, last_solve, refine, undisturbed, untraced
 from torchdyn_mintime.core.wrapping import require_spans
 from torchdyn_mintime.numerics import AsynchronousLeapfrog, Grid, integrate, make_stepper
@@ -28,6 +28,7 @@ __all__ = [
     "position",
     "reference_end",
     "reference_solution",
+    "reference_states",
     "relative_error",
     "replaced_solves",
     "rk4_solution",
@@ -59,6 +60,22 @@ def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE) -> Tensor:
     last = last_solve(span)
     with untraced(last.bound):
         return reference_solution(last.bound, position(span, last.x), [last.steps[0], last.steps[-1]], tolerance)[-1]
+
+
+def reference_states(span: LearnableSpan, t_eval: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+    """Returns the ODE's own solution at the times ``t_eval`` of the last forward, ``[points, *x.shape]``, in float64.
+
+    In the order of ``t_eval``, whatever it is; without the velocity of alf.
+    """
+    last = last_solve(span)
+    first, end = last.steps[0], last.steps[-1]
+    asked = t_eval.tolist()
+    later = sorted({t for t in asked if (t - first) * (end - first) > 0}, reverse=end < first)
+    start = position(span, last.x)
+    with untraced(last.bound):
+        path = reference_solution(last.bound, start, [first, *later], tolerance) if later else start.double()[None]
+    row = {t: i for i, t in enumerate(later, 1)}
+    return path[[row.get(t, 0) for t in asked]]
 
 
 def relative_error(span: LearnableSpan, tolerance: float = TOLERANCE, relative_to: str = "displacement") -> float:
@@ -142,14 +159,14 @@ def replaced_solves(found: Iterable[LearnableSpan], solve: Solve) -> Iterator[No
 
     Args:
         found: the spans.
-        solve: ``solve(span, x, own) -> (t_eval, sol)``: what the span returns for the state ``x``; ``own()`` is what it
-            would return by itself.
+        solve: ``solve(span, x, call) -> (t_eval, sol)``: what the span returns for the state ``x``; ``call()`` is what it
+            would return by itself (:class:`~torchdyn_mintime.core.span.Call`).
 
     Example:
         >>> from torchdyn.core import NeuralODE
         >>> span = LearnableSpan(NeuralODE(nn.Tanh(), solver="rk4"))  # doctest: +ELLIPSIS
         Your vector field ...
-        >>> with replaced_solves([span], lambda span, x, own: ending(span, 2 * x)):
+        >>> with replaced_solves([span], lambda span, x, call: ending(call, 2 * x)):
         ...     span(torch.ones(1, 2))[1][-1]
         tensor([[2., 2.]])
     """
@@ -163,21 +180,23 @@ def replaced_solves(found: Iterable[LearnableSpan], solve: Solve) -> Iterator[No
             span._replacement = before
 
 
-def ending(span: LearnableSpan, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what a span returns whose trajectory is the state ``end`` at t_f alone."""
-    return span.t_f.detach().reshape(1), end[None]
+def ending(call: Call, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what a call of a span returns whose state is ``end`` at every time that it asks for, t_f with them."""
+    span = call.span
+    t_eval = call.grid().times(span.t_f.dtype, span.t_f.device).detach()
+    return t_eval, end.expand(len(t_eval), *end.shape)
 
 
 @contextmanager
 def exact_solves(model: nn.Module, tolerance: float = TOLERANCE) -> Iterator[None]:
-    """Gives, as the last state of every span of ``model``, the ODE's own solution at ``tolerance``."""
+    """Gives, as the states that calls of the spans of ``model`` return, the ODE's own solution at ``tolerance``."""
 
-    def solve(span: LearnableSpan, x: Tensor, own: Callable) -> tuple[Tensor, Tensor]:
-        t_eval, sol = own()
-        end = reference_end(span, tolerance).to(sol)
+    def solve(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        t_eval, sol = call()
+        exact = reference_states(span, t_eval, tolerance).to(sol)
         if isinstance(span.stepper, AsynchronousLeapfrog):  # whose state is [z, v]
-            end = torch.cat([end, sol[-1].chunk(2, -1)[1]], -1)
-        return t_eval, torch.cat([sol[:-1], end[None]])
+            exact = torch.cat([exact, sol.chunk(2, -1)[1]], -1)
+        return t_eval, exact
 
     with replaced_solves(require_spans(model), solve):
         yield

@@ -4,7 +4,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,44 @@ from torchdyn_mintime.core.series import Series
 from torchdyn_mintime.core.solve import LastSolve, Method, interpolator_of
 from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, LearnedStepper, Stepper
 
-__all__ = ["LearnableSpan"]
+__all__ = ["LOAD_HINT", "Call", "LearnableSpan"]
 
 _log = logging.getLogger(__name__)
 
-Solve = Callable[["LearnableSpan", Tensor, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
-"""``solve(span, x, own) -> (t_eval, sol)``: what stands in a span's place; ``own()`` is its own solve from ``x``."""
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a span, for what stands in its place (:func:`~torchdyn_mintime.core.reference.replaced_solves`).
+
+    Calling it makes the span's own solve, and returns ``(t_eval, sol)``.
+
+    Attributes:
+        span: that is called.
+        x, args: what it is called with.
+        plan: what it is to solve.
+        sensitivity: the way to gradients, where it is not the span's.
+    """
+
+    span: "LearnableSpan"
+    x: Tensor
+    plan: Plan
+    args: Mapping[str, Any] | None = None
+    sensitivity: str | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        last = self.span._solve(self.x, self.plan, self.args, self.sensitivity)
+        return self.span._returned(last, self.plan.rows)
+
+    def grid(self) -> Grid:
+        """Returns the points that the call is solved on, without solving it."""
+        return self.plan.grid
+
+
+Solve = Callable[["LearnableSpan", Tensor, Call], tuple[Tensor, Tensor]]
+"""``solve(span, x, call) -> (t_eval, sol)``: what stands in a span's place; ``call()`` is its own solve from ``x``."""
+
+LOAD_HINT = "(was wrapped by a callback: before loading, `from torchdyn_mintime import wrap; wrap(module)`)"
+"""The name of an empty entry in checkpoints of Lightning, which torch shows where the module that loads is a bare one."""
 
 
 class LearnableSpan(LearnableInterval):
@@ -164,7 +196,7 @@ class LearnableSpan(LearnableInterval):
         if self.training and t_span is not None:
             self._series.check(plan, t_span, self.t_f)
         if self._replacement is not None:
-            t_eval, sol = self._replacement(self, x, lambda: self._returned(self._solve(x, plan, args), plan.rows))
+            t_eval, sol = self._replacement(self, x, Call(self, x, plan, args))
             return (t_eval, sol) if self.node.return_t_eval else sol
         t_eval, sol = self._returned(self._solve(x, plan, args), plan.rows)
         if self.training and t_span is not None and plan.grid.keep is None:
@@ -218,12 +250,8 @@ class LearnableSpan(LearnableInterval):
         As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity.
         """
 
-        def own() -> tuple[Tensor, Tensor]:
-            return self._returned(self._solve(x, plan, sensitivity="autograd"), plan.rows)
-
-        plan = self._plan(t_span, ())
-
-        return (own() if self._replacement is None else self._replacement(self, x, own))[1]
+        call = Call(self, x, self._plan(t_span, ()), sensitivity="autograd")
+        return (call() if self._replacement is None else self._replacement(self, x, call))[1]
 
     # ---------------------------------------------------------------------------------------- what the last forward did
 
@@ -366,6 +394,16 @@ class LearnableSpan(LearnableInterval):
         self.release()
         return made
 
+    @property
+    def template(self) -> Tensor:
+        """The template as the state_dict has it, in float64. torch.distributed.checkpoint asks for entries by their names."""
+        return self._template
+
+    @property
+    def filled(self) -> Tensor:
+        """Whether the template is settled, as the state_dict has it."""
+        return torch.tensor(self.interval.settled)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # The buffers themselves, not copies: averages are kept by writing to what a state_dict holds.
@@ -386,6 +424,13 @@ class LearnableSpan(LearnableInterval):
             elif "." in name and not name.startswith("node."):
                 state_dict[prefix + "node." + name] = state_dict.pop(key)
         own = {k: v for k, v in state_dict.items() if "." not in k[len(prefix) :] or k.startswith(prefix + "node.")}
+        # Lightning's sharded strategies load a tensor only where it is computed with.
+        lazy = [
+            k for k, v in own.items() if "." not in k[len(prefix) :] and v is not None and not isinstance(v, Tensor)
+        ]
+        own.update({k: torch.clone(own[k]) for k in lazy})
+        if state_dict.pop(prefix + LOAD_HINT, None) is not None:  # this module needs no hint
+            del own[prefix + LOAD_HINT]
         extra = {k: own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")}
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
@@ -458,6 +503,10 @@ class _StepsSeen:
 
 
 def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:
+    if getattr(
+        module, "_is_fsdp_managed_module", False
+    ):  # what shares out the weights looks for them by their own names
+        return
     inner = prefix + "node."
     for key in [k for k in state_dict if k.startswith(inner)]:
         state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)

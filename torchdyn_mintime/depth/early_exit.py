@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.core import (
     STATEFUL,
+    Call,
     LearnableSpan,
+    check_end_alone,
     checks,
     ending,
     model_output,
@@ -59,7 +61,8 @@ def early_exit(
 
     The criterion is asked at t0 and after every step, for the samples that are still there: the rest of the model is
     applied to their states. Data control and noise follow the samples. For fixed-step solvers, whose steps do not depend on the
-    other samples; layers that couple samples (batch statistics) or draw anew (dropout) must be in eval mode.
+    other samples; layers that couple samples (batch statistics) or draw anew (dropout) must be in eval mode. The solve is
+    the one that the model asks for: with its args, its own span and direction, up to the last time that it looks at.
 
     Args:
         model: a LearnableSpan, or a module that holds some, whose output is a tensor ``[batch, ...]``.
@@ -70,7 +73,8 @@ def early_exit(
         every: steps between two looks at the criterion, where the rest of the model is expensive.
 
     Raises:
-        ValueError: the solver is adaptive, a layer couples samples, or the criterion returns another shape.
+        ValueError: the solver is adaptive, a layer couples samples, the model uses more of the trajectory than its last
+            state, or the criterion returns another shape.
         TypeError: the model's output is not a tensor.
 
     Example:
@@ -84,13 +88,17 @@ def early_exit(
     chosen = only_span(model, span)
     _check(model, chosen, x, every)
     with undisturbed(model):
-        start, output = _start(model, chosen, x)
-        bound = chosen.field.bind(start)
+        call, output = _start(model, chosen, x)
+        start = call.x
+        bound = chosen.field.bind(start, call.args)
         control = [(module, name, value) for module, name, value in bound.captured if isinstance(value, Tensor)]
         for module, name, value in control:
             if value.dim() == 0:
                 raise ValueError(f"{type(module).__name__}.{name} has no batch dimension to follow the samples")
-        nodes = chosen.nodes
+        grid = call.grid()
+        nodes = list(grid.nodes)
+        if grid.keep is not None:  # the model sees no state after the last one that it asks for
+            nodes = nodes[: 1 + max(i for i, kept in enumerate(grid.keep) if kept)]
         times = torch.full((len(x),), float(nodes[0]), dtype=torch.float64, device=x.device)
         nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
         met = _holds(criterion, output, len(x))
@@ -116,19 +124,18 @@ def early_exit(
     return EarlyExit(output, times, nfe, met)
 
 
-def _start(model: nn.Module, span: LearnableSpan, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the state that the span would start from, and the model's output with its ODE skipped."""
-    seen: list[Tensor] = []
+def _start(model: nn.Module, span: LearnableSpan, x: Tensor) -> tuple[Call, Tensor]:
+    """Returns the call of the span that the model would make, and the model's output with its ODE skipped."""
+    seen: list[Call] = []
 
-    def skip(span: LearnableSpan, z: Tensor, own: Callable) -> tuple[Tensor, Tensor]:
-        seen.append(z)
-        return ending(span, z)
+    def skip(span: LearnableSpan, z: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        seen.append(call)
+        return ending(call, z)
 
+    check_end_alone(model, span, x)
     with replaced_solves([span], skip):
         output = model_output(model, x)
-    if len(seen) != 1:
-        raise ValueError(f"the model calls the span {len(seen)} times for one input; early exit needs exactly one call")
-    if not isinstance(output, Tensor) or len(output) != len(x) or len(seen[0]) != len(x):
+    if not isinstance(output, Tensor) or len(output) != len(x) or len(seen[0].x) != len(x):
         raise TypeError(f"early exit needs an output of one tensor, [batch, ...]; got {type(output).__name__}")
     return seen[0], output.clone()
 

@@ -10,6 +10,7 @@ the unit of time nor the learning rate of the network matters.
 
 import logging
 import math
+from collections import deque
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torchdyn_mintime.core import LearnableSpan, checks, require_spans
 from torchdyn_mintime.depth.rollback import Snapshot
 
-__all__ = ["TargetLoss"]
+__all__ = ["LONGEST_WINDOW", "TargetLoss"]
 
 _log = logging.getLogger(__name__)
 
 TIME_RATE, PRICE_RATE = 0.02, 0.05
 """The duration and its price change by these shares a step, at most, so that the network has time to follow."""
+LONGEST_WINDOW = 50
+"""Over so many steps a mean is of the model as it is: t_f changes by a share of itself meanwhile."""
 SMOOTHING = 0.9
 """The share of the last mean of the loss, and of the gradient's size, in the next: about ten steps are remembered."""
 
@@ -32,17 +35,20 @@ class TargetLoss:
     """Finds the shortest interval at which a target loss is met, the price of time with it.
 
     It moves the times itself: call :meth:`step` after backward and before the optimizer's step, which then passes the
-    times over. The best feasible model (the smallest duration at which the loss, smoothed and at the moment, was at most
-    the target) is kept; :meth:`restore_best` brings it back.
+    times over. The best feasible model (the smallest duration at which the mean loss of the last ``window`` steps was at
+    most the target) is kept; :meth:`restore_best` brings it back.
 
     Args:
         model: a LearnableSpan, or a module that holds some; they share one price.
         target: the loss to reach.
         max_t_f: how far t_f may grow. Default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1.
+        window: how many of the last losses have their mean held against the target: as many as an epoch has steps, and 1
+            where each loss is of all data. The loss of one minibatch is often far below that mean. Two standard errors are
+            added to it. A longer window than the default is a look at a model that has changed since.
 
     Attributes:
         weight: the price of time (loss per unit of time); None before the first step.
-        best: {"duration", "loss", "step"} of the best feasible model, or None.
+        best: {"duration", "loss", "step"} of the best feasible model, the loss being that mean; or None.
 
     Raises:
         ValueError: a target that is not positive and finite, no span, or ``max_t_f`` below t_f.
@@ -62,8 +68,10 @@ class TargetLoss:
         True
     """
 
-    def __init__(self, model: nn.Module, target: float, *, max_t_f: float | None = None):
+    def __init__(self, model: nn.Module, target: float, *, max_t_f: float | None = None, window: int = LONGEST_WINDOW):
         self.model, self.target = model, checks.positive(target, "target")
+        self._recent: deque[float] = deque(maxlen=checks.count(window, "window", 1, " of steps"))
+        self._durations: deque[float] = deque(maxlen=self._recent.maxlen)
         self._spans = require_spans(model)
         if max_t_f is not None:
             longest = max(span.t_f.item() for span in self._spans)
@@ -97,7 +105,7 @@ class TargetLoss:
         """Moves the times and their price, from the gradients that backward has left on the times.
 
         Args:
-            loss: what is held against the target: the loss of this batch, averaged over the processes where several run.
+            loss: of this batch, averaged over the processes where several run.
 
         Raises:
             ValueError: the loss is not finite; nothing is changed then.
@@ -105,6 +113,9 @@ class TargetLoss:
         value = checks.scalar(loss, "the loss")
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value}; the times and their price were left as they are")
+        self._recent.append(value)
+        self._durations.append(self.duration)
+        value = self._level()
         # In the logarithm: a loss falls by orders of magnitude, and its mean would be that of the early steps.
         log_loss = math.log(max(value, 1e-12))
         self._steps += 1
@@ -121,6 +132,13 @@ class TargetLoss:
         for i, span in enumerate(self._spans):
             if span.t_f.grad is not None:
                 self._move(i, span, price, beta)
+
+    def _level(self) -> float:
+        """Returns what is held against the target: the mean of the last losses, and two standard errors of it above."""
+        count = len(self._recent)
+        mean = math.fsum(self._recent) / count
+        squares = math.fsum((loss - mean) ** 2 for loss in self._recent)
+        return mean if count == 1 else mean + 2 * math.sqrt(squares / (count - 1) / count)
 
     @torch.no_grad()
     def _move(self, i: int, span: LearnableSpan, price: float, beta: float) -> None:
@@ -141,9 +159,13 @@ class TargetLoss:
         span.clip_()
 
     def _remember(self, value: float, smooth: float) -> None:
-        if max(value, smooth) > self.target:
+        whole = len(self._recent) == self._recent.maxlen
+        if not whole or max(value, smooth) > self.target:
             return
         duration = self.duration
+        # While t_f falls, the mean is of deeper models than this one.
+        if duration < 0.995 * math.fsum(self._durations) / len(self._durations):
+            return
         # A percent is too little to copy the model for.
         if self.best is None or duration < 0.99 * self.best["duration"]:
             self.best = {"duration": duration, "loss": value, "step": self._steps}
@@ -160,12 +182,22 @@ class TargetLoss:
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values and tensors, for a checkpoint."""
         plain = {"weight": self.weight, "best": self.best and dict(self.best), "steps": self._steps}
-        return {**plain, "log_loss": self._log_loss, "size": list(self._size), "state": self._state.state_dict()}
+        smooth = {
+            "log_loss": self._log_loss,
+            "recent": list(self._recent),
+            "durations": list(self._durations),
+            "size": list(self._size),
+        }
+        return {**plain, **smooth, "state": self._state.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state_dict`."""
         self.weight, self.best, self._steps = state["weight"], state["best"], state["steps"]
         self._log_loss, self._size = state["log_loss"], list(state["size"])
+        self._recent.clear()
+        self._recent.extend(state.get("recent", ()))  # version 0.1.0 knew the last loss alone
+        self._durations.clear()
+        self._durations.extend(state.get("durations", ()))
         self._state.load_state_dict(state["state"])
 
     def __repr__(self) -> str:

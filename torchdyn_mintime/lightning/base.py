@@ -2,13 +2,16 @@
 
 import contextlib
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torchdyn.core import NeuralODE
 
-from torchdyn_mintime.core import has_bare, named_spans, wrap
+from torchdyn_mintime.core import LOAD_HINT, LearnableSpan, has_bare, named_spans, replicate_times, wrap
 from torchdyn_mintime.lightning import ranks
 
 __all__ = ["SpanCallback", "loss_of", "monitored"]
@@ -18,21 +21,50 @@ class SpanCallback(ranks.EndTogether):
     """Wraps the module, logs its spans, keeps a loaded state until the training starts, and undoes what it changed.
 
     A subclass takes its loaded state from :meth:`_take_loaded` when the training starts; until then its ``state_dict`` is
-    ``_loaded``. What it puts on ``_undo`` is called when the training ends, with or without an error. Where it looks at the
-    loss of training_step, ``_losses`` are those since its last look.
+    ``_loaded``. It begins every training in :meth:`begin`, as if it were new: a callback may be used for one training
+    after another. What it puts on ``_undo`` is called when the training ends, with or without an error. Where it looks at
+    the loss of training_step, ``_losses`` are those since its last look.
     """
 
     def __init__(self) -> None:
         self._undo = contextlib.ExitStack()
         self._loaded: dict[str, Any] = {}
         self._losses: list[float] = []
+        self._evaluations: dict[str, list[float]] = {}
+
+    @property
+    def log(self) -> Callable[..., None]:
+        """The module's own ``log``, which Lightning gives to every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, log: Callable[..., None]) -> None:
+        # Lightning gives it before any callback's `setup`, and those of weight averages copy the module there. torchdyn's
+        # bare node cannot be copied, and a copy of it would have no times: so it is wrapped now, whatever the order of
+        # the callbacks.
+        self._log = log
+        module = getattr(log, "__self__", None)
+        if isinstance(module, pl.LightningModule) and has_bare(module) and not isinstance(module, NeuralODE):
+            wrap(module)
+
+    def _keep_times_whole(self, strategy: FSDPStrategy, pl_module: pl.LightningModule) -> None:
+        """Leaves the times out of the sharding, and moves them where the strategy moves the rest."""
+        times = replicate_times(pl_module)
+        for time in times:
+            time.data = time.data.to(strategy.root_device)
+        before = strategy.kwargs.get("ignored_states")
+        strategy.kwargs["ignored_states"] = [*(before or ()), *times]
+        self._undo.callback(strategy.kwargs.update, ignored_states=before)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps every bare NeuralODE, before the optimizers are made and a checkpoint is loaded.
 
+        FSDPStrategy is told to leave the times whole.
+
         Raises:
             MisconfigurationException: the module has no NeuralODE.
         """
+        self._undo.close()  # of a training whose end this callback was not told
         if has_bare(pl_module):
             wrap(pl_module)
         if not list(named_spans(pl_module)):
@@ -40,6 +72,16 @@ class SpanCallback(ranks.EndTogether):
                 f"{type(self).__name__} found no NeuralODE in {type(pl_module).__name__}; keep it as an attribute, in an "
                 "nn.Sequential or an nn.ModuleList, where it is registered as a submodule"
             )
+        if isinstance(trainer.strategy, FSDPStrategy):
+            self._keep_times_whole(trainer.strategy, pl_module)
+        if stage == "fit":
+            self.begin()
+
+    def begin(self) -> None:
+        """Forgets the training before, if there was one: a checkpoint's state is loaded after this."""
+        self._loaded = {}
+        self._losses.clear()
+        self._evaluations.clear()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Undoes what the callback changed for the time of the training."""
@@ -47,8 +89,27 @@ class SpanCallback(ranks.EndTogether):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tells the other ranks, and undoes the changes: Lightning calls no ``teardown`` after an error."""
-        super().on_exception(trainer, pl_module, exception)
-        self._undo.close()
+        try:
+            super().on_exception(trainer, pl_module, exception)
+        finally:
+            self._undo.close()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the figures of the epoch: t_f as it is now, and the mean evaluations of its solves."""
+        super().on_train_epoch_end(trainer, pl_module)
+        for name, span in self._named(pl_module):
+            if seen := self._evaluations.pop(name, []):
+                figures: dict[str, Any] = {f"t_f{name}": span.t_f.detach(), f"nfe{name}": statistics.fmean(seen)}
+                pl_module.log_dict(figures, prog_bar=True, on_step=False, on_epoch=True)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds an entry to each span's state whose name says how to load it: torch names what does not fit."""
+        state = checkpoint["state_dict"]
+        for name, _ in named_spans(pl_module):
+            if f"{name}.t_f" in state:  # a rank that does not write has no state
+                state[f"{name}.{LOAD_HINT}"] = torch.empty(0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a state until the training starts. The spans may not be there yet, or not be loaded."""
@@ -61,11 +122,16 @@ class SpanCallback(ranks.EndTogether):
 
     def _log_spans(self, pl_module: pl.LightningModule) -> None:
         """Logs ``t_f`` (units of time) and ``nfe`` (evaluations of a solve), with the span's name where there are several."""
+        for name, span in self._named(pl_module):
+            self._evaluations.setdefault(name, []).append(span.nfe)
+            figures: dict[str, Any] = {f"t_f{name}": span.t_f.detach(), f"nfe{name}": float(span.nfe)}
+            pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False)
+
+    @staticmethod
+    def _named(pl_module: pl.LightningModule) -> list[tuple[str, LearnableSpan]]:
+        """Returns the spans, each with what is added to the names of its figures."""
         found = list(named_spans(pl_module))
-        for name, span in found:
-            suffix = f"/{name}" if len(found) > 1 else ""
-            pl_module.log(f"t_f{suffix}", span.t_f.detach(), prog_bar=True)
-            pl_module.log(f"nfe{suffix}", float(span.nfe), prog_bar=True)
+        return [(f"/{name}" if len(found) > 1 else "", span) for name, span in found]
 
 
 def loss_of(outputs: Any) -> Any:

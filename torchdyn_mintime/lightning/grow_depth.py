@@ -43,7 +43,8 @@ class GrowDepth(SpanCallback):
         ValueError: a value that cannot be used, or a metric that is NaN from the start.
 
     Logs:
-        ``t_f`` and ``nfe``; every growth and its reason on the ``torchdyn_mintime`` logger.
+        ``t_f`` and ``nfe``, at every step that the trainer logs and at the end of every epoch; every growth and its reason
+        on the ``torchdyn_mintime`` logger.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[GrowDepth(threshold=0.01, patience=5)], logger=False, accelerator="cpu",
@@ -74,6 +75,11 @@ class GrowDepth(SpanCallback):
         self.monitor, self.span = monitor, span
         self.rescue = self._survives_nan = rescue
         self._name = monitor or "the training loss"
+        self.begin()
+
+    def begin(self) -> None:
+        super().begin()
+        self._rollback = None
         self._best, self._kept = math.inf, Snapshot()
         self._epochs = 0
 

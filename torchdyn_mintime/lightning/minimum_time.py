@@ -1,15 +1,18 @@
 """Minimum-time training in a Trainer: eq. (13) and (14), by a weight or for a target loss."""
 
 import logging
+import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
 
-from torchdyn_mintime.core import checks, named_spans, spans
-from torchdyn_mintime.depth.target import TargetLoss
+from torchdyn_mintime.core import LearnableSpan, checks, named_spans, spans
+from torchdyn_mintime.depth.target import LONGEST_WINDOW, TargetLoss
 from torchdyn_mintime.lightning.base import SpanCallback, monitored
 
 __all__ = ["MinimumTime"]
@@ -20,18 +23,20 @@ _log = logging.getLogger(__name__)
 class MinimumTime(SpanCallback):
     """Trains every NeuralODE in a Lightning module for minimum time, eq. (13).
 
-    Each bare NeuralODE is wrapped in a :class:`LearnableSpan` in ``setup``. With a ``weight``, the gradient of
-    ``weight * (t_f - t0)`` is added to the times after every backward pass, so that training is that of
-    ``loss + weight * span.duration``, with gradient accumulation, clipping and mixed precision too; after the step,
+    Each bare NeuralODE is wrapped in a :class:`LearnableSpan` before the training. With a ``weight``, the gradient of
+    ``weight * (t_f - t0)`` is added to the times once for every optimizer step, however many backward passes lead to it:
+    the training is that of ``loss + weight * span.duration``, with gradient accumulation, a last window of fewer
+    batches, clipping and mixed precision too. A module with manual optimization calls ``manual_backward``. After the step,
     times are clipped by eq. (14). With a ``target``, a :class:`~torchdyn_mintime.depth.target.TargetLoss` finds the price of
     time and moves the times itself; at the end of the training the best feasible model is given back.
 
     Args:
         weight: the price of time, in units of loss per unit of time; 0 lets t_f follow the loss alone. Default 1, where
             no target is given.
-        target: the loss to reach, instead of a weight.
-        monitor: with a target, the logged metric that is held against it; None is training_step's loss, averaged over
-            the ranks.
+        target: the mean loss of an epoch to reach, instead of a weight. Of the last 50 steps, where an epoch has more.
+        monitor: with a target, the logged metric that is held against it; None is the loss of an optimizer step,
+            averaged over the ranks: the mean of an accumulation, or with manual optimization the sum of the losses that
+            ``manual_backward`` was given.
 
     Attributes:
         price: with a target, the TargetLoss, once training has begun.
@@ -39,8 +44,12 @@ class MinimumTime(SpanCallback):
     Raises:
         ValueError: a weight that is negative or not finite, a target that is not positive, or both given.
 
+    Warns:
+        UserWarning: t_f of a span is frozen, or the optimizer decays it.
+
     Logs:
-        ``t_f`` and ``nfe`` (with the span's name where there are several); with a target ``time_weight`` too.
+        ``t_f`` and ``nfe`` (with the span's name where there are several), at every step that the trainer logs and at the
+        end of every epoch; with a target ``time_weight`` too.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[MinimumTime(weight=0.1)], logger=False, enable_checkpointing=False,
@@ -57,14 +66,28 @@ class MinimumTime(SpanCallback):
         self.target = None if target is None else checks.positive(target, "target")
         self.monitor = monitor
         self.price: TargetLoss | None = None
+        self._unpriced: list[tuple[nn.Parameter, float]] = []
+
+    def begin(self) -> None:
+        super().begin()
+        self.price = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the times will be trained and not decayed; with a target, begins to find the price of time."""
         super().on_train_start(trainer, pl_module)
+        for name, span in named_spans(pl_module):
+            if not any(time.requires_grad for time in (span.t_f, span.t0)):
+                warnings.warn(
+                    f"t_f of {name or 'the span'} is frozen, and stays at {span.t_f.item():g} whatever MinimumTime is told; "
+                    "call span.t_f.requires_grad_() before the training if it is to be learned",
+                    stacklevel=2,
+                )
         if self.target is None:
             self._check_optimizers(trainer, pl_module)
             return
-        self.price = TargetLoss(pl_module, self.target)
+        # An epoch that nobody knows the length of counts as one of many steps, and so does one that is longer.
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        self.price = TargetLoss(pl_module, self.target, window=max(1, min(LONGEST_WINDOW, math.ceil(min(steps, 1e6)))))
         if state := self._take_loaded().get("price"):
             self.price.load_state_dict(state)
 
@@ -87,27 +110,49 @@ class MinimumTime(SpanCallback):
                 )
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Remembers the loss of every batch of an accumulation."""
+        """Remembers the loss of every backward, and which times have no gradient yet."""
         super().on_before_backward(trainer, pl_module, loss)
         if self.price is not None:
-            self._losses.append(loss.item() / _loss_scale(trainer, pl_module))
+            self._losses.append(loss.item() / _gradient_scale(trainer))
+        else:
+            self._unpriced = [pair for span in spans(pl_module) for pair in self._slopes(span)]
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the gradient of eq. (13)'s second term."""
-        if self.target is None:
-            price = self.weight * _loss_scale(trainer, pl_module)
-            slopes = [pair for span in spans(pl_module) for pair in ((span.t_f, price), (span.t0, -price))]
-            for time, slope in slopes:
-                if time.requires_grad:
-                    time.grad = torch.zeros_like(time) if time.grad is None else time.grad
-                    time.grad += slope
+        """Adds the gradient of eq. (13)'s second term, where the gradient began with this backward.
+
+        A gradient that was there before has it already, whoever accumulates: Lightning, or a training_step that calls
+        ``manual_backward`` more than once. Whoever clears it, as between the two passes of SAM, begins a new one.
+        """
+        scale = _gradient_scale(trainer)
+        for time, slope in self._unpriced:
+            time.grad = torch.zeros_like(time) if time.grad is None else time.grad
+            time.grad += scale * slope
+        self._unpriced = []
+
+    def _slopes(self, span: LearnableSpan) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yields the times that have no gradient yet, each with what the price of time adds to it."""
+        for time, slope in ((span.t_f, self.weight), (span.t0, -self.weight)):
+            if isinstance(time, nn.Parameter) and time.requires_grad and (time.grad is None or not time.grad.any()):
+                yield time, slope
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         """With a target: moves the times and their price, by the gradients of the whole accumulation."""
-        if self.price is None or not self._losses or all(span.t_f.grad is None for span in spans(pl_module)):
+        if self.price is None or not self._losses:
             return
+        times = [span.t_f for span in spans(pl_module)]
+        if all(time.grad is None for time in times):  # losses without a time in them, as of a second network
+            self._losses.clear()
+            return
+        owners = [
+            o for o in trainer.optimizers if any(p is t for g in o.param_groups for p in g["params"] for t in times)
+        ]
+        if owners and optimizer not in owners:  # it is the turn of the weights alone
+            return
+        # By hand, what was given to backward adds up; else Lightning has divided each loss by those it accumulates.
+        scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else len(self._losses)
+        losses = [scale * loss for loss in self._losses]
         # A metric of the epoch's end is not logged before it.
-        if (value := monitored(trainer, pl_module, self.monitor, self._losses)) is not None:
+        if (value := monitored(trainer, pl_module, self.monitor, losses)) is not None:
             self._losses.clear()
             self.price.step(value)
 
@@ -129,8 +174,7 @@ class MinimumTime(SpanCallback):
         return self._loaded or ({} if self.price is None else {"price": self.price.state_dict()})
 
 
-def _loss_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-    """Returns what Lightning has multiplied the loss by before backward."""
-    scale = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+def _gradient_scale(trainer: pl.Trainer) -> float:
+    """Returns what mixed precision has multiplied the loss by, and divides the gradient by before the step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scale if scaler is None else scale * scaler.get_scale()
+    return 1.0 if scaler is None else scaler.get_scale()

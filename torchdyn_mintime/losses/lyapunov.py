@@ -14,6 +14,7 @@ implies V(t) <= exp(-kappa s) (V0 + s (V-dot0 + kappa V0)) with s = t - t0.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,22 +23,25 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
 from torchdyn_mintime.core import (
+    BoundField,
     Field,
     LearnableSpan,
-    Method,
     checks,
     cost_columns,
+    evaluating,
     last_solve,
     only_span,
+    position,
+    reference_solution,
     rk4_solution,
     takes,
+    undisturbed,
     untraced,
 )
 from torchdyn_mintime.losses.batched_points import BatchedPoints
-from torchdyn_mintime.losses.certificate import Certificate, certify
+from torchdyn_mintime.losses.certificate import GOLDEN, Certificate, certify, doubtful
 from torchdyn_mintime.losses.samplers import Sampler
 from torchdyn_mintime.losses.trajectory import differentiable, rate_of_change
-from torchdyn_mintime.numerics import Grid
 
 __all__ = ["LyapunovRegularizer", "keep_points", "regularizer_for"]
 
@@ -48,6 +52,12 @@ MIN_POINTS = 5
 
 REFERENCE_STEPS = 8
 """Steps of rk4 whose points are looked at where a LearnableSolver takes the whole interval in one step."""
+
+MAX_ROUNDS = 12
+"""How often a certificate looks at more points where it is in doubt. A sample in doubt for longer counts as not held."""
+
+CERTIFICATE_TOLERANCE = 1e-9
+"""Of the solve that a certificate is of: absolute and relative."""
 
 ROUNDING = 1e-5
 """How far below 0 a potential may be: cross entropies that are a difference of two logits are a rounding error below."""
@@ -290,26 +300,69 @@ class LyapunovRegularizer(nn.Module):
     ) -> Certificate:
         """Returns for which samples eq. (18) held, and the rate that did hold (Theorem 2 checked on data).
 
-        The ODE is solved anew, at ``points`` points at least and no fewer than the model's own grid has, without
-        touching counters or the last forward.
+        Two curves are looked at, in eval mode: the ODE's own solution, in float64 by an adaptive solve at 1e-9, and the
+        states that the model itself reaches by its own steps. A sample counts as held where both stay below the bound. The
+        first is looked at ``points`` times at least and as often as the model's own grid, and between those wherever V may
+        come above the bound, until it is sure. Counters and the last forward stay as they are.
 
         Args:
             x: initial states ``[batch, ...]``.
             target: passed on to the potential.
             rate: default: the regularizer's own.
-            points: how many points, evenly spaced.
-            t_span: first and last time, for a bare node without a span of its own.
+            points: how many points, evenly spaced, to begin with.
+            t_span: the span of a bare node without one of its own.
         """
         rate = self.rate if rate is None else checks.positive(rate, "rate")
         points = checks.count(points, "points", MIN_POINTS)
         _check_targets(target, x.shape[0])
-        own = len(self.model.nodes) if isinstance(self.model, LearnableSpan) and not self.model.adaptive else 0
-        t = torch.linspace(*self._interval(t_span), max(points, own), dtype=torch.float64)
-        with self._field().beside(x, self._args) as bound:
-            states = Method(bound.node).solve(bound, x, Grid(t.tolist()), checkpoint=False).states
-            values = torch.stack([self._potential(time, z, target) for time, z in zip(t.to(x), states, strict=True)])
-            slope = None if self.order == 1 else self._terms(bound.function, t[0].to(x), x, target)[1].double()
-        return certify(rate, t.to(x.device), values.double(), slope, math.sqrt(torch.finfo(x.dtype).eps))
+        with evaluating(self), undisturbed(self):
+            own_t, own_states = self._own(x, t_span)
+            t = torch.linspace(own_t[0], own_t[-1], max(points, len(own_t)), dtype=torch.float64)
+            spacing = (t[1] - t[0]).item()
+            t = _split(t, torch.ones(len(t) - 1, dtype=torch.bool))
+            with self._field().beside(x, self._args) as bound:
+                # In float64 the solve is exact to 1e-9; where the states are of less, V is rounded as they are.
+                rounding = max(1e-6, math.sqrt(torch.finfo(x.dtype).eps))
+                for rounds in range(MAX_ROUNDS):
+                    values, slopes = self._along(bound, x, t, target)
+                    slope = slopes[0] if self.order == 2 else None
+                    doubts = doubtful(rate, t, values, slopes, slope, rounding)
+                    if not doubts.any() or rounds + 1 == MAX_ROUNDS:
+                        break
+                    t = _split(t, doubts.any(1).cpu())
+            own = torch.stack(
+                [self._potential(time, z, target) for time, z in zip(own_t.to(x), own_states.to(x), strict=True)]
+            ).double()
+        found = certify(rate, t.to(x.device), values, slope, rounding)
+        # Right after the start V / V(t0) is 1 up to rounding, and its slope says the rate that held.
+        at_start = torch.where(values[0] > 0, -slopes[0] / values[0], math.inf)
+        late = certify(rate, *_without_first(t.to(x.device), values, spacing), slope, rounding)
+        by_steps = certify(rate, own_t.to(x.device), own, slope, rounding)
+        held = found.held & by_steps.held & ~doubts.any(0)
+        rates = torch.minimum(at_start, late.rates)
+        return replace(found, held=held, rates=rates, own_ratio=by_steps.worst_ratio)
+
+    def _own(self, x: Tensor, t_span: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the times, in float64, and the states that the model itself reaches from ``x``."""
+        options = {} if self._args is None else {"args": self._args}
+        if isinstance(self.model, LearnableSpan):
+            self.model(x, **options)
+            last = last_solve(self.model)
+            return last.grid.times(torch.float64, torch.device("cpu")).detach(), position(self.model, last.states)
+        t_span = self.model.t_span if t_span is None else t_span
+        if t_span is None:
+            raise ValueError("the NeuralODE has no span of its own; pass t_span=")
+        out = self.model(x, t_span, **options)
+        times, states = out if isinstance(out, tuple) else (t_span, out)
+        return times.detach().double().cpu()[: len(states)], states
+
+    def _along(self, bound: BoundField, x: Tensor, t: Tensor, target: tuple) -> tuple[Tensor, Tensor]:
+        """Returns V and V-dot at the times ``t`` of the ODE's own solution from ``x``, each ``[points, batch]``."""
+        start = position(self.model, x) if isinstance(self.model, LearnableSpan) else x
+        with untraced(bound):
+            states = reference_solution(bound, start, t.tolist(), CERTIFICATE_TOLERANCE).to(x.dtype)
+            terms = [self._terms(bound.function, time, z, target)[:2] for time, z in zip(t.to(x), states, strict=True)]
+        return torch.stack([v for v, _ in terms]).double(), torch.stack([slope for _, slope in terms]).double()
 
     def _interval(self, t_span: Tensor | None) -> tuple[float, float]:
         if t_span is None:
@@ -352,6 +405,18 @@ def _check_targets(target: tuple, batch: int) -> None:
             raise ValueError(
                 f"a target has {value.shape[0]} rows for a batch of {batch} states; pass the batch's own targets"
             )
+
+
+def _split(t: Tensor, where: Tensor) -> Tensor:
+    """Returns the times with one more in each of the intervals that are marked."""
+    more = t[:-1] + GOLDEN * t.diff()
+    return torch.cat([t, more[where]]).sort().values
+
+
+def _without_first(t: Tensor, values: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Returns the start, and the points that are ``least`` or more after it."""
+    keep = (t - t[0] >= least * (1 - 1e-9)) | (t == t[0])
+    return t[keep], values[keep]
 
 
 def _repeat(value: Any, times: int) -> Any:
