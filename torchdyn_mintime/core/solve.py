@@ -125,10 +125,12 @@ class Method:
             else:
                 if learning:
                     self._check_repeats(bound, checkpoint)
-                problem = Problem(bound.function, node.vf, bound.parameters, restored=bound.in_backward, **settings)
-                if checkpoint:
+                if checkpoint:  # the steps are taken again, with the parameters of what takes them
+                    free = {name: p for name, p in node.named_parameters() if p.requires_grad}
+                    problem = Problem(bound.function, node, free, restored=bound.in_backward, **settings)
                     solution = solve_checkpointed(problem, x, grid)
                 else:
+                    problem = Problem(bound.function, node.vf, bound.parameters, restored=bound.in_backward, **settings)
                     solution, cost = solve_adjoint(self._adjoint(node, problem), x, grid)
         except IntegrationError:
             raise
@@ -138,18 +140,13 @@ class Method:
         return LastSolve(bound, x, grid, solution.steps, solution.states, cost)
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
-        """Raises where a second evaluation of the field would give something else, or leave a parameter out."""
+        """Raises where a second evaluation of the field would give something else."""
         if kinds := bound.random_or_stateful():
             under = "checkpoint=True" if checkpoint else f"sensitivity={bound.node.sensitivity!r}"
             instead = "checkpoint=False" if checkpoint else "sensitivity='autograd'"
             raise ValueError(
                 f"{', '.join(kinds)} in training mode within the field, under {under}: the "
                 f"backward solve would see another field than the forward one; use {instead}, or .eval() them"
-            )
-        if checkpoint and any(p.requires_grad for p in bound.node.solver.parameters()):
-            raise ValueError(
-                f"checkpoint=True gives the solver's own parameters ({self.stepper.name}) no gradient; freeze them, "
-                "or use checkpoint=False"
             )
 
     def _adjoint(self, node: Any, problem: Problem) -> AdjointProblem:

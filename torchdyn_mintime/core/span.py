@@ -299,6 +299,12 @@ class LearnableSpan(LearnableInterval):
                 if isinstance(value, Tensor) and value.grad_fn is not None:
                     setattr(module, name, value.detach())
 
+    def __setattr__(self, name, value):
+        if name == "solver":  # a module would be registered under this name, and the property passed by
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getstate__(self):
         self.release()
         return {**self.__dict__, "last": None}
