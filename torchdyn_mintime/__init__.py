@@ -4,6 +4,7 @@ from torchdyn_mintime.core import LearnableSpan, SpeedLimit, parameter_groups, s
 from torchdyn_mintime.depth.early_exit import early_exit
 from torchdyn_mintime.depth.growth import DepthGrowth
 from torchdyn_mintime.depth.shallowest import Shallowest
+from torchdyn_mintime.depth.solver_fit import fit_solver
 from torchdyn_mintime.depth.target import TargetLoss
 from torchdyn_mintime.depth.trim import trim
 from torchdyn_mintime.flows import FlowModel
@@ -25,6 +26,7 @@ __all__ = [
     "StepDoubling",
     "TargetLoss",
     "early_exit",
+    "fit_solver",
     "parameter_groups",
     "spans",
     "trim",

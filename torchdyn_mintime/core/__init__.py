@@ -21,6 +21,7 @@ from torchdyn_mintime.core.reference import (
     TOLERANCE,
     ending,
     exact_solves,
+    in_float64,
     position,
     reference_solution,
     relative_error,
@@ -42,6 +43,7 @@ from torchdyn_mintime.core.wrapping import (
     require_spans,
     spans,
     unwrap,
+    with_solver,
     wrap,
 )
 
@@ -68,6 +70,7 @@ __all__ = [
     "exact_solves",
     "freeze_times",
     "has_bare",
+    "in_float64",
     "last_solve",
     "mean_loss",
     "model_output",
@@ -89,5 +92,6 @@ __all__ = [
     "undisturbed",
     "untraced",
     "unwrap",
+    "with_solver",
     "wrap",
 ]

@@ -141,6 +141,16 @@ class LearnableSolver(nn.Module):
         """The nodes, ``[stages]``, relative to the interval."""
         return self.coefficients()[2]
 
+    def entries(self, timed: bool = True) -> Tensor:
+        """Returns which entries of ``free`` play a part, bool ``[stages + 2, stages]``.
+
+        Args:
+            timed: whether the field depends on time; the nodes c play no part where it does not.
+        """
+        mask = self._mask != 0
+        mask[-1] &= timed
+        return mask
+
     # --------------------------------------------------------------------------------------------- as torchdyn's solvers
 
     def sync_device_dtype(self, x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
