@@ -1,4 +1,4 @@
-"""Fields of flow matching, frozen, and solvers fitted to them: ``python -m benchmarks.samplers``.
+"""Fields of flow matching, frozen, and solvers fitted to them: ``python -m benchmarks.samplers planes,digits,densities 1``.
 
 Each field carries one distribution of the plane to another along straight lines between independent draws. Printed are
 the error of the end relative to the displacement, on fresh states, and its share of midpoint's with as many evaluations.
@@ -14,8 +14,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import CNF
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.flows import Gaussian
 
 EVALUATIONS = (4, 6, 8, 10)
 
@@ -180,8 +182,44 @@ def digits(seeds: int) -> None:
             )
 
 
+def densities(seeds: int) -> None:
+    """Prints the negative log-likelihood (nats) of flows of the plane by fitted solvers, beside the exact one."""
+    for name, data in (("moons", lambda n: moons(n) / 3), ("rings", lambda n: rings(n) / 3)):
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+            node = NeuralODE(CNF(net), solver="rk4")
+            model = tm.FlowModel(tm.LearnableSpan(node, torch.linspace(0, 1, 5)), Gaussian(2))
+            model.span.t_f.requires_grad_(False)
+            optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+            for _ in range(300):
+                loss = model.nll(data(256))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            x, fresh = (torch.nn.functional.pad(data(n), (1, 0)) for n in (1280, 2048))
+
+            def nll(solver, nodes, tolerance=1e-3, net=net, fresh=fresh, base=model.base):
+                solved = NeuralODE(CNF(net), solver=solver, atol=tolerance, rtol=tolerance)
+                with torch.no_grad():
+                    end = tm.LearnableSpan(solved, torch.linspace(0, 1, nodes + 1))(fresh)[1][-1]
+                return (end[:, 0] - base.log_prob(end[:, 1:])).mean().item()
+
+            exact = nll("dopri5", 1, 1e-6)
+            for n in (4, 6, 8):
+                fit = tm.fit_solver(node, x, evaluations=n, progress=False)
+                print(
+                    f"density of {name}, seed {seed}, {n} evaluations: nll {nll(fit.solver, 1):.4f}, midpoint "
+                    f"{nll('midpoint', n // 2):.4f}, exact {exact:.4f}",
+                    flush=True,
+                )
+
+
+TABLES = {"planes": planes, "digits": digits, "densities": densities}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    planes(number)
-    digits(number)
+    tables = sys.argv[1].split(",") if len(sys.argv) > 1 else list(TABLES)
+    number = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    for table in tables:
+        TABLES[table](number)

@@ -246,6 +246,20 @@ def test_a_layer_that_stands_twice_in_a_field_keeps_its_type():
     assert all(torch.equal(v, before["state"][k]) for k, v in node.state_dict().items())
 
 
+def test_a_field_of_zeros_has_no_error():
+    found = fit(NeuralODE(lambda t, x, args=None: 0 * x), evaluations=2)
+    assert found.error.rms == 0
+
+
+def test_steps_that_are_too_large_count_as_an_infinite_error():
+    """z' = -z^7 from about 3: each stage raises what is too large to its seventh power."""
+    node = NeuralODE(lambda t, x, args=None: -x.pow(7))
+    x = 3 + 0.1 * states()
+    assert fit(node, x, evaluations=8).error.rms == math.inf
+    with pytest.raises(ValueError, match="no solver of up to 3 evaluations meets"):
+        fit(node, x, tol=1e-9, evaluations=3)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_nothing_is_changed(wrapped):
     net = nn.Sequential(DepthCat(1), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double().eval()

@@ -262,13 +262,15 @@ class _Ends:
         return torch.stack(columns, 1)
 
     def fit(self, stages: int, advance: Callable[[], None]) -> LearnableSolver:
-        """Returns the solver of least squared error, from equal steps of midpoint."""
+        """Returns the solver of least squared error, from equal steps of midpoint; the start where it fails."""
         solver = LearnableSolver(stages, order=1, first_node=self._timed).to(self._x.device)
         mask = solver.entries(self._timed)
         entries = [(int(i), int(j)) for i, j in mask.nonzero().tolist()]
         table, small, damping = solver.free.detach().clone(), 0, 1e-2
         known = self._stages(table, [])
         now = self._residual(table, known)
+        if not 0 < float(now.square().sum()) < math.inf:  # a field of zeros, or steps too large for it
+            return solver.requires_grad_(False)
         for _ in range(ITERATIONS):
             advance()
             jacobian = self._jacobian(table, entries, known)
@@ -277,7 +279,7 @@ class _Ends:
             gain = math.nan
             while not gain > 0 and damping < 1e8:
                 tried = table.clone()
-                tried[mask] -= torch.linalg.solve(normal + torch.diag(damping * diagonal), slope)
+                tried[mask] -= torch.linalg.solve_ex(normal + torch.diag(damping * diagonal), slope).result
                 found = self._stages(tried, [])
                 residual = self._residual(tried, found)
                 gain = 1 - float(residual.square().sum() / now.square().sum())
