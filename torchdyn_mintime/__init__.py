@@ -5,6 +5,7 @@ from torchdyn_mintime.depth.compress import compress
 from torchdyn_mintime.depth.early_exit import early_exit
 from torchdyn_mintime.depth.growth import DepthGrowth
 from torchdyn_mintime.depth.shallowest import Shallowest
+from torchdyn_mintime.depth.solver_fit import fit_solver
 from torchdyn_mintime.depth.target import TargetLoss
 from torchdyn_mintime.depth.trim import trim
 from torchdyn_mintime.flows import FlowModel
@@ -27,6 +28,7 @@ __all__ = [
     "TargetLoss",
     "compress",
     "early_exit",
+    "fit_solver",
     "parameter_groups",
     "replicate_times",
     "spans",

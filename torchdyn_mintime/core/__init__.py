@@ -22,6 +22,7 @@ from torchdyn_mintime.core.reference import (
     TOLERANCE,
     ending,
     exact_solves,
+    in_float64,
     position,
     reference_solution,
     reference_states,
@@ -45,6 +46,7 @@ from torchdyn_mintime.core.wrapping import (
     require_spans,
     spans,
     unwrap,
+    with_solver,
     wrap,
 )
 
@@ -74,6 +76,7 @@ __all__ = [
     "exact_solves",
     "freeze_times",
     "has_bare",
+    "in_float64",
     "last_solve",
     "mean_loss",
     "model_output",
@@ -97,5 +100,6 @@ __all__ = [
     "undisturbed",
     "untraced",
     "unwrap",
+    "with_solver",
     "wrap",
 ]

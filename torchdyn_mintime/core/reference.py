@@ -25,6 +25,7 @@ __all__ = [
     "end_by_steps",
     "ending",
     "exact_solves",
+    "in_float64",
     "position",
     "reference_end",
     "reference_solution",
@@ -101,56 +102,57 @@ def rk4_solution(last: LastSolve, steps: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def reference_solution(bound: BoundField, x: Tensor, times: list[float], tolerance: float = TOLERANCE) -> Tensor:
     """Returns z at ``times`` from z(times[0]) = x, in float64, ``[len(times), *x.shape]``; to be called inside ``untraced``."""
-    own_dtype = x.dtype
-    x = x.detach().double()
-
-    def solve(f: Callable) -> Tensor:
-        return integrate(f, x, Grid(times), make_stepper("dopri5"), atol=tolerance, rtol=tolerance).states
-
-    with _in_float64(bound, x, times[0]) as run:
-        if run is not None:
-            return run(lambda: solve(bound.function))
-
-    # The field in its own type; only the states between its evaluations are of float64.
-    def rounded(t: Tensor, z: Tensor) -> Tensor:
-        return bound.function(t.to(own_dtype), z.to(own_dtype)).double()
-
-    return solve(rounded)
-
-
-class _Holder(nn.Module):
-    """Runs an action while ``functional_call`` has other tensors in the place of ``vf``'s own."""
-
-    def __init__(self, vf: Any):
-        super().__init__()
-        self.vf = vf
-
-    def forward(self, action: Callable[[], Tensor]) -> Tensor:
-        return action()
+    z, method = x.detach().double(), make_stepper("dopri5")
+    with in_float64(bound, x, times[0]) as field:
+        return integrate(field, z, Grid(times), method, atol=tolerance, rtol=tolerance).states
 
 
 @contextmanager
-def _in_float64(bound: BoundField, x: Tensor, t: float) -> Iterator[Callable | None]:
-    """Gives a function that runs an action with the field in float64; None if the field does not take that."""
-    holder = _Holder(bound.node.vf)
-    named = (*holder.named_parameters(), *holder.named_buffers())
-    tensors = {n: v.detach().double() for n, v in named if v.is_floating_point() and v.dtype != torch.float64}
+def in_float64(bound: BoundField, x: Tensor, t: float) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Gives the field on states of float64, to be used inside ``untraced``: ``bound.function`` with its module in float64.
+
+    A field that cannot be evaluated so is evaluated in its own type, and is another function.
+
+    Args:
+        bound: the field, as it was bound to a solve.
+        x: a state of the solve, in its own type.
+        t: a time to try the field at.
+    """
+    modules = list(bound.node.vf.modules())
+    # Put in by hand: torch's functional_call leaves a module that stands under two names with the tensors it was given.
+    stores: list[tuple[dict[str, Any], str, Tensor]] = [
+        (store, name, value)
+        for module in modules
+        for store in (module._parameters, module._buffers)
+        for name, value in store.items()
+        if value is not None and value.is_floating_point()
+    ]
     captured = [(m, name, v) for m, name, v in bound.captured if isinstance(v, Tensor)]
-    for module, name, value in captured:
-        setattr(module, name, value.double())
 
-    def run(action: Callable[[], Tensor]) -> Tensor:
-        return torch.func.functional_call(holder, tensors, (action,))
-
-    try:
-        try:
-            fits = run(lambda: bound.function(x.new_tensor(t), x)).dtype == torch.float64
-        except RuntimeError:  # a constant, or a tensor that no module holds, is of another type
-            fits = False
-        yield run if fits else None
-    finally:
+    def put_back() -> None:
+        for store, name, value in stores:
+            store[name] = value
         for module, name, value in captured:
             setattr(module, name, value)
+
+    def rounded(t: Tensor, z: Tensor) -> Tensor:
+        return bound.function(t.to(x.dtype), z.to(x.dtype)).double()
+
+    try:
+        for store, name, value in stores:
+            store[name] = value.detach().double()
+        for module, name, value in captured:
+            setattr(module, name, value.double())
+        try:
+            z = x.detach().double()
+            fits = bound.function(z.new_tensor(t), z).dtype == torch.float64
+        except RuntimeError:  # a constant, or a tensor that no module holds, is of another type
+            fits = False
+        if not fits:
+            put_back()
+        yield bound.function if fits else rounded
+    finally:
+        put_back()
 
 
 @contextmanager

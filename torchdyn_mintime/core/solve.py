@@ -169,9 +169,11 @@ class Method:
             else:
                 if learning:
                     self._check_repeats(bound, checkpoint)
-                problem = Problem(f, node.vf, bound.parameters, restored=bound.in_backward, **settings)
+                # A checkpoint takes the steps again, with the parameters of what takes them.
+                module = node if checkpoint else node.vf
+                free = {name: p for name, p in module.named_parameters() if p.requires_grad}
+                problem = Problem(f, module, free, restored=bound.in_backward, **settings)
                 if checkpoint:
-                    problem.outside = [p for p in node.solver.parameters() if p.requires_grad]
                     solution = _naming_outside(bound, problem, lambda p: solve_checkpointed(p, start, grid))
                 else:
                     solution, cost = _naming_outside(
@@ -199,7 +201,7 @@ class Method:
         return LastSolve(bound, x, grid, solution.steps, cost, lambda: states, again)
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
-        """Raises where a second evaluation of the field would give something else, or leave a parameter out."""
+        """Raises where a second evaluation of the field would give something else."""
         if kinds := bound.random_or_stateful():
             under = "checkpoint=True" if checkpoint else f"sensitivity={bound.node.sensitivity!r}"
             instead = "checkpoint=False" if checkpoint else "sensitivity='autograd'"

@@ -377,6 +377,12 @@ class LearnableSpan(LearnableInterval):
         found = [(m, name, value) for m in self.vf.modules() for name, value in vars(m).items()]
         return [entry for entry in found if isinstance(entry[2], Tensor) and entry[2].grad_fn is not None]
 
+    def __setattr__(self, name, value):
+        if name == "solver":  # a module would be registered under this name, and the property passed by
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getstate__(self):
         self.release()
         for module, name, value in self._graphs():  # what has a graph can be neither copied nor pickled

@@ -1,5 +1,6 @@
 """Putting learnable spans into a model, and taking them out again."""
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ __all__ = [
     "require_spans",
     "spans",
     "unwrap",
+    "with_solver",
     "wrap",
 ]
 
@@ -188,6 +190,16 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
             if isinstance(child, LearnableSpan):
                 parent._modules[name] = child.node
     return model
+
+
+def with_solver(node: NeuralODE, solver: nn.Module, t_span: Tensor) -> NeuralODE:
+    """Returns a node over the field of ``node`` itself, solved over ``t_span`` by another solver, under autograd."""
+    made: Any = copy.copy(node)
+    made._modules = dict(node._modules)
+    made.solver = made.solver_adjoint = solver
+    made.sensitivity = made.sensalg = "autograd"
+    made.t_span = t_span
+    return made
 
 
 def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:

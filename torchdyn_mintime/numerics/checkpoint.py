@@ -103,8 +103,6 @@ class _Replay(nn.Module):
         passes = self._passes()
         totals: list[Tensor | None] = [None] * (len(parameters) + 2)
         carried: Tensor | None = None
-        with torch.enable_grad():  # to the coefficients of a learned solver
-            stepper = stepper.prepare(started[0])
         for i in range(last, -1, -1):
             t, t_new = steps[i], steps[i + 1]
             if (arriving := incoming.get(t_new)) is not None and (passes is None or i == last):
@@ -116,8 +114,9 @@ class _Replay(nn.Module):
                 z = started[i].detach().requires_grad_()
                 ends = start if i == 0 else None, end if i == last else None
                 step = Grid([t, t_new], *ends)
-                times = _stage_times(f, step, stepper, z)[0]
-                z_new, stages = stepper.step(f, z, times, _cast(step.size(0), z))
+                method = stepper.prepare(z)  # with a graph of its own: its coefficients may be learned
+                times = _stage_times(f, step, method, z)[0]
+                z_new, stages = method.step(f, z, times, _cast(step.size(0), z))
                 outputs: list[Tensor] = []
                 if passes is not None and inside:
                     interpolator = self._problem.interpolator

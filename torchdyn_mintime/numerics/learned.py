@@ -71,6 +71,7 @@ class LearnableSolver(nn.Module):
     tableau = None
     """torchdyn's solvers keep theirs here; this one makes it from its parameter at every step."""
     _mask: Tensor
+    _last: Tensor
     order: int
 
     def __init__(
@@ -103,6 +104,7 @@ class LearnableSolver(nn.Module):
         mask[-1] = float(order == 1)
         mask[-1, 0] *= float(first_node)
         self.register_buffer("_mask", mask, persistent=False)
+        self.register_buffer("_last", torch.eye(stages, dtype=torch.float64)[-1], persistent=False)
         self.register_buffer("_settings", torch.tensor([order, int(first_node)]))
 
     # ------------------------------------------------------------------------------------------------- its coefficients
@@ -116,12 +118,13 @@ class LearnableSolver(nn.Module):
         free = self.free * self._mask
         a, b = free[:s], free[s]
         c = free[s + 1] if self.order == 1 else a.sum(1)
-        b = b - (b.sum() - 1.0) / s
         if self.order == 2:  # along c without its mean, which leaves the sum as it is
-            direction = c - c.sum() / s
-            b = b + direction * ((0.5 - b @ c) / (direction @ direction))
-        # The rounding of a sum of entries of both signs is more than that of 1.
-        return a, torch.cat([b[:-1], (1.0 - b[:-1].sum())[None]]), c
+            mean = c.mean()
+            direction = c - mean
+            b = torch.addcmul(b, direction, (0.5 - (mean + b @ direction)) / (direction @ direction))
+        b = torch.add(b, 1.0 - b.sum(), alpha=1 / s)
+        # The rounding of a sum of entries of both signs is more than that of 1: the last one takes what is left of it.
+        return a, torch.addcmul(b, self._last, 1.0 - b.sum()), c
 
     @property
     def a(self) -> Tensor:
@@ -137,6 +140,16 @@ class LearnableSolver(nn.Module):
     def c(self) -> Tensor:
         """The nodes, ``[stages]``, relative to the interval."""
         return self.coefficients()[2]
+
+    def entries(self, timed: bool = True) -> Tensor:
+        """Returns which entries of ``free`` play a part, bool ``[stages + 2, stages]``.
+
+        Args:
+            timed: whether the field depends on time; the nodes c play no part where it does not.
+        """
+        mask = self._mask != 0
+        mask[-1] &= timed
+        return mask
 
     # --------------------------------------------------------------------------------------------- as torchdyn's solvers
 

@@ -332,14 +332,15 @@ class _TensorRungeKutta(Stepper):
         self.nodes, self._weights = c.unbind(), torch.cat([a, b[None]])
 
     def step(self, f, x, times, dt, k1=None):
-        rows = (dt * self._weights).to(x.dtype).unbind()
+        n = self.evaluations
+        weights = (dt * self._weights).to(x.dtype).flatten().unbind()
         stages: list[Tensor] = []
-        for t, row in zip((*times, None), rows, strict=True):
+        for i in range(n + 1):
             state = x
-            for w, k in zip(row.unbind()[: len(stages)], stages, strict=True):
+            for w, k in zip(weights[i * n : i * n + i], stages, strict=True):
                 state = torch.addcmul(state, w, k)
-            if len(stages) < len(times):
-                stages.append(f(t, state) if stages or k1 is None else k1)
+            if i < n:
+                stages.append(k1 if i == 0 and k1 is not None else f(times[i], state))
         return state, stages
 
 

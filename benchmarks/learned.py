@@ -1,0 +1,52 @@
+"""A span with a LearnableSolver against the same arithmetic by hand: ``python -m benchmarks.learned``.
+
+A network of 2-64-2, a batch of 64, one thread. By hand is a loop over the stages: with the coefficients as tensors that
+require a gradient where there is one, as numbers where there is none. Medians, microseconds.
+"""
+
+import statistics
+
+import torch
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+
+import torchdyn_mintime as tm
+from benchmarks.timing import alternate
+
+
+def by_hand(net: nn.Module, x: Tensor, a, b, h) -> Tensor:
+    """Returns the state after one step with the matrix ``a`` and the weights ``b``."""
+    stages: list[Tensor] = []
+    for row in (*a, b):
+        state = x
+        for j, k in enumerate(stages):
+            state = state + h * row[j] * k
+        if len(stages) < len(b):
+            stages.append(net(state))
+    return state
+
+
+def main() -> None:
+    """Prints a line for each number of stages."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for stages in (1, 2, 4, 8):
+        net, x = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2)), torch.randn(64, 2)
+        span = tm.LearnableSpan(NeuralODE(net, solver=tm.LearnableSolver(stages)))
+        a, b = (v.detach().float().requires_grad_() for v in (span.solver.a, span.solver.b))
+        numbers, h = (a.tolist(), b.tolist()), torch.ones((), requires_grad=True)
+        runs = [
+            torch.no_grad()(lambda span=span, x=x: span(x)),
+            torch.no_grad()(lambda net=net, x=x, numbers=numbers: by_hand(net, x, *numbers, 1.0)),
+            lambda span=span, x=x: span(x)[1][-1].square().mean().backward(),
+            lambda net=net, x=x, a=a, b=b, h=h: by_hand(net, x, a, b, h).square().mean().backward(),
+        ]
+        one, two, three, four = (1e6 * statistics.median(t) for t in alternate(runs, 5))
+        print(
+            f"{stages} stages: inference {one:.0f}, by hand {two:.0f} ({one / two:.2f}); forward and backward {three:.0f}, "
+            f"by hand {four:.0f} ({three / four:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

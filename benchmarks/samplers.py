@@ -1,0 +1,225 @@
+"""Fields of flow matching, frozen, and solvers fitted to them: ``python -m benchmarks.samplers planes,digits,densities 1``.
+
+Each field carries one distribution of the plane to another along straight lines between independent draws. Printed are
+the error of the end relative to the displacement, on fresh states, and its share of midpoint's with as many evaluations.
+"""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import CNF
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.flows import Gaussian
+
+EVALUATIONS = (4, 6, 8, 10)
+
+
+def eight_gaussians(n: int) -> Tensor:
+    """Returns draws from eight clouds on a circle of radius 5, as torchcfm draws them, ``[n, 2]``."""
+    angle = torch.randint(8, (n,)) * (math.pi / 4)
+    return 5 * torch.stack([angle.cos(), angle.sin()], 1) + math.sqrt(0.1) * torch.randn(n, 2)
+
+
+def moons(n: int) -> Tensor:
+    """Returns draws from two half circles, as torchcfm draws them, ``[n, 2]``."""
+    angle, second = math.pi * torch.rand(n), torch.rand(n) < 0.5
+    x = torch.where(second, 1 - angle.cos(), angle.cos())
+    y = torch.where(second, 0.5 - angle.sin(), angle.sin())
+    return 3 * (torch.stack([x, y], 1) + 0.2 * torch.randn(n, 2)) - 1
+
+
+def rings(n: int) -> Tensor:
+    """Returns draws from two circles of radius 1.5 and 4, ``[n, 2]``."""
+    angle, radius = 2 * math.pi * torch.rand(n), torch.where(torch.rand(n) < 0.5, 1.5, 4.0)
+    return radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1) + 0.1 * torch.randn(n, 2)
+
+
+def checkerboard(n: int) -> Tensor:
+    """Returns draws from every second cell of a board of 4 by 4, ``[n, 2]``."""
+    column = torch.randint(4, (n,))
+    row = 2 * torch.randint(2, (n,)) + column % 2
+    return 2 * (torch.stack([column, row], 1) - 2 + torch.rand(n, 2))
+
+
+def pinwheel(n: int) -> Tensor:
+    """Returns draws from five bent arms, ``[n, 2]``."""
+    arm, radius = torch.randint(5, (n,)), 1.2 + 0.5 * torch.randn(n)
+    angle = arm * (2 * math.pi / 5) + 0.25 * torch.randn(n) / radius.abs().clamp_min(0.3) + 0.5 * radius
+    return 2 * radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def normal(n: int) -> Tensor:
+    """Returns draws from the standard normal distribution, ``[n, 2]``."""
+    return torch.randn(n, 2)
+
+
+TASKS: dict[str, tuple[Callable[[int], Tensor], Callable[[int], Tensor]]] = {
+    "8 gaussians to moons": (eight_gaussians, moons),
+    "8 gaussians to rings": (eight_gaussians, rings),
+    "normal to checkerboard": (normal, checkerboard),
+    "normal to pinwheel": (normal, pinwheel),
+    "normal to 8 gaussians": (normal, eight_gaussians),
+}
+
+
+class Velocity(nn.Module):
+    """A network of the state and the time.
+
+    Args:
+        dim: of the state.
+        width: of its three hidden layers.
+    """
+
+    def __init__(self, dim: int = 2, width: int = 64):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(dim + 1, width), nn.SELU()]
+        for _ in range(2):
+            layers += [nn.Linear(width, width), nn.SELU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, dim))
+
+    def forward(self, t, x, args=None):
+        """Returns the velocity, ``[n, *shape]``."""
+        column = torch.as_tensor(t).to(x).expand(len(x))[:, None]
+        return self.net(torch.cat([x.flatten(1), column], 1)).view_as(x)
+
+
+def train(
+    start: Callable[[int], Tensor],
+    end: Callable[[int], Tensor],
+    field: nn.Module,
+    iterations: int = 3000,
+    batch: int = 256,
+) -> nn.Module:
+    """Trains a field by flow matching with independent draws, and returns it."""
+    optimizer = torch.optim.Adam(field.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        x0, x1, t = start(batch), end(batch), torch.rand(batch)
+        share = t.view(-1, *[1] * (x0.dim() - 1))
+        loss = (field(t, (1 - share) * x0 + share * x1) - (x1 - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return field.eval()
+
+
+def fresh_error(solver: str | nn.Module, field: nn.Module, x0: Tensor, exact: Tensor, steps: int = 1) -> float:
+    """Returns the error of ends relative to the displacement."""
+    node = NeuralODE(field, solver=solver)
+    with torch.no_grad():
+        span = tm.LearnableSpan(node, torch.linspace(0, 1, steps + 1))
+        end = span(x0)[1][-1]
+    return ((end - exact).square().mean() / (exact - x0).square().mean()).sqrt().item()
+
+
+def exact_ends(field: nn.Module, x0: Tensor) -> Tensor:
+    """Returns the ends by dopri5 at 1e-6."""
+    node = NeuralODE(field, solver="dopri5", atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        return tm.LearnableSpan(node, torch.tensor([0.0, 1.0]))(x0)[1][-1]
+
+
+def planes(seeds: int) -> None:
+    """Prints the table of the fields of the plane."""
+    ratios: dict[int, list[float]] = {n: [] for n in EVALUATIONS}
+    for name, (start, end) in TASKS.items():
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            begun = time.perf_counter()
+            field = train(start, end, Velocity())
+            trained = time.perf_counter() - begun
+            states, fresh = start(1280), start(4096)
+            exact = exact_ends(field, fresh)
+            node = NeuralODE(field)
+            for n in EVALUATIONS:
+                begun = time.perf_counter()
+                fit = tm.fit_solver(node, states, evaluations=n, progress=False)
+                seconds = time.perf_counter() - begun
+                error = fresh_error(fit.solver, field, fresh, exact)
+                midpoint = fresh_error("midpoint", field, fresh, exact, n // 2)
+                ratios[n].append(error / midpoint)
+                print(
+                    f"{name}, seed {seed}, {n:2d} evaluations: error {error:.4f} (held out {fit.error.rms:.4f}), midpoint "
+                    f"{midpoint:.4f}, share {error / midpoint:.2f}, fit {seconds:.0f} s, field {trained:.0f} s",
+                    flush=True,
+                )
+    for n, values in ratios.items():
+        print(
+            f"{n:2d} evaluations: median share of midpoint's error {statistics.median(values):.2f}, {min(values):.2f} to "
+            f"{max(values):.2f}"
+        )
+
+
+def digits(seeds: int) -> None:
+    """Prints the same of digits of 8 by 8 pixels, from a normal distribution."""
+    images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        begin = lambda n: torch.randn(n, 1, 8, 8)  # noqa: E731
+        field = train(begin, lambda n: images[torch.randint(len(images), (n,))], Velocity(64, 256))
+        states, fresh = begin(512), begin(1024)
+        exact = exact_ends(field, fresh)
+        for n in (4, 8):
+            begun = time.perf_counter()
+            fit = tm.fit_solver(NeuralODE(field), states, evaluations=n, progress=False)
+            error, midpoint = (
+                fresh_error(fit.solver, field, fresh, exact),
+                fresh_error("midpoint", field, fresh, exact, n // 2),
+            )
+            print(
+                f"digits, seed {seed}, {n} evaluations: error {error:.4f}, midpoint {midpoint:.4f}, share "
+                f"{error / midpoint:.2f}, fit {time.perf_counter() - begun:.0f} s",
+                flush=True,
+            )
+
+
+def densities(seeds: int) -> None:
+    """Prints the negative log-likelihood (nats) of flows of the plane by fitted solvers, beside the exact one."""
+    for name, data in (("moons", lambda n: moons(n) / 3), ("rings", lambda n: rings(n) / 3)):
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+            node = NeuralODE(CNF(net), solver="rk4")
+            model = tm.FlowModel(tm.LearnableSpan(node, torch.linspace(0, 1, 5)), Gaussian(2))
+            model.span.t_f.requires_grad_(False)
+            optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+            for _ in range(300):
+                loss = model.nll(data(256))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            x, fresh = (torch.nn.functional.pad(data(n), (1, 0)) for n in (1280, 2048))
+
+            def nll(solver, nodes, tolerance=1e-3, net=net, fresh=fresh, base=model.base):
+                solved = NeuralODE(CNF(net), solver=solver, atol=tolerance, rtol=tolerance)
+                with torch.no_grad():
+                    end = tm.LearnableSpan(solved, torch.linspace(0, 1, nodes + 1))(fresh)[1][-1]
+                return (end[:, 0] - base.log_prob(end[:, 1:])).mean().item()
+
+            exact = nll("dopri5", 1, 1e-6)
+            for n in (4, 6, 8):
+                fit = tm.fit_solver(node, x, evaluations=n, progress=False)
+                print(
+                    f"density of {name}, seed {seed}, {n} evaluations: nll {nll(fit.solver, 1):.4f}, midpoint "
+                    f"{nll('midpoint', n // 2):.4f}, exact {exact:.4f}",
+                    flush=True,
+                )
+
+
+TABLES = {"planes": planes, "digits": digits, "densities": densities}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tables = sys.argv[1].split(",") if len(sys.argv) > 1 else list(TABLES)
+    number = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    for table in tables:
+        TABLES[table](number)

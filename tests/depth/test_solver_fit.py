@@ -1,0 +1,329 @@
+"""fit_solver: a field held, and a solver fitted to it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import random_model
+from torch import nn
+from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import CNF, autograd_trace, hutch_trace
+from torchdyn.nn import DataControl, DepthCat
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.diagnostics import solver_error
+
+STATES = 96
+
+
+def field(seed=0, timed=False, scale=1.0):
+    """A network of the plane, in float64 with lively weights."""
+    torch.manual_seed(seed)
+    layers = [DepthCat(1), nn.Linear(3, 16)] if timed else [nn.Linear(2, 16)]
+    net = nn.Sequential(*layers, nn.Tanh(), nn.Linear(16, 2)).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2 * scale)
+    return net
+
+
+def states(n=STATES, seed=1, dtype=torch.float64):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def fit(model, x=None, **options):
+    return tm.fit_solver(model, states() if x is None else x, progress=False, **options)
+
+
+def everything(module):
+    """All that a fit must leave alone."""
+    return {
+        "state": {k: v.clone() for k, v in module.state_dict().items()},
+        "frozen": [p.requires_grad for p in module.parameters()],
+        "types": [(p.dtype, id(p)) for p in module.parameters()],
+        "modes": [m.training for m in module.modules()],
+        "nfe": getattr(getattr(module, "vf", None), "nfe", None),
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_untouched(module, before):
+    after = everything(module)
+    assert all(torch.equal(v, after["state"][k]) for k, v in before["state"].items())
+    assert torch.equal(before["random"], after["random"])
+    assert all(before[k] == after[k] for k in ("frozen", "types", "modes", "nfe"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it finds
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 99), timed=st.booleans(), evaluations=st.sampled_from([3, 4, 6]))
+def test_it_errs_less_than_every_stock_solver_with_as_many_evaluations(seed, timed, evaluations):
+    node = NeuralODE(field(seed, timed))
+    found = fit(node, evaluations=evaluations)
+    assert found.evaluations == found.solver.stages == evaluations
+    assert found.error.rms < min(other.rms for other in found.others.values())
+    assert found.error.rms <= found.error.worst and found.error.most <= found.error.worst
+    assert found.solver.first_node == timed
+
+
+def test_the_errors_are_those_of_fresh_states():
+    net = field(3, timed=True)
+    found = fit(NeuralODE(net), states(400), evaluations=4)
+    fresh = states(400, seed=7)
+    exact = tm.LearnableSpan(NeuralODE(net, solver="dopri5", atol=1e-9, rtol=1e-9), torch.tensor([0.0, 1.0]).double())
+    with torch.no_grad():
+        end, own = exact(fresh)[1][-1], found.node(fresh)[1][-1]
+    error = ((own - end).square().mean() / (end - fresh).square().mean()).sqrt().item()
+    # Two samples of 100 and 400 states: their root mean squares differ by some 10 %, more where few states err most.
+    assert error == pytest.approx(found.error.rms, rel=0.5)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_linear_field_is_fitted_as_in_closed_form(stages):
+    """z' = -z: the end is w z with w free from two evaluations on, and 0 by one step of Euler."""
+    node = NeuralODE(lambda t, x, args=None: -x)
+    found = fit(node, evaluations=stages)
+    if stages == 1:
+        assert found.error.rms == pytest.approx(math.exp(-1) / (1 - math.exp(-1)), rel=1e-5)
+        assert found.error.rms == pytest.approx(found.others["euler"].rms, rel=1e-12)
+    else:
+        assert found.error.rms < 1e-6
+
+
+def test_the_node_runs_in_plain_torchdyn_and_in_a_span():
+    net = field(4, timed=True)
+    node = NeuralODE(net)
+    found = fit(node, evaluations=3)
+    assert type(found.node) is NeuralODE and found.node.vf is node.vf
+    x = states(8, seed=9)
+    expected = found.node(x)[1][-1]
+    span = tm.LearnableSpan(found.node)
+    assert torch.allclose(span(x)[1][-1], expected, rtol=0, atol=1e-13)
+    assert span.nfe == 3
+    assert not found.solver.free.requires_grad
+    assert node.solver is not found.solver and node.t_span is None
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_a_node_under_an_adjoint_is_fitted_and_keeps_its_setting(sensitivity):
+    node = NeuralODE(field(5), solver="dopri5", sensitivity=sensitivity, atol=1e-4, rtol=1e-4)
+    found = fit(node, evaluations=2)
+    assert node.sensitivity == node.sensalg == sensitivity
+    assert found.node(states(4))[1].shape == (2, 4, 2)
+    assert tm.LearnableSpan(found.node).sensitivity == "autograd"
+
+
+def test_the_interval_is_that_of_the_span_or_of_the_node():
+    net = field(6, timed=True)
+    span = tm.LearnableSpan(NeuralODE(net), torch.tensor([0.2, 1.0]).double(), t_f=0.7)
+    node = NeuralODE(net)
+    node.t_span = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
+    one, other = fit(span, evaluations=3), fit(node, evaluations=3)
+    assert one.node.t_span.tolist() == pytest.approx([0.2, 0.7])
+    assert one.error.rms == pytest.approx(other.error.rms, rel=1e-3)  # 0.7 is not the same in float32
+    assert len(node.t_span) == 3
+
+
+def test_the_inverse_has_a_solver_of_its_own():
+    net = field(7, timed=True, scale=1.2)
+    node = NeuralODE(net)
+    forward = fit(node, states(200), evaluations=4)
+    ends = forward.node(states(200, seed=3))[1][-1].detach()
+    backward = fit(node, ends, evaluations=4, inverse=True)
+    assert backward.node.t_span.tolist() == [1.0, 0.0]
+    # There and back: each error is small by itself.
+    back = backward.node(ends)[1][-1]
+    tableau_run_backward = forward.node(ends, torch.tensor([1.0, 0.0]).double())[1][-1]
+    exact = tm.LearnableSpan(NeuralODE(net, solver="dopri5", atol=1e-9, rtol=1e-9), torch.tensor([0.0, 1.0]).double())
+    with torch.no_grad():
+        end = exact(ends, torch.tensor([1.0, 0.0]).double())[1][-1]
+    assert (back - end).square().mean() < 0.3 * (tableau_run_backward - end).square().mean()
+
+
+def test_a_tolerance_takes_the_fewest_evaluations_that_meet_it():
+    node = NeuralODE(field(8))
+    errors = [fit(node, evaluations=n).error.rms for n in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+    assert fit(node, tol=errors[1] * 1.01).evaluations == 2
+    assert fit(node, tol=2 * errors[0], evaluations=3).evaluations == 1
+    before = everything(node)
+    with pytest.raises(
+        ValueError, match=r"no solver of up to 2 evaluations meets tol=.*is \d.*, with 2\. Give a larger"
+    ):
+        fit(node, tol=errors[2], evaluations=2)
+    assert_untouched(node, before)
+
+
+def test_known_ends_are_taken_as_they_are():
+    node = NeuralODE(field(9))
+    with torch.no_grad():
+        ends = tm.LearnableSpan(NeuralODE(node.vf.vf.vf, solver="dopri5", atol=1e-9, rtol=1e-9))(states())[1][-1]
+    one, other = fit(node, evaluations=3), fit(node, evaluations=3, reference=ends)
+    assert torch.allclose(one.solver.b, other.solver.b, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of fields
+
+
+def test_images():
+    model = random_model("conv", batch=40)
+    x = torch.randn(40, 2, 4, 4, dtype=torch.float64)
+    found = fit(model.node, x, evaluations=3)
+    assert found.error.rms < found.others["euler"].rms
+    assert found.node(x)[1].shape == (2, 40, 2, 4, 4)
+
+
+@pytest.mark.parametrize("trace", [autograd_trace, hutch_trace])
+def test_a_flow_is_fitted_with_its_log_density(trace):
+    noise = torch.distributions.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+    node = NeuralODE(CNF(field(10), trace_estimator=trace, noise_dist=noise if trace is hutch_trace else None))
+    x = torch.cat([torch.zeros(STATES, 1).double(), states()], 1)
+    found = fit(node, x, evaluations=4)
+    assert found.error.log_density < 0.3 * found.others["midpoint"].log_density
+    assert found.error.rms < 0.5 * found.others["midpoint"].rms
+    assert "nats" in str(found)
+
+
+class Labelled(nn.Module):
+    """A field with a label for each row, passed or set."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.labels = field(11), None
+
+    def forward(self, t, x, args=None):
+        labels = self.labels if args is None or "labels" not in args else args["labels"]
+        return self.net(x) + torch.sin(3 * t + labels)[:, None]
+
+
+@pytest.mark.parametrize("how", ["args", "attribute"])
+def test_conditions_belong_to_their_rows(how):
+    net, labels = Labelled(), torch.linspace(0, 2, STATES).double()
+    net.labels = labels if how == "attribute" else None
+    found = fit(NeuralODE(net), evaluations=4, args={"labels": labels} if how == "args" else None)
+    assert found.error.rms < 0.5 * found.others["midpoint"].rms
+
+
+def test_data_control():
+    torch.manual_seed(0)
+    net = nn.Sequential(DataControl(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    found = fit(NeuralODE(net), evaluations=4)
+    assert found.error.rms < found.others["midpoint"].rms
+
+
+def test_fields_in_single_precision():
+    """Evaluated in double where they can be, and else in their own type: then the fit sees rounding, and stops there."""
+    net = field(12).float()
+    easy = fit(NeuralODE(net), states(dtype=torch.float32), evaluations=3)
+    constant = torch.ones(2)  # no module holds it
+
+    def stubborn(t, x, args=None):
+        return net(x.float() * constant)
+
+    hard = fit(NeuralODE(stubborn, optimizable_params=list(net.parameters())), states().float(), evaluations=3)
+    assert easy.solver.free.dtype == hard.solver.free.dtype == torch.float64
+    assert hard.error.rms < hard.others["euler"].rms
+    assert hard.error.rms == pytest.approx(easy.error.rms, rel=0.5)
+
+
+def test_a_layer_that_stands_twice_in_a_field_keeps_its_type():
+    """torch's functional_call leaves such a layer with the tensors that it was given."""
+    shared = nn.Linear(2, 2)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), shared, nn.Tanh(), shared)
+    node = NeuralODE(net)
+    before = everything(node)
+    fit(node, states(dtype=torch.float32), evaluations=2)
+    solver_error(tm.LearnableSpan(node), states(dtype=torch.float32))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert_untouched(net, everything(net))
+    assert all(torch.equal(v, before["state"][k]) for k, v in node.state_dict().items())
+
+
+def test_a_field_of_zeros_has_no_error():
+    found = fit(NeuralODE(lambda t, x, args=None: 0 * x), evaluations=2)
+    assert found.error.rms == 0
+
+
+def test_steps_that_are_too_large_count_as_an_infinite_error():
+    """z' = -z^7 from about 3: each stage raises what is too large to its seventh power."""
+    node = NeuralODE(lambda t, x, args=None: -x.pow(7))
+    x = 3 + 0.1 * states()
+    assert fit(node, x, evaluations=8).error.rms == math.inf
+    with pytest.raises(ValueError, match="no solver of up to 3 evaluations meets"):
+        fit(node, x, tol=1e-9, evaluations=3)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_is_changed(wrapped):
+    net = nn.Sequential(DepthCat(1), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double().eval()
+    net[1].weight.requires_grad_(False)
+    node = NeuralODE(net, solver="dopri5", sensitivity="adjoint")
+    model = tm.LearnableSpan(node) if wrapped else node
+    before, last = everything(model), copy.copy(getattr(model, "last", None))
+    fit(model, evaluations=2)
+    assert_untouched(model, before)
+    assert getattr(model, "last", None) is last
+    assert not hasattr(net[0], "noise")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"evaluations": 0}, ValueError, "evaluations must be 1 or more; got 0"),
+        ({"evaluations": 2.5}, ValueError, "evaluations must be a whole number"),
+        ({"tol": 0}, ValueError, "tol must be positive"),
+        ({"tol": "low"}, TypeError, "tol must be a number"),
+        ({"x": torch.ones(STATES, 3).double()}, ValueError, "does not accept a state of shape"),
+        ({"x": torch.ones(STATES, 2, dtype=torch.long)}, TypeError, "x0 must be a tensor of floating-point numbers"),
+        ({"x": [[1.0, 2.0]]}, TypeError, "x0 must be a tensor of floating-point numbers"),
+        ({"x": states().log()}, ValueError, "x0 holds NaN"),
+        ({"x": states(6)}, ValueError, "coefficients, too many for x0 of the shape"),
+        ({"reference": states(5)}, ValueError, "reference must hold the exact end of each row"),
+        ({"reference": "exact"}, ValueError, "reference must hold the exact end of each row"),
+        ({"args": {"y": 1}}, ValueError, "takes no `args`"),
+    ],
+)
+def test_bad_input(options, error, match):
+    node = NeuralODE(field())
+    before = everything(node)
+    with pytest.raises(error, match=match):
+        fit(node, **options)
+    assert_untouched(node, before)
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(TypeError, match="takes a NeuralODE or a LearnableSpan; got Sequential"):
+        fit(nn.Sequential(NeuralODE(field())))
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(16).double()])
+def test_a_field_that_does_not_repeat_is_refused(layer):
+    net = field()
+    net.insert(1, layer)
+    with pytest.raises(ValueError, match="in training mode within the field.*eval"):
+        fit(NeuralODE(net))
+    assert fit(NeuralODE(net.eval()), evaluations=1).evaluations == 1
+
+
+def test_a_field_that_draws_is_refused():
+    with pytest.raises(ValueError, match="a field that draws at random"):
+        fit(NeuralODE(lambda t, x, args=None: x + torch.randn_like(x)))
+
+
+def test_a_reference_that_fails_says_where():
+    node = NeuralODE(lambda t, x, args=None: x.square() * 100)
+    before = everything(node)
+    with pytest.raises(tm.IntegrationError, match="at t ="):
+        fit(node)
+    assert_untouched(node, before)

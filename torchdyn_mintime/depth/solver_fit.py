@@ -1,0 +1,342 @@
+r"""A solver fitted to a field that is trained already: few evaluations, and the same end.
+
+The field f is held. Learned are the coefficients of a LearnableSolver, one step over the whole interval, such that its end
+from x is that of the ODE: with z_s(x) the former and z*(x) the latter, over some 1,000 states x,
+
+    min over a, b, c of  sum_x |(z_s(x) - z*(x)) / scale|^2,    scale = rms(z*(x) - x),
+
+by the method of Levenberg and Marquardt in float64. The coefficients are few (43 for 8 evaluations), so that the Jacobian
+is taken by differences, of whatever field: each costs the stages that its coefficient moves, and those in b cost nothing.
+A log-density in the state has a scale of its own.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+
+from torchdyn_mintime.core import (
+    BoundField,
+    Field,
+    LearnableSpan,
+    checks,
+    cost_columns,
+    in_float64,
+    reference_solution,
+    with_solver,
+)
+from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, Stepper, integrate, make_stepper
+from torchdyn_mintime.numerics.step_control import rms
+
+__all__ = ["EndError", "SolverFit", "fit_solver"]
+
+ITERATIONS = 100
+"""Iterations of Levenberg and Marquardt, at most."""
+
+SETTLED = 1e-3
+"""The fit ends where three iterations in a row each gain less than this share of the squared error."""
+
+ENTRIES = 100_000
+"""The squared error is taken over so many entries of the ends at most: the same ones, drawn at random, all along."""
+
+HELD_OUT = 4
+"""One in so many states is held out of the fit."""
+
+
+@dataclass(frozen=True)
+class EndError:
+    """How far ends are from the exact ones, relative to the displacement rms(z* - x), over states held out of the fit.
+
+    Attributes:
+        rms: root of the mean square over all entries.
+        most: what 95 % of the states stay below, each with its own root of the mean square.
+        worst: the largest of the states.
+        log_density: of a flow, the root of the mean square error of its log-density (nats); else None.
+    """
+
+    rms: float
+    most: float
+    worst: float
+    log_density: float | None = None
+
+
+@dataclass(frozen=True)
+class SolverFit:
+    """A solver fitted to a field.
+
+    Attributes:
+        node: a ``NeuralODE`` over the same field, with the fitted solver. It runs in plain torchdyn; call it without a
+            span, since it takes one step between any two points of the span it is given. Its ``t_span`` has two points,
+            descending for ``inverse=True``.
+        evaluations: of the field in a solve.
+        error: of the fitted solver, on states held out of the fit.
+        others: the same of stock solvers with as many evaluations, by name, where their number divides.
+    """
+
+    node: NeuralODE
+    evaluations: int
+    error: EndError
+    others: dict[str, EndError]
+
+    @property
+    def solver(self) -> LearnableSolver:
+        """The fitted solver, frozen."""
+        return self.node.solver
+
+    def __str__(self) -> str:
+        flow = self.error.log_density is not None
+        lines = [f"{'':9} {'rms':>9} {'95 %':>9} {'worst':>9}" + (f" {'nats':>9}" if flow else "")]
+        for name, error in {"fitted": self.error, **self.others}.items():
+            figures = [error.rms, error.most, error.worst] + ([error.log_density] if flow else [])
+            lines.append(f"{name:9} " + " ".join(f"{v:9.3g}" for v in figures))
+        return f"{self.evaluations} evaluations; error of the end, relative to the displacement\n" + "\n".join(lines)
+
+
+@torch.no_grad()
+def fit_solver(
+    model: nn.Module,
+    x0: Tensor,
+    *,
+    evaluations: int = 8,
+    tol: float | None = None,
+    reference: Tensor | None = None,
+    inverse: bool = False,
+    args: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> SolverFit:
+    """Fits a LearnableSolver to a trained field, for samples and likelihoods at few evaluations. The field is not changed.
+
+    The interval is that of a LearnableSpan, or the first and last time of a bare node's ``t_span`` ([0, 1] where it has
+    none). A quarter of the states is held out, and the errors are those on it. A field with labels or contexts as its
+    attributes, data control or Hutchinson's noise is evaluated on all of ``x0`` at once, with the noise held.
+
+    Args:
+        model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part.
+        x0: initial states ``[n, ...]`` as they will be in use; some 1,000 for states of few dimensions, 100 for images.
+        evaluations: of the field in a solve; with ``tol``, the most that it may take.
+        tol: take the fewest evaluations whose held-out rms error is at most this share of the displacement.
+        reference: the exact ends ``[n, ...]``, where they are known; default: by dopri5 in float64 at 1e-7.
+        inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
+            likelihood is wanted. A solver fitted forward is no better than midpoint there.
+        args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
+        progress: show a bar.
+
+    Raises:
+        TypeError: ``model`` is neither, or ``x0`` is no tensor of floating-point numbers.
+        ValueError: an argument that cannot be used, a field that does not repeat (dropout in training mode), or no number
+            of evaluations that meets ``tol``. Nothing is changed.
+        IntegrationError: the exact solve failed.
+
+    Example:
+        >>> node = NeuralODE(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)))  # doctest: +ELLIPSIS
+        Your vector field ...
+        >>> fit = fit_solver(node, torch.randn(256, 2), evaluations=2, progress=False)
+        >>> fit.node(torch.randn(5, 2))[1][-1].shape
+        torch.Size([5, 2])
+        >>> fit.error.rms < fit.others["midpoint"].rms
+        True
+    """
+    if not isinstance(model, NeuralODE | LearnableSpan):
+        raise TypeError(
+            f"fit_solver takes a NeuralODE or a LearnableSpan; got {type(model).__name__}. For one inside a larger model, "
+            "pass it alone, with the states that reach it"
+        )
+    evaluations = checks.count(evaluations, "evaluations", 1)
+    tol = None if tol is None else checks.positive(tol, "tol")
+    node: Any = model.node if isinstance(model, LearnableSpan) else model
+    field = model.field if isinstance(model, LearnableSpan) else Field(node)
+    times = _interval(model)[:: -1 if inverse else 1]
+    numbers = range(1, evaluations + 1) if tol is not None else [evaluations]
+    _check_states(x0, reference, evaluations)
+    with field.beside(x0, args) as bound:
+        _check_repeats(bound, x0, times[0])
+        exact = reference_solution(bound, x0, times)[-1] if reference is None else reference.detach().double()
+        with in_float64(bound, x0, times[0]) as function, Progress(disable=not progress, transient=True) as bar:
+            ends = _Ends(bound, function, x0, exact, times)
+            solvers = []
+            for stages in numbers:
+                task = bar.add_task(f"{stages} evaluations", total=ITERATIONS)
+                solver = ends.fit(stages, functools.partial(bar.advance, task))
+                solvers.append((ends.error(make_stepper(solver), 1), solver))
+                if tol is not None and solvers[-1][0].rms <= tol:
+                    break
+            error, solver = solvers[-1]
+            if tol is not None and not error.rms <= tol:
+                best, of = min(solvers, key=lambda found: found[0].rms)
+                raise ValueError(
+                    f"no solver of up to {evaluations} evaluations meets tol={tol:g}; the least error on states held out is "
+                    f"{best.rms:.3g}, with {of.stages}. Give a larger tol or more evaluations"
+                )
+            others = ends.others(solver.stages)
+    span = torch.tensor(times, dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
+    return SolverFit(with_solver(node, solver, span), solver.stages, error, others)
+
+
+class _Ends:
+    """The ends of solves from fixed states, beside the exact ones."""
+
+    def __init__(self, bound: BoundField, function: Callable, x0: Tensor, exact: Tensor, times: list[float]):
+        self._function, self._times = function, times
+        self._timed = getattr(bound.function, "timed", True)
+        self._x, self._exact = x0.double(), exact.to(x0.device)
+        generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
+        order = torch.randperm(len(x0), generator=generator)
+        held = max(1, len(x0) // HELD_OUT)
+        self._held, fitted = order[:held].to(x0.device), order[held:]
+        moved = (self._exact - self._x)[self._held]
+        flow = any(hasattr(module, "trace_estimator") for module in bound.modules)
+        self._log_density = cost_columns(bound.node) if flow else None
+        tiny = torch.finfo(torch.float64).tiny
+        self._scale = rms(moved).clamp_min(tiny).expand_as(self._x[:1]).clone()
+        if (column := self._log_density) is not None:
+            for columns in ([i for i in range(x0.shape[1]) if i != column], [column]):
+                self._scale[:, columns] = rms(moved[:, columns]).clamp_min(tiny)
+        size = math.prod(x0.shape[1:])
+        picked = torch.randperm(len(fitted) * size, generator=generator)[:ENTRIES].sort().values
+        self._picked = (fitted[picked // size] * size + picked % size).to(x0.device)
+        # A field in single precision is smooth to about 1e-7 of its size: a difference must be larger than that.
+        self._shift = 1e-6 if function is bound.function else 1e-3
+
+    def _end(self, stepper: Stepper, steps: int = 1) -> Tensor:
+        t0, t_f = self._times
+        nodes = [t0 + (t_f - t0) * k / steps for k in range(steps)] + [t_f]
+        grid = Grid(nodes, keep=[False] * steps + [True])
+        return integrate(self._function, self._x, grid, stepper).states[-1]
+
+    def error(self, stepper: Stepper, steps: int) -> EndError:
+        """Returns the error of a stepper with so many equal steps, on the states held out; infinite where it fails."""
+        try:
+            off = (self._end(stepper, steps) - self._exact)[self._held]
+        except IntegrationError:
+            return EndError(math.inf, math.inf, math.inf, None if self._log_density is None else math.inf)
+        relative = (off / self._scale).flatten(1)
+        each = relative.square().mean(1).sqrt()
+        nats = None if self._log_density is None else rms(off[:, self._log_density]).item()
+        return EndError(rms(relative).item(), each.quantile(0.95).item(), each.max().item(), nats)
+
+    def others(self, evaluations: int) -> dict[str, EndError]:
+        """Returns the errors of stock solvers with as many evaluations."""
+        methods = [make_stepper(name) for name in ("euler", "midpoint", "rk4")]
+        fitting = [method for method in methods if evaluations % method.evaluations == 0]
+        return {method.name: self.error(method, evaluations // method.evaluations) for method in fitting}
+
+    def _stages(self, table: Tensor, before: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the stages of a step, those ``before`` being known. ``table`` holds the rows of a, then b and c."""
+        (t0, t_f), n = self._times, table.shape[1]
+        stages = list(before)
+        for i in range(len(before), n):
+            state = self._x
+            for weight, k in zip(table[i, :i].tolist(), stages, strict=True):
+                state = torch.add(state, k, alpha=(t_f - t0) * weight)
+            stages.append(self._function(state.new_tensor(t0 + (t_f - t0) * float(table[-1, i])), state))
+        return stages
+
+    def _residual(self, table: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        b = table[-2] + (1 - table[-2].sum()) / len(stages)
+        end = self._x
+        for weight, k in zip(b.tolist(), stages, strict=True):
+            end = torch.add(end, k, alpha=(self._times[1] - self._times[0]) * weight)
+        return self._entries(end - self._exact)
+
+    def _entries(self, ends: Tensor) -> Tensor:
+        return (ends / self._scale).flatten()[self._picked]
+
+    def _jacobian(self, table: Tensor, entries: Sequence[tuple[int, int]], stages: Sequence[Tensor]) -> Tensor:
+        """Returns the derivatives of the residual: in b in closed form, in the others by differences."""
+        n, now, columns = len(stages), self._residual(table, stages), []
+        for i, j in entries:
+            if i == n:
+                mean = torch.stack(list(stages)).mean(0)  # the sum of b stays 1
+                columns.append(self._entries((self._times[1] - self._times[0]) * (stages[j] - mean)))
+                continue
+            moved = table.clone()
+            moved[i, j] += self._shift
+            first = i if i < n else j  # the stage whose state, or time, has moved: those before it stay
+            columns.append((self._residual(moved, self._stages(moved, stages[:first])) - now) / self._shift)
+        return torch.stack(columns, 1)
+
+    def fit(self, stages: int, advance: Callable[[], None]) -> LearnableSolver:
+        """Returns the solver of least squared error, from equal steps of midpoint; the start where it fails."""
+        solver = LearnableSolver(stages, order=1, first_node=self._timed).to(self._x.device)
+        mask = solver.entries(self._timed)
+        entries = [(int(i), int(j)) for i, j in mask.nonzero().tolist()]
+        table, small, damping = solver.free.detach().clone(), 0, 1e-2
+        known = self._stages(table, [])
+        now = self._residual(table, known)
+        if not 0 < float(now.square().sum()) < math.inf:  # a field of zeros, or steps too large for it
+            return solver.requires_grad_(False)
+        for _ in range(ITERATIONS):
+            advance()
+            jacobian = self._jacobian(table, entries, known)
+            normal, slope = jacobian.T @ jacobian, jacobian.T @ now
+            diagonal = normal.diagonal() + 1e-10 * normal.diagonal().max().clamp_min(torch.finfo(torch.float64).tiny)
+            gain = math.nan
+            while not gain > 0 and damping < 1e8:
+                tried = table.clone()
+                tried[mask] -= torch.linalg.solve_ex(normal + torch.diag(damping * diagonal), slope).result
+                found = self._stages(tried, [])
+                residual = self._residual(tried, found)
+                gain = 1 - float(residual.square().sum() / now.square().sum())
+                damping *= 0.2 if gain > 0 else 5
+            if not gain > 0:
+                break
+            table, known, now = tried, found, residual
+            small = small + 1 if gain < SETTLED else 0
+            if small == 3:
+                break
+        solver.free.copy_(table)
+        return solver.requires_grad_(False)
+
+
+def _interval(model: NeuralODE | LearnableSpan) -> list[float]:
+    if isinstance(model, LearnableSpan):
+        return [model.t0.item(), model.t_f.item()]
+    span = model.t_span
+    return [0.0, 1.0] if span is None else [float(span[0]), float(span[-1])]
+
+
+def _check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
+    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+        raise TypeError(
+            f"x0 must be a tensor of floating-point numbers, [n, ...]; got {getattr(x0, 'dtype', type(x0))}"
+        )
+    if not bool(x0.isfinite().all()):
+        raise ValueError("x0 holds NaN or infinite entries; check the data")
+    least = LearnableSolver(evaluations, order=1, first_node=True).entries().sum().item()
+    fitted = (x0.numel() // max(1, len(x0))) * (len(x0) - max(1, len(x0) // HELD_OUT)) if x0.dim() else 0
+    if fitted < 2 * least:
+        raise ValueError(
+            f"{evaluations} evaluations have {least} coefficients, too many for x0 of the shape {tuple(x0.shape)}: "
+            f"{fitted} numbers to fit; give more states"
+        )
+    if reference is not None and (not isinstance(reference, Tensor) or reference.shape != x0.shape):
+        raise ValueError(
+            f"reference must hold the exact end of each row of x0, {tuple(x0.shape)}; got "
+            f"{tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__}"
+        )
+
+
+def _check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
+    if kinds := bound.random_or_stateful():
+        raise ValueError(
+            f"{', '.join(kinds)} in training mode within the field: each evaluation is of another field; call .eval() first"
+        )
+    time = x.new_tensor(t)
+    try:
+        first = bound.function(time, x)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
+        ) from error
+    if first.shape != x.shape:
+        raise ValueError(f"the vector field returned the shape {tuple(first.shape)} for states of {tuple(x.shape)}")
+    if not torch.equal(first, bound.function(time, x)):
+        raise ValueError(
+            "two evaluations of the field at the same state differ: a field that draws at random has no one end"
+        )
