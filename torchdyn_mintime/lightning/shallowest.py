@@ -64,18 +64,20 @@ class Shallowest(SpanCallback):
         self._make = functools.partial(
             search.Shallowest, None if target is None else sign * target, slack, solver_tol, **options
         )
+        self.monitor, self._sign = monitor, sign
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the training before, if there was one."""
+        super().begin()
         self.search = self._make()
         self.verdict: search.Verdict | None = None
-        self.monitor, self._sign = monitor, sign
         self._last: tuple[Tensor, Callable[[], Any]] | None = None
-        self._used = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps, and freezes the times before a strategy takes hold of the parameters."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._used:  # by a fit before this one
-                self.search, self.verdict, self._used = self._make(), None, False
             for time in freeze_times(spans(pl_module)):
                 self._undo.callback(time.requires_grad_)
 
@@ -83,7 +85,6 @@ class Shallowest(SpanCallback):
         """Starts the search, or goes on with that of a checkpoint."""
         super().on_train_start(trainer, pl_module)
         found = self.search
-        self._used = True
         found.reduce = functools.partial(ranks.mean, trainer, pl_module)
         if self.monitor is not None:
             found.judge = functools.partial(self._validated, trainer, pl_module)
