@@ -201,8 +201,10 @@ class SearchedModel:
 
     def release(self, found: bool) -> None:
         """Ends the search: times, learning rates and sensitivities are as before, and so are the steps if nothing was found."""
-        for hook in self._hooks:
-            hook.remove()
+        if not self._hooks:  # it has ended before
+            return
+        while self._hooks:
+            self._hooks.pop().remove()
         for kept in self._kept:
             span = kept.span
             span.last = None  # it speaks of other steps

@@ -206,6 +206,8 @@ class Shallowest:
 
     def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
+        if self._searched is not None:
+            self._searched.release(True)
         self._searched = searched = SearchedModel(model, optimizers)
         searched.share_gradients = lambda gradients: self.share_gradients(gradients)
         self._clock = perf_counter()
@@ -416,11 +418,11 @@ class Shallowest:
     def diverged(self, why: str) -> None:
         """Goes back to the last good state, with a lower learning rate: after a loss or a solve that failed.
 
-        Where the first depth cannot even solve the untrained model, more steps are tried at once.
+        Where the first depth cannot even solve a pass of the untrained model, more steps are tried at once.
         """
         searched = self._require_start()
-        self._failed = True
-        if not self.trials[-1].iterations and not self._found:
+        if self.trials[-1].iterations < self.batches_seen_together and not self._found:
+            self._failed = True
             _log.info("%s", why)
             self._next()
         elif self._slower(why):
@@ -650,7 +652,7 @@ class Shallowest:
     @property
     def _may_raise(self) -> bool:
         """Whether the learning rate may be raised: once, where nothing has shown yet that it is too high."""
-        return not (self._raised or self._restarts or self._failed or self._stage.drops)
+        return not (self._raised or self._restarts or self._stage.drops)
 
     def _faster(self, why: str) -> None:
         searched, stage = self._require_start(), self._stage

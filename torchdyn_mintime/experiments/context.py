@@ -133,6 +133,9 @@ class Context(Protocol):
     batches: datasets.Batches
     history: History
 
+    def loss_of_batch(self) -> Tensor:
+        """Returns the terminal loss of the present batch once more."""
+
     def loss_again(self) -> Tensor:
         """Returns the terminal loss with the model as it is now, on more than a batch."""
 

@@ -39,7 +39,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 WEIGHT_DECAY = 1e-5
 """Of the network under AdamW; times never decay."""
 
-SEARCH_ITERATIONS = 20
+SEARCH_ITERATIONS = 10
 """How many times the iterations of other methods a search may take; each of its own is far cheaper."""
 
 
@@ -199,7 +199,11 @@ class Search(Driver):
         return self.search.done or super().done
 
     def penalty(self) -> Tensor:
-        return self.search.penalty()
+        return self.search.penalty(self.run.loss_of_batch)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.search.start(self.run.model, self.run.optimizer)
 
     def after_step(self, loss: Tensor) -> str:
         self.search.step(loss, self.run.loss_again)

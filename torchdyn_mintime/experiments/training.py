@@ -78,6 +78,7 @@ class Run:
             self._random = torch.get_rng_state()
 
     def _iterate(self, x: Tensor, y: Tensor) -> None:
+        self._batch = x, y
         nfe, start = self.model.node.vf.nfe, measure.clock(self.device)
         self.model.train()
         for optimizer in self._optimizers:
@@ -156,6 +157,11 @@ class Run:
     def _finish(self) -> None:
         if self.done:
             self.failure = self.driver.finish() or self.failure
+
+    def loss_of_batch(self) -> Tensor:
+        """Returns the terminal loss of the present batch once more."""
+        x, y = self._batch
+        return self.task.goal.loss(self.model(x), y)
 
     def loss_again(self) -> Tensor:
         """Returns the terminal loss with the model as it is now, on the first :data:`LOOKED_AT` training samples.
