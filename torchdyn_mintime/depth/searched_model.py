@@ -29,8 +29,10 @@ from torchdyn_mintime.numerics import (
     Grid,
     IntegrationError,
     LearnableSolver,
+    LearnedStepper,
     RungeKutta,
     integrate,
+    make_stepper,
 )
 
 __all__ = ["SearchedModel", "set_steps"]
@@ -51,7 +53,8 @@ def set_steps(span: LearnableSpan, steps: int, solver: str | nn.Module | None = 
     An adaptive one, and one with a LearnableSolver, gets no points but the ends, whatever ``steps`` is.
     """
     settled = span.interval.settled
-    whole = span.adaptive if solver is None else isinstance(solver, nn.Module)
+    stepper = make_stepper(span.solver if solver is None else solver)
+    whole = stepper.adaptive or isinstance(stepper, LearnedStepper)
     points = 2 if whole else steps + 1
     span.lay(torch.linspace(span.t0.item(), span.t_f.item(), points, dtype=span.t_f.dtype).tolist(), solver)
     # Where no span was given yet, the first one passed still says what the interval is.
@@ -147,7 +150,12 @@ class SearchedModel:
             group["lr"] *= factor
 
     def lay(self, depths: Sequence[Depth]) -> None:
-        """Makes every span take the steps of its depth; a LearnableSolver starts near the one that was there."""
+        """Makes every span take the steps of its depth, and begins anew; a LearnableSolver starts near the one before it."""
+        self._lay(depths)
+        self._unfitted = not self.adaptive
+        self.begin_anew()
+
+    def _lay(self, depths: Sequence[Depth]) -> None:
         for span, depth in zip(self.spans, depths, strict=True):
             solver: str | nn.Module = depth.solver
             if depth.stages is not None:
@@ -157,8 +165,21 @@ class SearchedModel:
                     solver = present
             set_steps(span, depth.steps, solver)
         self._count = StepCount(self.model, depths[0].steps) if self.adaptive else None
-        self._unfitted = not self.adaptive
-        self.begin_anew()
+
+    def resume(self, depths: Sequence[Depth], state: dict[str, Any] | None) -> None:
+        """Goes on at a depth as :attr:`state` was; the optimizers keep what they know."""
+        self._lay(depths)
+        self._hold_coefficients()
+        if state is not None:
+            self._warm, self._unfitted = state["warm"], state["unfitted"]
+            if self._coefficients is not None and state["coefficients"] is not None:
+                self._coefficients.load_state_dict(copy.deepcopy(state["coefficients"]))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a search needs to go on in the middle of a depth, beside the model and its optimizers."""
+        coefficients = None if self._coefficients is None else copy.deepcopy(self._coefficients.state_dict())
+        return {"warm": self._warm, "unfitted": self._unfitted, "coefficients": coefficients}
 
     def begin_anew(self) -> None:
         """Lets the optimizers forget what came before, and take short steps for a while.
@@ -174,16 +195,6 @@ class SearchedModel:
         """Restores the model, and lets the optimizers forget what came after."""
         state.restore(self.model)
         self.begin_anew()
-
-    @property
-    def coefficients_state(self) -> dict[str, Any] | None:
-        """The state of the optimizer of learned solvers, None where there are none. It can be set."""
-        return None if self._coefficients is None else copy.deepcopy(self._coefficients.state_dict())
-
-    @coefficients_state.setter
-    def coefficients_state(self, state: dict[str, Any] | None) -> None:
-        if state is not None and self._coefficients is not None:
-            self._coefficients.load_state_dict(copy.deepcopy(state))
 
     def copy_at(self, depths: Sequence[Depth], state: Snapshot) -> nn.Module:
         """Returns a copy of the model in another state, its times and sensitivities as before the search."""

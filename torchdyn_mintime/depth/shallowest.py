@@ -50,6 +50,8 @@ PATIENCE = 150
 """Iterations without progress, after which the learning rate is lowered, and then the depth ends."""
 LIGHT = 0.1
 """The first weight of the penalty with the first depth, as a share of that on the way down: it must not keep from learning."""
+PLATEAU = 100
+"""Iterations without progress far from the bounds, after which four steps are taken for too few to learn with."""
 MOST_STEPS = 64
 """Of a solve."""
 EXPLODED = 10.0
@@ -199,7 +201,7 @@ class Shallowest:
         self._first_loss: float | None = None
         self._initial, self._good = Snapshot(), Snapshot()
         self._found: dict[int, Snapshot] = {}
-        self._coefficients: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
         self._clock = perf_counter()
 
     # ----------------------------------------------------------------------------------------------- driving a search
@@ -212,8 +214,7 @@ class Shallowest:
         searched.share_gradients = lambda gradients: self.share_gradients(gradients)
         self._clock = perf_counter()
         if self.trials:  # resumed
-            searched.lay(self.trials[-1].every)
-            searched.coefficients_state = self._coefficients
+            searched.resume(self.trials[-1].every, self._resumed)
         else:
             self._rates = searched.rates
             self._enter([first_depth(name, self.solvers) for name in searched.own])
@@ -496,13 +497,17 @@ class Shallowest:
             self._next()
         elif not descending and trial.iterations >= RAISE_AFTER and self._may_raise:
             self._faster(f"not met in {trial.iterations} iterations")
-        elif stage.since > patience:
+        elif stage.since > patience or (stage.since > PLATEAU and self._rests_far and len(self.trials) == 1):
             self._stalled(patience)
+
+    @property
+    def _rests_far(self) -> bool:
+        return self._stage.best > math.log(FAR) and not self._found
 
     def _stalled(self, patience: int) -> None:
         searched, stage, first = self._require_start(), self._stage, self._first_loss or 0.0
         nothing_learnt = self.target is not None and stage.trial.loss > self.target + LEARNT * abs(first - self.target)
-        far = stage.best > math.log(FAR) and not self._found
+        far = self._rests_far
         if far and not searched.adaptive and len(self.trials) == 1 and not self._restarts:
             # Four steps may be too few to learn with: some trainings rest on a plateau that only the ODE itself leaves.
             self._failed = True
@@ -693,7 +698,8 @@ class Shallowest:
             "good": self._good.state_dict(),
             "initial": self._initial.state_dict(),
             "found": {i: state.state_dict() for i, state in self._found.items()},
-            "coefficients": None if self._searched is None else self._searched.coefficients_state,
+            "share": self._share,
+            "searched": None if self._searched is None else self._searched.state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -716,7 +722,7 @@ class Shallowest:
             self._stage = Stage(**{**state["stage"], "trial": self.trials[-1]})
         self.target, self._unit, self._raised = state["target"], state["unit"], state["raised"]
         self._judged = None if state["judged"] is None else tuple(state["judged"])
-        self._losses, self._coefficients = list(state["losses"]), state["coefficients"]
+        self._losses, self._resumed, self._share = list(state["losses"]), state["searched"], state["share"]
         self._found = {}
         for i, kept in state["found"].items():
             self._found[int(i)] = Snapshot()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchdyn_mintime.numerics import make_stepper
 
@@ -68,7 +68,7 @@ class Trial:
     reference_loss: float = math.inf
     solver_error: float = math.inf
     changed: float | None = None
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     spent: int = 0
     depths: tuple[tuple[str, int], ...] = ()
 

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from torchdyn_mintime.core import evaluating, freeze_times, spans
+from torchdyn_mintime.core import checks, evaluating, freeze_times, spans
 from torchdyn_mintime.depth import shallowest as search
 from torchdyn_mintime.lightning import ranks
 from torchdyn_mintime.lightning.base import SpanCallback, loss_of
@@ -61,9 +61,8 @@ class Shallowest(SpanCallback):
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max'; got {mode!r}")
         sign = -1.0 if mode == "max" and monitor is not None else 1.0
-        self._make = functools.partial(
-            search.Shallowest, None if target is None else sign * target, slack, solver_tol, **options
-        )
+        target = None if target is None else sign * checks.number(target, "target")
+        self._make = functools.partial(search.Shallowest, target, slack, solver_tol, **options)
         self.monitor, self._sign = monitor, sign
         self.begin()
 
