@@ -26,8 +26,11 @@ from torchdyn_mintime.diagnostics import (
 QUIET = Console(quiet=True)
 
 
-def relative(a, b):
-    return ((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt()).item()
+def relative(a, exact, start=None):
+    """The difference of two states over the displacement from ``start``, or over the state."""
+    a, exact = a.double(), exact.double()
+    scale = exact if start is None else exact - start.double()
+    return ((a - exact).square().mean().sqrt() / scale.square().mean().sqrt()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,7 +47,8 @@ def test_solver_error_is_the_distance_from_the_closed_form(name, dtype):
     x = x.to(dtype)
     reached = span(x)[1][-1].detach()
     dtypes = {n: t.dtype for n, t in span.state_dict().items()}
-    assert solver_error(span, x) == pytest.approx(relative(reached, exact), rel=1e-3)
+    assert solver_error(span, x) == pytest.approx(relative(reached, exact, x), rel=1e-3)
+    assert solver_error(span, x, relative_to="state") == pytest.approx(relative(reached, exact), rel=1e-3)
     assert {n: t.dtype for n, t in span.state_dict().items()} == dtypes
 
 
@@ -101,7 +105,33 @@ def test_solver_error_of_alf_is_that_of_its_position():
     x = torch.tensor([[1.0, -0.5, -1.0, 0.5]], dtype=torch.float64)  # [z, f(z)]
     span = tm.LearnableSpan(node, torch.linspace(0, 1, 11, dtype=torch.float64))
     reached = span(x)[1][-1][:, :2]
-    assert solver_error(span, x) == pytest.approx(relative(reached, x[:, :2] * math.exp(-1)), rel=1e-3)
+    start = x[:, :2]
+    assert solver_error(span, x) == pytest.approx(relative(reached, start * math.exp(-1), start), rel=1e-3)
+
+
+def test_an_offset_of_the_state_does_not_change_the_solver_error():
+    """The same field, and the same steps, of z + c: relative to the state any error could be bought."""
+
+    class Shifted(nn.Module):
+        def __init__(self, offset):
+            super().__init__()
+            self.offset = offset
+
+        def forward(self, z):
+            return torch.tanh(z - self.offset)
+
+    x = torch.randn(16, 2, dtype=torch.float64)
+    spans = [
+        tm.LearnableSpan(NeuralODE(Shifted(c), solver="euler"), torch.linspace(0, 1, 2, dtype=torch.float64))
+        for c in (0.0, 100.0)
+    ]
+    own, shifted = (solver_error(span, x + c) for span, c in zip(spans, (0.0, 100.0), strict=True))
+    assert shifted == pytest.approx(
+        own, rel=1e-4
+    )  # the reference is known to 1e-7 of a state of 100, 2e-5 of the displacement
+    assert solver_error(spans[1], x + 100.0, relative_to="state") < own / 50
+    with pytest.raises(ValueError, match="relative_to must be"):
+        solver_error(spans[0], x, relative_to="time")
 
 
 def test_solver_error_needs_a_span():
