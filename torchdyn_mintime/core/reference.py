@@ -37,6 +37,8 @@ __all__ = [
     "solver_error",
 ]
 
+_RK4, _DOPRI5 = make_stepper("rk4"), make_stepper("dopri5")
+
 TOLERANCE = 1e-7
 """Of reference solutions: absolute and relative."""
 
@@ -95,14 +97,14 @@ def rk4_solution(last: LastSolve, steps: int) -> tuple[Tensor, Tensor]:
     grid = replace(split, keep=None)
     times = [torch.as_tensor(grid.left(i), dtype=torch.float64) for i in range(steps)]
     end = torch.as_tensor(last.steps[-1] if grid.end is None else grid.end, dtype=torch.float64)
-    states = integrate(last.bound.function, last.x, grid, make_stepper("rk4")).states
+    states = integrate(last.bound.function, last.x, grid, _RK4).states
     return torch.stack([t.to(states) for t in (*times, end)]), states
 
 
 @torch.no_grad()
 def reference_solution(bound: BoundField, x: Tensor, times: list[float], tolerance: float = TOLERANCE) -> Tensor:
     """Returns z at ``times`` from z(times[0]) = x, in float64, ``[len(times), *x.shape]``; to be called inside ``untraced``."""
-    z, method = x.detach().double(), make_stepper("dopri5")
+    z, method = x.detach().double(), _DOPRI5
     with in_float64(bound, x, times[0]) as field:
         return integrate(field, z, Grid(times), method, atol=tolerance, rtol=tolerance).states
 
