@@ -174,7 +174,8 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
             changed then.
 
     Warns:
-        UserWarning: torchdyn's result differs, as with rk4 and a field that depends on time.
+        UserWarning: torchdyn's result differs, as with rk4 and a field that depends on time; or a node keeps a
+            LearnableSolver, whose class must be there where the model is loaded.
     """
     found = list(named_spans(model))
     if not found:
@@ -183,6 +184,12 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
     for name, span in found:
         span.node.t_span = grids[name]
         span.release()
+        if isinstance(span.node.solver, LearnableSolver):
+            warnings.warn(
+                f"{name or 'the span'} is solved by a LearnableSolver, which runs in plain torchdyn, but whoever loads the "
+                "model needs its class: from torchdyn_mintime import LearnableSolver",
+                stacklevel=2,
+            )
     if isinstance(model, LearnableSpan):
         return model.node
     for parent in list(model.modules()):

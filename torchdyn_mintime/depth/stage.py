@@ -38,8 +38,9 @@ HIDDEN = 1.3**2
 """The reference is too coarse where the squared solver error is this many times the penalty, or more."""
 FAILED_LOOKS = 4
 """The reference is refined after this many looks in a row that failed for another reason."""
-JUDGED_FROM, JUDGED_OVER = 1 / 2, 1 / 4
-"""From this share of the budget on, the progress over that share of it is looked at."""
+JUDGED_OVER, CLOSE = 1 / 4, 3.0
+"""The progress over this share of the budget is looked at, once twice as much is spent; over half as much where the further
+constraint is still above this many times its bound."""
 HOPE = 1.5
 """A depth ends where its progress of late would lead to the bounds after this many times its budget, or later."""
 TINY = 1e-12
@@ -87,10 +88,12 @@ class Stage:
     def hopeless(self) -> bool:
         """Whether the budget is spent, or the progress of late would not lead to the bounds within it."""
         share = self.trial.spent / self.budget
-        if share < JUDGED_FROM or not self.path:
+        # Near the bounds the batches' noise hides the progress for a while.
+        over = JUDGED_OVER if self.best < math.log(CLOSE) else JUDGED_OVER / 2
+        if share < 2 * over or not self.path:
             return False
-        before = next(best for spent, best in self.path if spent >= share - JUDGED_OVER)
-        gain = max(before - self.best, TINY) / JUDGED_OVER
+        before = next(best for spent, best in self.path if spent >= share - over)
+        gain = max(before - self.best, TINY) / over
         return share >= 1.0 or share + self.best / gain > HOPE
 
     def restart(self, weight: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torchdyn_mintime import LearnableSpan, early_exit, trim, unwrap, wrap
+from torchdyn_mintime import LearnableSolver, LearnableSpan, early_exit, trim, unwrap, wrap
 from torchdyn_mintime.experiments import UsageError, datasets, measure, methods, models, results
 from torchdyn_mintime.experiments.context import Settings
 from torchdyn_mintime.experiments.measure import CHUNK, forward, scores
@@ -161,12 +161,15 @@ def _by_sample(plan: Plan, checkpoint: Path, data: datasets.Data, target: float)
 
 def _write(model: models.Model, plan: Plan, data: datasets.Data, path: Path) -> Path:
     """Takes the span out of the model, and writes its state, its grid and its solver."""
-    solver = model.node.stepper.name
+    solver, learned = model.node.stepper.name, isinstance(model.node.solver, LearnableSolver)
     with torch.no_grad():
         unwrap(model, model.before(data.x_test[:8]))
     model.t_span = model.node.t_span  # what is passed at every call
     path.parent.mkdir(parents=True, exist_ok=True)
     how = "model.node = NeuralODE(field, solver=solver); model.node.t_span = t_span; model.load_state_dict(state)"
+    if learned:
+        stages = solver.removeprefix("learned-")
+        how = f"from torchdyn_mintime import LearnableSolver; solver = LearnableSolver({stages}); {how}"
     kept = {"state": model.state_dict(), "t_span": model.node.t_span, "solver": solver, "task": plan.task, "how": how}
     torch.save(kept, path)
     return path
