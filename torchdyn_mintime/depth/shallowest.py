@@ -59,7 +59,8 @@ EXPLODED = 10.0
 BACK_OFF = 0.3
 """The learning rate is multiplied by this where progress stalls, the loss explodes or nothing is learned."""
 FAR = 2.0
-"""A first depth that rests above this many times its bounds needs more steps, or a higher rate, and not a lower one."""
+"""A first depth that rests above this many times its bounds needs more steps, or a higher rate, and not a lower one. On the way
+down one that comes to rest below it has the rest of its budget at a lower rate."""
 MOST_DROPS = 8
 """A depth is given up where its learning rate would be lowered more often than this, for whatever reason."""
 DROPS_NEAR, DROPS_FAR = 2, 1
@@ -493,6 +494,9 @@ class Shallowest:
         patience = max(self.patience, self.batches_seen_together)
         if met:
             self._look(measure, penalty)
+        elif stage.hopeless and stage.drops == 0 and stage.best < math.log(FAR) and trial.spent < stage.budget:
+            self._slower("little progress near the bounds")
+            stage.path.clear()
         elif stage.hopeless or (not descending and trial.iterations > MOST_PATIENCE * patience):
             self._next()
         elif not descending and trial.iterations >= RAISE_AFTER and self._may_raise:
