@@ -37,18 +37,18 @@ def compress(
     progress: bool = True,
     **options: Any,
 ) -> tuple[nn.Module, Verdict]:
-    """Makes a trained model of any NeuralODEs shallow, and returns a copy of it; the model itself stays as it is.
+    """Returns a copy of a trained model that takes fewer evaluations of its fields. The model itself stays as it is.
 
-    The copy is wrapped where it is not. :class:`~torchdyn_mintime.Shallowest` trains it on, with four steps of rk4 until it
-    is a true model at the target, and then with fewer and fewer evaluations.
+    The copy is wrapped if the model is not. :class:`~torchdyn_mintime.Shallowest` trains the copy further: with four steps of
+    rk4 until it is a true model at the target, and then with fewer and fewer evaluations.
 
     Args:
         model: a NeuralODE, a LearnableSpan, or a module that holds some.
-        batches: of ``x`` or ``(x, *target)``, gone through many times.
-        loss: ``loss(output, *target)``, the mean over a batch; of a NeuralODE itself the output is z(t_f).
-        slack: how far the loss may rise, as a share of what the ODE lowers it by: from the loss with the ODE skipped to the
-            model's own, on the worst batch.
-        target: of the loss on every batch, where it is not to be found by ``slack``.
+        batches: batches of ``x`` or ``(x, *target)``, used many times.
+        loss: ``loss(output, *target)``, the mean over a batch. If the model is a NeuralODE itself, the output is z(t_f).
+        slack: how much the loss may rise, as a share of what the ODE does for it: the loss with the ODE skipped, less the
+            model's own loss, each on its worst batch.
+        target: the most that the loss may be on every batch; it replaces ``slack``.
         solver_tol, options: those of Shallowest (``budget``, ``solvers``, ``accept``).
         lr: learning rate of Adam; low, since the model is trained already.
         held_out, max_iterations, progress: those of :meth:`Shallowest.fit`.

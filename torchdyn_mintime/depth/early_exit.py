@@ -60,8 +60,8 @@ def early_exit(
     """Solves, at inference, until each sample's own criterion holds; the batch shrinks as samples leave.
 
     The criterion is asked at t0 and after every step, for the samples that are still there: the rest of the model is
-    applied to their states. Data control and noise follow the samples. For fixed-step solvers, whose steps do not depend on the
-    other samples; layers that couple samples (batch statistics) or draw anew (dropout) must be in eval mode. The solve is
+    applied to their states. Data control and noise follow the samples. The solver must have fixed steps, which do not depend on
+    the other samples. Layers that couple samples (batch statistics) or draw anew (dropout) must be in eval mode. The solve is
     the one that the model asks for: with its args, its own span and direction, up to the last time that it looks at.
 
     Args:

@@ -1,8 +1,8 @@
 """The next depth to try: a pure function of what was tried.
 
-The search goes down. The first depth is one at which nearly any field is solved well; where the solver error fails there,
-it goes on with twice the steps. From the first depth that passed each trial has fewer evaluations than the best one so far:
-along the main way first, and after a failure between the fewest that passed and the most that failed.
+The search goes down. The first depth solves nearly any field well. If its solver error is too large, the search goes on with
+twice the steps. After the first depth that passed, each trial has fewer evaluations than the best one so far. It follows the
+main way first. After a failure it lies between the fewest evaluations that passed and the most that failed.
 
 Several spans go down together until that fails, and then one after the other.
 """
@@ -15,10 +15,10 @@ from torchdyn_mintime.numerics import Stepper, make_stepper
 __all__ = ["DEFAULT", "first_depth", "next_depths", "rungs"]
 
 DEFAULT = ("rk4", "learned", "euler")
-"""What a search may take where nothing else is said. Euler is taken for one step alone."""
+"""The solvers that a search may take by default. Euler is taken for one step only."""
 
 MAIN_WAY = (16, 8, 4, 3, 2, 1)
-"""Evaluations of the depths that are tried first."""
+"""The numbers of evaluations that are tried first."""
 
 # For so many evaluations, what to take first, of what is allowed.
 _CHOICES: dict[int, tuple[Depth, ...]] = {
@@ -33,15 +33,15 @@ _CHOICES: dict[int, tuple[Depth, ...]] = {
     1: (Depth("euler", 1),),
 }
 STOCK = ("rk4", "midpoint", "euler")
-"""Solvers of fixed steps that a search may put in the place of one another."""
+"""Solvers of fixed steps. A search may replace one of them by another."""
 
 
 def rungs(own: str, allowed: Collection[str] | None = None) -> list[Depth]:
     """Returns the depths of a span below its first one, from the most evaluations to the fewest.
 
     Args:
-        own: name of the span's solver. One that is not of ``STOCK`` keeps to itself.
-        allowed: names of solvers, "learned" for LearnableSolvers; default ``DEFAULT``. A span's own is always allowed.
+        own: name of the span's solver. A solver that is not in ``STOCK`` is not replaced by others.
+        allowed: names of solvers, "learned" for LearnableSolvers; default ``DEFAULT``. The span's own solver is always allowed.
 
     Example:
         >>> [str(depth) for depth in rungs("rk4")]

@@ -44,13 +44,13 @@ FITTED = 30
 WARM_UP = 20
 """Steps after each beginning over which the learning rates rise to their full size."""
 MOST_GRADIENT = 2.0
-"""Gradients are clipped to this norm, of the sum of the loss at the steps and at the reference."""
+"""Gradients of the sum of both losses, at the steps and at the reference, are clipped to this norm."""
 
 
 def set_steps(span: LearnableSpan, steps: int, solver: str | nn.Module | None = None) -> None:
     """Makes a fixed-step span take ``steps`` equal steps over its present interval, by ``solver`` if given.
 
-    An adaptive one, and one with a LearnableSolver, gets no points but the ends, whatever ``steps`` is.
+    An adaptive span, or one with a LearnableSolver, gets the two ends as its only points, whatever ``steps`` is.
     """
     settled = span.interval.settled
     stepper = make_stepper(span.solver if solver is None else solver)

@@ -2,20 +2,20 @@ r"""The search for the fewest evaluations at which a loss is met and the model i
 
 For an autonomous field, (f, t_f) and (c f, t_f / c) trace the same path, so a short interval proves nothing. What costs is
 the number of evaluations, and what keeps it honest is the solver error. The interval is therefore left as it is, and the
-search goes down: first a model at a few steps of rk4, which nearly any field is solved well by; then, from the model found,
-fewer steps, and learned solvers of fewer and fewer stages
-(:class:`~torchdyn_mintime.numerics.learned.LearnableSolver`), while the field goes on training. What is trained is
+search goes down. It begins with a model at a few steps of rk4, which solve nearly any field well. From the model found it goes
+on to fewer steps, and to learned solvers of fewer and fewer stages
+(:class:`~torchdyn_mintime.numerics.learned.LearnableSolver`), while the field is trained further. The objective is
 
     (loss at the steps + loss at the reference) / 2 + w |z - z_ref|^2 / |z_ref - z(t0)|^2,
 
-z_ref being the end of finer steps of rk4.
+with z_ref the end that finer steps of rk4 reach.
 
-An adaptive solver keeps to its tolerance by itself and chooses its steps. There the field is trained with
-:class:`~torchdyn_mintime.losses.step_count.StepCount` until so many steps are what it chooses.
+An adaptive solver keeps to its own tolerances and chooses its steps by itself. Its field is trained with
+:class:`~torchdyn_mintime.losses.step_count.StepCount` until the solver chooses as few steps as are wanted.
 
-Which depth comes next is decided in :mod:`~torchdyn_mintime.depth.ladder`, how the training at one depth goes on in
-:mod:`~torchdyn_mintime.depth.stage`, and whether a model is within its bounds in
-:mod:`~torchdyn_mintime.depth.verification`. Here is the loop that puts them together.
+:mod:`~torchdyn_mintime.depth.ladder` decides which depth comes next, :mod:`~torchdyn_mintime.depth.stage` how the training
+at one depth goes on, and :mod:`~torchdyn_mintime.depth.verification` whether a model is within its bounds. This module has
+the loop that puts them together.
 """
 
 import copy
@@ -40,63 +40,66 @@ from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
 from torchdyn_mintime.depth.stage import Stage
 from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
 from torchdyn_mintime.depth.verification import Look, Verification, verify
-from torchdyn_mintime.numerics import IntegrationError
+from torchdyn_mintime.numerics import IntegrationError, make_stepper
 
 __all__ = ["Depth", "Shallowest", "Trial", "Verdict", "set_steps"]
 
 _log = logging.getLogger(__name__)
 
 PATIENCE = 150
-"""Iterations without progress, after which the learning rate is lowered, and then the depth ends."""
+"""After so many iterations without progress the learning rate is lowered; when that does not help, the depth ends."""
 LIGHT = 0.1
-"""The first weight of the penalty with the first depth, as a share of that on the way down: it must not keep from learning."""
+"""At the first depth the penalty begins with this share of its weight on the way down, so that the model can learn."""
 PLATEAU = 100
-"""Iterations without progress far from the bounds, after which four steps are taken for too few to learn with."""
+"""After so many iterations without progress, far from the bounds, four steps count as too few to learn with."""
 MOST_STEPS = 64
-"""Of a solve."""
+"""The most steps of a solve."""
 EXPLODED = 10.0
 """A loss of this many times the first one has exploded: the training goes back to its last good state."""
 BACK_OFF = 0.3
 """The learning rate is multiplied by this where progress stalls, the loss explodes or nothing is learned."""
 FAR = 2.0
-"""A first depth that rests above this many times its bounds needs more steps, or a higher rate, and not a lower one. On the way
-down one that comes to rest below it has the rest of its budget at a lower rate."""
+"""Above this many times its bounds a first depth that makes no progress gets more steps, or a higher rate, and no lower one. On
+the way down a depth that comes to rest below it gets the rest of its budget at a lower rate."""
 MOST_DROPS = 8
 """A depth is given up where its learning rate would be lowered more often than this, for whatever reason."""
 DROPS_NEAR, DROPS_FAR = 2, 1
 """The learning rate is lowered this often where progress stalls near the bounds, and far from them; then the depth ends."""
 LEARNT = 0.3
-"""A training that stalls above this share of its first loss has not begun to learn: it starts again, more slowly."""
+"""Start the training again, at a lower rate, if it stalls above this share of the way from the target to the first loss."""
 MOST_RESTARTS = 3
-"""The training starts again because nothing was learned this many times in a search, at most."""
+"""At most so many times in a search the training starts again because nothing was learned."""
 MOST_PATIENCE = 10
 """The first depth is given up after this many times the patience, however slowly it still improves."""
 RAISE, RAISE_AFTER = 3.0, 400
-"""The learning rate is multiplied by the one, once, where the first depth rests far from its bounds, or is not reached in so
-many iterations."""
+"""The learning rate is multiplied by RAISE, once, if the first depth stalls far from its bounds, or if it is not reached in
+RAISE_AFTER iterations."""
 MOST_REFERENCE = 64
-"""Steps of the reference, at most."""
+"""The most steps of the reference."""
 LEAST_REFERENCE = 4
-"""Steps of the reference, at least; it has twice the model's own steps at least, too."""
+"""The fewest steps of the reference. It also has at least twice as many steps as the model."""
 KEEP_EVERY = 10
-"""The good state is kept at iterations divisible by this, where they made progress."""
+"""Every so many iterations the state is kept as the last good one, if the iteration made progress."""
 SETTLED, WINDOW = 0.01, 100
-"""Without a target, the loss has settled where its mean over so many iterations fell by less than this share of all it fell."""
+"""Without a target: the loss has settled when its mean over WINDOW iterations fell by less than this share of all its fall."""
 FAILED_SETTLINGS = 3
-"""Without a target: how often the penalty is made four times as heavy where the first model is no true one yet."""
+"""Without a target: how often the weight of the penalty is multiplied by four if the first model is not a true one yet."""
+LEAST_ITERATIONS = 300
+"""A depth on the way down has the evaluations of so many iterations, at least."""
 BUDGET = 2.0
-"""A depth on the way down may take this many times the evaluations that led to the model it starts from."""
+"""A depth on the way down may spend this many times the evaluations that led to the model from which it starts."""
 GENTLE = 10.0
-"""On the way down the loss at the steps is trained with less weight than that at the reference where it is above its target
-by more than this many units: fewer steps are another network at first, and the field would be spoiled for them."""
+"""On the way down, a loss at the steps that is above its target by more than this many units has less weight than the loss at
+the reference. With fewer steps the model is another network at first, and its large gradients would spoil the field."""
 
 
 class Shallowest:
     """Finds the fewest evaluations at which a loss is met and the solver error stays below a tolerance.
 
-    First a true model at four steps of rk4, or at as many as that takes. From the model found it goes down: two steps,
-    learned solvers of 4, 3 and 2 stages, one step of Euler. The model that is trained is the best true one at the end,
-    whatever ends the search.
+    A model is true if the loss meets the target with the steps taken and with the ODE solved exactly, and if the solver error
+    is within its tolerance. The search first trains a true model at four steps of rk4, or at as many as are needed. From this
+    model it goes down: two steps, learned solvers of 4, 3 and 2 stages, one step of Euler. However the search ends, the
+    model is then the true one with the fewest evaluations so far.
 
     In a plain loop use :meth:`fit`, or drive it yourself::
 
@@ -116,23 +119,24 @@ class Shallowest:
     Args:
         target: the loss to reach on every batch, at the steps taken and with the ODE solved exactly alike. Without one the
             first model trains until its loss settles, and the target is that loss and ``slack`` more.
-        slack: how much worse than the first model the others may be, as a share of what the loss fell in its training.
+        slack: how much higher than the first model's the loss may be, as a share of how far it fell in that training.
         solver_tol: the solver error allowed at t_f, relative to the displacement (see :func:`diagnostics.solver_error`). An
-            adaptive solver keeps to its own tolerances besides; there the fewest evaluations at these are looked for.
+            adaptive solver also keeps its own tolerances; the search looks for the fewest evaluations at these.
         budget: seconds of training, after which the search ends with what it has. Default: as long as it takes.
         solvers: names of the solvers that may be taken beside the spans' own, of "rk4", "midpoint", "euler" and "learned".
             Default: rk4, learned, and Euler for one step.
-        accept: one more condition on the model, such as an accuracy; asked when all others are met.
-        max_steps, patience: of older versions.
+        accept: one more condition on the model, such as an accuracy: a function without arguments that returns a bool. It is
+            called when all other conditions are met.
+        max_steps, patience: accepted for one more release, with a warning. Leave them out.
 
     Attributes:
         done: whether the search has ended.
-        target: as above; what was found, where none was given.
+        target: the target of the loss, given or found by the search; None until it is known.
         trials: what was tried (:class:`Trial`).
         reduce: takes the mean of a number over the processes, where several run.
         share_gradients: takes the mean of gradients over the processes, in place.
-        judge: where it is set before the start, the figure that is held against the target in the place of the loss of
-            training, such as that on other data. The lower the better.
+        judge: a function that returns a figure, such as the loss on other data; lower is better. If it is set before the
+            start, this figure is held against the target in the place of the training loss.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
 
     Raises:
@@ -229,8 +233,8 @@ class Shallowest:
         """Returns the search's part of what is trained, to be added to the loss of the last forward.
 
         Args:
-            closure: computes the loss of the same batch again; it is called with the ends of the reference in the place of
-                the steps'. Without it the loss at the reference is not trained, and more searches fail.
+            closure: computes the loss of the same batch again. It is called while every span returns the end of the
+                reference. Without it the loss at the reference is not trained, and more searches fail.
         """
         searched = self._require_start()
         return searched.objective(self._stage.weight, self._stage.reference, closure, self._share)
@@ -239,10 +243,10 @@ class Shallowest:
         """Looks at the progress and decides; to be called after the optimizer's step.
 
         Args:
-            loss: of the last forward, averaged over the processes where several run.
-            measure: computes the loss once more with the model as it is now; called under ``no_grad``, and with the
-                ODE solved exactly. Of this process alone: :attr:`reduce` takes the mean where several run. Without it only
-                the solver error of the last batch is held against its bound.
+            loss: the loss of the last forward, averaged over the processes if several run.
+            measure: computes the loss once more with the model as it is now. It is called under ``no_grad``, with the steps
+                and with the ODE solved exactly. It returns the loss of this process alone; :attr:`reduce` takes the mean
+                over several. Without it only the solver error of the last batch is checked.
         """
         searched, trial = self._require_start(), self._stage.trial
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -280,8 +284,9 @@ class Shallowest:
             searched.lay(best.every)
             state.restore(searched.model)
         searched.release(best is not None)
+        target = self.target if self._judged is None else self._judged[1]
         verdict = Verdict(
-            best is not None, best or self.trials[-1], self.trials, self.target, self.solver_tol, self._iterations
+            best is not None, best or self.trials[-1], self.trials, target, self.solver_tol, self._iterations
         )
         (_log.info if best else _log.warning)("%s", verdict)
         return verdict
@@ -295,9 +300,9 @@ class Shallowest:
         """Returns a copy of the model at one of the depths that passed.
 
         Args:
-            evaluations: as many at most; the depth with the most of these is taken.
-            solver_tol: the solver error at most; the depth with the fewest evaluations is taken. Without either it is the
-                best one.
+            evaluations: the most evaluations. The depth with the most that has no more than these is taken.
+            solver_tol: the largest solver error. With it alone, or with neither argument, the depth with the fewest
+                evaluations is taken.
 
         Raises:
             ValueError: no depth that passed fits.
@@ -331,16 +336,16 @@ class Shallowest:
     ) -> Verdict:
         """Trains ``model`` with Adam until the search ends.
 
-        Whatever ends it, Ctrl-C and errors included, the best true model so far is what ``model`` is then.
+        However it ends, also by Ctrl-C or an error, ``model`` is then the best true model found so far.
 
         Args:
             model: a wrapped model.
             loss: ``loss(model(x), batch)``, a scalar; ``batch`` is an element of ``batches``.
-            batches: gone through again and again; each is ``(x, ...)``, a mapping whose first value is x, or the tensor
-                ``x`` itself. The loss is met when it is on every one of them.
+            batches: the training batches, used again and again. Each is ``(x, ...)``, a mapping whose first value is x, or the
+                tensor ``x`` itself. The target must be met on every one of them.
             lr: the learning rate to begin with.
             held_out: batches that are never trained on; a depth must pass on them too.
-            max_iterations: after which the search ends with what it has.
+            max_iterations: after so many iterations the search ends with the best model so far.
             progress: whether to show a progress bar.
 
         Returns:
@@ -418,9 +423,9 @@ class Shallowest:
         return f"{t.label}: loss {t.loss:.3g} ({target}), iteration {self._iterations}{found}"
 
     def diverged(self, why: str) -> None:
-        """Goes back to the last good state, with a lower learning rate: after a loss or a solve that failed.
+        """Goes back to the last good state, with a lower learning rate. Call it after a loss or a solve that failed.
 
-        Where the first depth cannot even solve a pass of the untrained model, more steps are tried at once.
+        If the first depth cannot solve the untrained model on every batch of a pass, more steps are tried at once.
         """
         searched = self._require_start()
         if self.trials[-1].iterations < self.batches_seen_together and not self._found:
@@ -455,7 +460,8 @@ class Shallowest:
         steps = max(depth.steps if depth.stages is None else 1 for depth in depths)
         self._stage = Stage(trial, reference=max(LEAST_REFERENCE, 2 * steps))
         self._share = 1.0 / GENTLE if passed else 1.0
-        self._stage.budget = BUDGET * passed if passed else math.inf
+        a_step = trial.evaluations + self._stage.reference * make_stepper("rk4").evaluations
+        self._stage.budget = max(BUDGET * passed, LEAST_ITERATIONS * a_step) if passed else math.inf
         searched.lay(depths)
         searched.rates = self._rates
         self._stage.weight = self._first_weight()
@@ -778,7 +784,5 @@ def _predicted(out: Any, batch: Any) -> Tensor | None:
     target = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
     if not (isinstance(target, Tensor) and not target.is_floating_point() and target.dim() == 1):
         return None
-    if isinstance(out, tuple):
-        out = out[1][-1] if len(out) == 2 and isinstance(out[1], Tensor) else None
     fits = isinstance(out, Tensor) and out.dim() == 2 and out.shape[0] == len(target) and out.shape[1] > 1
     return out.argmax(1) if fits else None

@@ -1,12 +1,12 @@
 r"""A solver fitted to a field that is trained already: few evaluations, and the same end.
 
-The field f is held. Learned are the coefficients of a LearnableSolver, one step over the whole interval, such that its end
-from x is that of the ODE: with z_s(x) the former and z*(x) the latter, over some 1,000 states x,
+The field f stays as it is. The coefficients of a LearnableSolver are learned, one step over the whole interval, such that it
+ends where the ODE does: with z_s(x) its end from x and z*(x) that of the ODE, over some 1,000 states x,
 
     min over a, b, c of  sum_x |(z_s(x) - z*(x)) / scale|^2,    scale = rms(z*(x) - x),
 
-by the method of Levenberg and Marquardt in float64. The coefficients are few (43 for 8 evaluations), so that the Jacobian
-is taken by differences, of whatever field: each costs the stages that its coefficient moves, and those in b cost nothing.
+by the method of Levenberg and Marquardt in float64. The coefficients are few (43 for 8 evaluations), so the Jacobian is
+taken by differences, which works for any field. A column costs the stages that its coefficient moves; those of b cost nothing.
 A log-density in the state has a scale of its own.
 """
 

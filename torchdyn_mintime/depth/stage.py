@@ -5,12 +5,12 @@ of steps) against its bound. What is trained is
 
     loss + w * penalty,    with w = unit / bound at first, so that both terms reach their bounds together,
 
-the loss being the mean of that at the steps taken and that at the end of a finer reference. ``unit`` is what the loss is
-measured in: the target itself, or the slack where that is what the target was made of.
+where the loss is the mean of the loss at the steps taken and the loss at the end of a finer reference. ``unit`` is the unit
+of the loss: the target itself, or the slack if the target was made from it.
 
-Once the loss is near its target, w follows the two constraints: it grows while the penalty is further from its bound than
-the loss is from its own, and falls in the other case. Before that it stays: a weight that falls early lets the model leave
-the ODE while it learns.
+Once the loss is near its target, w follows the two constraints. It grows while the penalty is further from its bound than
+the loss is from its target, and falls otherwise. Before that w stays as it is: with a weight that falls early the model
+leaves the ODE while it learns.
 """
 
 import math
@@ -29,20 +29,20 @@ NEAR = 10.0
 SMOOTHING = 0.95
 """The share of the last mean in the next one: about twenty iterations are remembered."""
 PROGRESS = 0.02
-"""A stage makes progress when its further constraint falls by this share (2 %) below its best."""
+"""A stage makes progress when the constraint that is further from its bound falls by this share (2 %) below its best."""
 SOLVED = 1e-3
 """A constraint below this share of its bound counts as one at it: to fall further is no progress."""
 LOOK_EVERY = 10
-"""Iterations between two looks at the exact solution, at least; a pass over the batches, where that is more."""
+"""The fewest iterations between two checks against the exact solution; a pass over the batches, if that is more."""
 HIDDEN = 1.3**2
 """The reference is too coarse where the squared solver error is this many times the penalty, or more."""
 FAILED_LOOKS = 4
 """The reference is refined after this many looks in a row that failed for another reason."""
 JUDGED_OVER, CLOSE = 1 / 4, 3.0
-"""The progress over this share of the budget is looked at, once twice as much is spent; over half as much where the further
-constraint is still above this many times its bound."""
+"""The progress over this share of the budget is judged, from twice that share on. The share is half as large while the
+constraint that is further from its bound is still above CLOSE times that bound."""
 HOPE = 1.5
-"""A depth ends where its progress of late would lead to the bounds after this many times its budget, or later."""
+"""A depth ends if, at its recent speed, it would reach its bounds only after this many times its budget."""
 TINY = 1e-12
 """Keeps the logarithm of zero finite; its size decides nothing."""
 
@@ -54,7 +54,7 @@ class Stage:
     Attributes:
         trial: what it has reached.
         weight: of the penalty, in units of loss.
-        smooth: logarithm of the further constraint over its bound, the mean of about twenty iterations.
+        smooth: logarithm of (constraint / bound), for the one that is further from its bound; mean of about 20 iterations.
         best: the lowest ``smooth`` that counted as progress.
         since: iterations since then.
         drops: how often the learning rate was lowered.
@@ -86,7 +86,7 @@ class Stage:
 
     @property
     def hopeless(self) -> bool:
-        """Whether the budget is spent, or the progress of late would not lead to the bounds within it."""
+        """Whether the budget is spent, or the recent progress is too slow to reach the bounds."""
         share = self.trial.spent / self.budget
         # Near the bounds the batches' noise hides the progress for a while.
         over = JUDGED_OVER if self.best < math.log(CLOSE) else JUDGED_OVER / 2

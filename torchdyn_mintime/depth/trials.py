@@ -15,7 +15,7 @@ class Depth:
 
     Attributes:
         solver: torchdyn's name, or "learned-s" for a LearnableSolver of s stages.
-        steps: equal steps of it; the accepted ones of an adaptive solver.
+        steps: the number of its equal steps; for an adaptive solver, of accepted steps.
 
     Example:
         >>> Depth("rk4", 2).evaluations, Depth("learned-3", 1).evaluations, str(Depth("rk4", 2))
@@ -47,14 +47,15 @@ class Trial:
     """A depth that was tried.
 
     Attributes:
-        solver, steps: what was tried; of several spans, those of the first one.
-        evaluations: of the field in a forward, of all spans together.
-        iterations: of training.
+        solver, steps: what was tried; with several spans, for the first one.
+        evaluations: evaluations of the field in a forward, of all spans together.
+        iterations: iterations of training.
         passed: whether loss, reference loss and solver error were all within their bounds.
-        loss, reference_loss: at the steps taken and solved exactly, of the worst batch.
-        solver_error: relative to the displacement, of the worst batch and span.
-        changed: the share of predictions that change when solved exactly; None where there are none.
-        seconds: of training at this depth, looks at the exact solution included.
+        loss, reference_loss: the loss with the steps taken, and with the ODE solved exactly, on the worst batch. Infinite
+            if it was not measured.
+        solver_error: relative to the displacement, on the worst batch and span. Infinite if it was not measured.
+        changed: the share of predictions that change if the ODE is solved exactly; None if the model predicts no classes.
+        seconds: seconds of training at this depth, with the checks against the exact solution.
         spent: forward evaluations of the field at this depth in training, those of the reference included.
         depths: of each span, in their order.
     """
@@ -103,10 +104,10 @@ class Verdict:
 
     Attributes:
         feasible: whether some trial passed.
-        best: that with the fewest evaluations among those that passed; else the last one tried.
-        trials: all, in the order of trying.
-        target, solver_tol: the bounds; the target may have been found by the search.
-        iterations: of training, altogether.
+        best: the trial with the fewest evaluations among those that passed; if none passed, the last one.
+        trials: all trials, in the order in which they were tried.
+        target, solver_tol: the bounds. The target may have been found by the search.
+        iterations: iterations of training, altogether.
     """
 
     feasible: bool

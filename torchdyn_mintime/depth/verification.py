@@ -33,7 +33,7 @@ Look = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Verification:
-    """The figures of a model against their bounds, of the worst batch. A solve that failed makes a figure infinite.
+    """The figures of a model on its worst batch, held against their bounds. A solve that failed makes a figure infinite.
 
     Attributes:
         passed: whether all bounds hold.
@@ -66,11 +66,11 @@ def verify(
     Args:
         model: a LearnableSpan, or a module that holds some.
         looks: one for each batch.
-        target: of the loss, at the steps taken and with the ODE solved exactly alike; None holds it against nothing.
+        target: the most that the loss may be, with the steps taken and with the ODE solved exactly. None: no limit.
         solver_tol: of the solver error (see :func:`torchdyn_mintime.diagnostics.solver_error`).
-        evaluations: of the field, at most, in each look, of all spans together.
+        evaluations: the most evaluations of the field in each look, of all spans together.
         accept: one more condition, asked last.
-        reduce: takes the mean of a number over the processes, where several run; all then find the same.
+        reduce: takes the mean of a number over the processes if several run, so that all find the same.
 
     Raises:
         ValueError: ``model`` has no LearnableSpan.

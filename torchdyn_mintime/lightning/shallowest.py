@@ -22,15 +22,17 @@ __all__ = ["Shallowest"]
 class Shallowest(SpanCallback):
     """Finds the fewest evaluations (:class:`torchdyn_mintime.Shallowest`) in a Trainer.
 
-    The search's part is added to the loss that ``training_step`` returns, which is called a second time with the ends of the
-    reference; the module itself is not changed. The training stops when the search has ended, and the best true model found
-    is given back, whatever ended it.
+    The callback adds the search's part to the loss that ``training_step`` returns. It calls ``training_step`` a second time for
+    each batch, with the ends of a finer reference. Your module needs no change. The training stops when the search has
+    ended. However it ends, the module is then the best true model found.
 
     Args:
         target, slack, solver_tol, budget, solvers, accept: those of :class:`torchdyn_mintime.Shallowest`.
-        monitor: a metric that ``validation_step`` logs, which is kept in the place of the training loss: the search takes its
-            mean over the validation batches, with the steps as they are and solved exactly.
-        mode: "min" or "max", which of them is better for ``monitor``. With "max" the figures of the verdict are negative.
+        monitor: the name of a metric that ``validation_step`` logs. The target, or the slack, then holds for this metric
+            and not for the training loss. The search takes its mean over the validation batches, with the steps taken and
+            with the ODE solved exactly.
+        mode: "min" if a smaller ``monitor`` is better, "max" if a larger one is. With "max" the verdict shows the metric with
+            a minus sign.
 
     Attributes:
         search: the search.
@@ -40,7 +42,7 @@ class Shallowest(SpanCallback):
         ValueError: a bound that cannot be used.
 
     Logs:
-        ``t_f`` and ``nfe``; what is tried and why on the ``torchdyn_mintime`` logger.
+        ``t_f`` and ``nfe`` for the trainer's logger. What is tried, and why, goes to the ``torchdyn_mintime`` logger.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[Shallowest(slack=0.02)], logger=False, accelerator="cpu",
@@ -74,7 +76,7 @@ class Shallowest(SpanCallback):
         self._last: tuple[Tensor, Callable[[], Any]] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wraps, and freezes the times before a strategy takes hold of the parameters."""
+        """Wraps every NeuralODE, and freezes the times before a strategy takes hold of the parameters."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             for time in freeze_times(spans(pl_module)):
