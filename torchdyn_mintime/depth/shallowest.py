@@ -52,6 +52,8 @@ LIGHT = 0.1
 """At the first depth the penalty begins with this share of its weight on the way down, so that the model can learn."""
 PLATEAU = 100
 """After so many iterations without progress, far from the bounds, four steps count as too few to learn with."""
+SELDOM = 4
+"""The first depth is compared with its reference once in so many iterations, until it is near its bounds."""
 MOST_STEPS = 64
 """The most steps of a solve."""
 EXPLODED = 10.0
@@ -237,6 +239,8 @@ class Shallowest:
                 reference. Without it the loss at the reference is not trained, and more searches fail.
         """
         searched = self._require_start()
+        if not self._found and self._stage.best > math.log(FAR) and self._stage.trial.iterations % SELDOM:
+            return searched.nothing_added()  # few steps of rk4 hardly leave the ODE; the reference costs twice the steps
         return searched.objective(self._stage.weight, self._stage.reference, closure, self._share)
 
     def step(self, loss: float | Tensor, measure: Callable[[], Any] | None = None) -> None:
