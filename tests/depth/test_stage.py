@@ -168,10 +168,17 @@ def given_up_at(loss, budget=1000, most=400):
     return one.trial.spent / budget
 
 
-def test_a_depth_is_judged_when_half_its_budget_is_spent_and_ends_with_it():
-    assert given_up_at(5.0) == 0.5  # no progress at all
+def test_a_depth_is_judged_at_a_quarter_or_half_of_its_budget_and_ends_with_it():
+    assert given_up_at(3.1) == 0.25  # no progress at all, far from the bounds
+    assert given_up_at(2.9) == 0.5  # and near them
     assert given_up_at(lambda i: 5 * math.exp(-i)) == 1.0  # its bounds were met long ago, and it did not pass
     assert given_up_at(lambda i: 5 * math.exp(-i), budget=5000, most=1000) == 1.0
+
+
+@pytest.mark.parametrize("spent", [10, 30, 50, 70, 130, 300, 1100])
+def test_a_budget_of_a_few_iterations_is_no_fault(spent):
+    one = stage(budget=1000)
+    assert until(lambda: one.hopeless, one, 0.5, 0.5, 400, spent=spent) == max(math.ceil(1000 / spent), 10)
 
 
 def test_without_a_budget_nothing_is_hopeless_and_no_path_is_kept():
@@ -181,14 +188,16 @@ def test_without_a_budget_nothing_is_hopeless_and_no_path_is_kept():
 
 
 @pytest.mark.parametrize(("share", "hopeless"), [(1.45, False), (1.55, True)])
-def test_hope_is_to_reach_the_bounds_within_one_and_a_half_times_the_budget(share, hopeless):
-    """``best`` falls by 0.4 between a quarter of the budget and half of it; what is left takes ``share`` of the whole."""
-    left = (share - 0.5) * 0.4 / 0.25
-    path = [(0.1, 99.0), (0.24, 88.0), (0.25, left + 0.4), (0.35, left + 0.3), (0.45, left + 0.1)]
-    one = stage(budget=100, best=left, path=path)
-    one.trial.spent = 49
+@pytest.mark.parametrize(("over", "fall"), [(0.25, 0.2), (0.125, 0.2)])
+def test_hope_is_to_reach_the_bounds_within_one_and_a_half_times_the_budget(over, fall, share, hopeless):
+    """``best`` falls by ``fall`` over a quarter of the budget near the bounds, by half as much far from them."""
+    left = (share - 2 * over) * fall / over
+    assert (left < math.log(3)) == (over == 0.25)
+    path = [(0.9 * over, 99.0), (over, left + fall), (1.3 * over, left + fall / 2), (1.9 * over, left)]
+    one = stage(budget=1000, best=left, path=path)
+    one.trial.spent = round(2000 * over) - 1
     assert not one.hopeless  # it is not judged before
-    one.trial.spent = 50
+    one.trial.spent += 1
     assert one.hopeless == hopeless
 
 
