@@ -11,9 +11,8 @@ from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.core.evaluation import evaluate_with_reference, mean_loss
-from torchdyn_mintime.core.reference import solver_error
+from torchdyn_mintime.core.reference import exact_solves, solver_error
 from torchdyn_mintime.depth.verification import Verification, verify
-from torchdyn_mintime.shallow import referenced  # the name of older versions of core.reference.exact_solves
 
 
 def model(solver="midpoint", steps=2, **options):
@@ -29,7 +28,7 @@ def square(z):
 
 
 def measured(span, x=X):
-    return lambda: square(span(x)[1][-1])
+    return [lambda: square(span(x)[1][-1])]
 
 
 def test_the_figures_are_those_of_the_other_measures():
@@ -71,10 +70,10 @@ def test_it_measures_in_eval_mode_and_leaves_every_module_in_its_own():
         grads.append(torch.is_grad_enabled())
         return square(whole(X))
 
-    assert verify(whole, loss, target=1e9, solver_tol=1e9).passed
+    assert verify(whole, [loss], target=1e9, solver_tol=1e9).passed
     assert modes == [False, False] and grads == [False, False]  # at the steps, and solved exactly
     with pytest.raises(ZeroDivisionError):
-        verify(whole, lambda: 1 / 0, target=1e9, solver_tol=1e9)
+        verify(whole, [lambda: 1 / 0], target=1e9, solver_tol=1e9)
     assert whole.training and whole[0].training and not whole[2].training
     before = whole[1](X)
     assert before.shape[0] == 3  # nothing stands in the span's place any more
@@ -93,25 +92,15 @@ def test_evaluations_are_counted_over_all_that_is_measured():
     span(fast)
     assert span.nfe > few
     bounds = dict(target=1e9, solver_tol=10.0, evaluations=few)
-    assert verify(span, lambda: square(span(still)[1][-1]), **bounds).passed
-    both = lambda: square(span(fast)[1][-1]) + square(span(still)[1][-1])  # noqa: E731
-    assert not verify(span, both, **bounds).passed
+    slow, quick = measured(span, still), measured(span, fast)
+    assert verify(span, slow, **bounds).passed
+    for looks in (slow + quick, quick + slow, quick):
+        assert not verify(span, looks, **bounds).passed
+    twice = lambda: square(span(fast)[1][-1]) + square(span(still)[1][-1])  # noqa: E731
+    assert not verify(span, [twice], **bounds).passed
 
 
-@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
-def test_without_a_measure_the_last_batch_is_solved_as_the_field_is_now(sensitivity):
-    span = model("rk4", 1, sensitivity=sensitivity)
-    square(span(X)[1][-1]).backward()  # an adjoint counts its way back as well
-    bounds = dict(target=1e-9, solver_tol=10.0, evaluations=4)
-    first = verify(span, **bounds)
-    assert first.passed and first.reference_loss is None
-    with torch.no_grad():
-        for p in span.node.vf.parameters():
-            p.mul_(3.0)
-    assert verify(span, **bounds).solver_error > 2 * first.solver_error
-
-
-def test_of_several_spans_the_worst_counts():
+def test_of_several_spans_the_worst_error_counts_and_the_sum_of_evaluations():
     whole = nn.Sequential(model("euler", 1), nn.Identity())
     whole[0].node.return_t_eval = False
     other = model("rk4", 4)
@@ -120,10 +109,10 @@ def test_of_several_spans_the_worst_counts():
     def loss():
         return square(other(whole[0](X)[-1])[1][-1])
 
-    found = verify(both, loss, target=1e9, solver_tol=1e9)
+    found = verify(both, [loss], target=1e9, solver_tol=1e9)
     assert found.solver_error == pytest.approx(solver_error(whole[0], X), rel=1e-5)
-    assert not verify(both, loss, target=1e9, solver_tol=1e9, evaluations=15).passed
-    assert verify(both, loss, target=1e9, solver_tol=1e9, evaluations=16).passed
+    assert not verify(both, [loss], target=1e9, solver_tol=1e9, evaluations=16).passed
+    assert verify(both, [loss], target=1e9, solver_tol=1e9, evaluations=17).passed
 
 
 def test_solved_exactly_a_span_ends_where_its_ode_does():
@@ -131,7 +120,7 @@ def test_solved_exactly_a_span_ends_where_its_ode_does():
     exact = tm.wrap(NeuralODE(span.vf, solver="dopri5", atol=1e-9, rtol=1e-9), torch.tensor([0.0, 1.0]).double())
     with torch.no_grad():
         plain = span(x)[1][-1]
-        with referenced(span):
+        with exact_solves(span):
             inside = span(x)[1][-1]
         after = span(x)[1][-1]
         truth = exact(x)[1][-1]
@@ -142,7 +131,85 @@ def test_solved_exactly_a_span_ends_where_its_ode_does():
 
 def test_a_model_without_spans_is_refused():
     with pytest.raises(ValueError, match="Linear has no LearnableSpan"):
-        verify(nn.Linear(2, 2), lambda: 0.0, target=1.0, solver_tol=1.0)
+        verify(nn.Linear(2, 2), [lambda: 0.0], target=1.0, solver_tol=1.0)
+
+
+@pytest.mark.parametrize("hard_first", [True, False])
+def test_the_worst_of_all_batches_counts_in_either_order(hard_first):
+    span = model("euler", 1)
+    easy, hard = (measured(span, factor * X) for factor in (0.01, 3.0))
+    looks = hard + easy if hard_first else easy + hard
+    alone = [verify(span, each, target=1e9, solver_tol=1e9) for each in (easy, hard)]
+    both = verify(span, looks, target=1e9, solver_tol=1e9)
+    for name in ("loss", "solver_error", "reference_loss"):
+        assert getattr(both, name) == max(getattr(each, name) for each in alone)
+    low, high = sorted(each.solver_error for each in alone)
+    assert low < 0.9 * high and not verify(span, looks, target=1e9, solver_tol=(low + high) / 2).passed
+    low, high = sorted(max(each.loss, each.reference_loss) for each in alone)
+    assert low < high and not verify(span, looks, target=(low + high) / 2, solver_tol=1e9).passed
+    assert verify(span, looks, target=high, solver_tol=1e9).passed
+
+
+@pytest.mark.parametrize("target", [None, math.inf, 1e9])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_failed_solve_of_any_batch_is_a_failure(place, target):
+    def failing():
+        raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
+
+    span = model()
+    looks = measured(span) * 2
+    looks.insert(place, failing)
+    found = verify(span, looks, target=target, solver_tol=1e9)
+    assert not found.passed and found.loss == math.inf
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_infinite(loss):
+    assert verify(model(), [lambda: loss], target=1e9, solver_tol=1.0) == Verification(False, math.inf)
+
+
+def test_a_target_of_none_holds_the_loss_against_nothing_but_a_failure():
+    span = model()
+    assert verify(span, measured(span), target=None, solver_tol=1e9).passed
+    assert not verify(span, measured(span), target=None, solver_tol=1e-9).passed
+
+
+def test_a_reference_that_fails_is_a_failure_too():
+    span, losses = model(), iter([1.0, math.nan])
+    found = verify(span, [lambda: next(losses)], target=None, solver_tol=1.0)
+    assert found == Verification(False, 1.0, 0.0, math.inf)
+
+
+def test_the_predictions_that_change_are_counted_over_all_batches():
+    """One step of Euler of x' = -x + 1 from x < 0 passes 1 / 2 where the ODE does not, and the other way round."""
+    span = tm.wrap(NeuralODE(nn.Linear(1, 1), solver="euler"), torch.tensor([0.0, 1.0]))
+    layer = next(m for m in span.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        layer.weight.fill_(-1.0)
+        layer.bias.fill_(1.0)
+
+    def look(x):
+        def of():
+            end = span(x)[1][-1]
+            return end.mean(), (end[:, 0] > 0.5).long()
+
+        return of
+
+    # Euler ends at 1 whatever x is; the ODE at 1 + (x - 1) / e, which is above 1/2 for x > 1 - e/2 = -.36.
+    above, below = torch.tensor([[0.0], [1.0], [-0.3]]), torch.tensor([[-0.4]])
+    found = [verify(span, [look(x) for x in xs], target=None, solver_tol=10.0) for xs in ([above], [above, below])]
+    assert [each.changed for each in found] == [0.0, 0.25]
+    assert verify(span, measured(span, above), target=None, solver_tol=10.0).changed is None
+
+
+def test_a_condition_of_the_users_own_is_asked_once_and_last():
+    span, asked = model(), []
+    seen = [lambda i=i: (asked.append(i), 1.0)[1] for i in range(2)]
+    verify(span, seen, target=2.0, solver_tol=1.0, accept=lambda: asked.append("accept") or True)
+    assert asked == [0, 0, 1, 1, "accept"]  # each batch at the steps and solved exactly
+    del asked[:]
+    verify(span, seen, target=0.5, solver_tol=1.0, accept=lambda: asked.append("accept") or True)
+    assert asked == [0]
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
@@ -172,7 +239,7 @@ def in_two(*options):
 
 def fine(look=None, **change):
     span = model()
-    return span, look or measured(span), change
+    return span, [look] if look else measured(span), change
 
 
 def test_it_is_decided_by_all_processes():
@@ -197,4 +264,4 @@ def test_a_solve_that_fails_is_an_infinite_loss():
     def failing():
         raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
 
-    assert verify(model(), failing, target=1e9, solver_tol=1.0) == Verification(False, math.inf)
+    assert verify(model(), [failing], target=1e9, solver_tol=1.0) == Verification(False, math.inf)

@@ -40,7 +40,8 @@ def rungs(own: str, allowed: Collection[str] | None = None) -> list[Depth]:
     """Returns the depths of a span below its first one, from the most evaluations to the fewest.
 
     Args:
-        own: name of the span's solver. A solver that is not in ``STOCK`` is not replaced by others.
+        own: name of the span's solver. A LearnableSolver is searched as rk4 is; another solver that is not in ``STOCK`` is
+            not replaced by others.
         allowed: names of solvers, "learned" for LearnableSolvers; default ``DEFAULT``. The span's own solver is always allowed.
 
     Example:
@@ -49,9 +50,10 @@ def rungs(own: str, allowed: Collection[str] | None = None) -> list[Depth]:
         >>> [str(depth) for depth in rungs("rk4", [])]
         ['4 x rk4', '3 x rk4', '2 x rk4', '1 x rk4']
     """
-    if own not in STOCK:
+    mine = {"rk4", "learned"} if own.startswith("learned-") else {own}
+    if not mine & set(STOCK):
         return [Depth(own, steps) for steps in (16, 8, 4, 3, 2, 1)]
-    names = {own, *(DEFAULT if allowed is None else allowed)}
+    names = {*mine, *(DEFAULT if allowed is None else allowed)}
 
     def permitted(depth: Depth) -> bool:
         return ("learned" if depth.stages else depth.solver) in names
@@ -96,12 +98,12 @@ def next_depths(
     failed = [trial.every for trial in trials if not trial.passed]
     present = best.every
     together = tuple(_below(depth, rungs(name, allowed), ()) or depth for depth, name in zip(present, own, strict=True))
-    apart = any(sum(a != b for a, b in zip(trial, present, strict=True)) > 1 for trial in failed)
-    if len(own) > 1 and together != present and not apart:
+    if _differing(together, present) > 1 and not any(_differing(trial, present) > 1 for trial in failed):
         return together
     order = sorted(range(len(own)), key=lambda i: -present[i].evaluations)
     for i in order:
-        alone = [trial[i] for trial in failed if all(trial[j] == present[j] for j in range(len(own)) if j != i)]
+        # What failed beside deeper spans fails beside shallower ones.
+        alone = [trial[i] for trial in failed if _as_deep(trial, present, i)]
         lower = _below(present[i], rungs(own[i], allowed), alone)
         if lower is not None:
             return (*present[:i], lower, *present[i + 1 :])
@@ -117,6 +119,17 @@ def _below(present: Depth, candidates: Sequence[Depth], failed: Collection[Depth
     if not failed:
         return next((depth for depth in between if _on_main_way(depth)), between[0])
     return between[(len(between) - 1) // 2]
+
+
+def _differing(one: Sequence[Depth], other: Sequence[Depth]) -> int:
+    """Returns how many spans have another depth."""
+    return sum(a != b for a, b in zip(one, other, strict=True))
+
+
+def _as_deep(one: Sequence[Depth], other: Sequence[Depth], left_out: int) -> bool:
+    """Returns whether no span of the one has fewer evaluations than in the other, but for that left out."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return all(a.evaluations >= b.evaluations for i, (a, b) in pairs if i != left_out)
 
 
 def _on_main_way(depth: Depth) -> bool:

@@ -57,7 +57,8 @@ SELDOM = 4
 MOST_STEPS = 64
 """The most steps of a solve."""
 EXPLODED = 10.0
-"""A loss of this many times the first one has exploded: the training goes back to its last good state."""
+"""A loss of this many times the largest of the first one, the first at this depth and the target has exploded: the training
+goes back to its last good state."""
 BACK_OFF = 0.3
 """The learning rate is multiplied by this where progress stalls, the loss explodes or nothing is learned."""
 FAR = 2.0
@@ -265,8 +266,11 @@ class Shallowest:
         self._iterations += 1
         if self._first_loss is None and math.isfinite(value):
             self._first_loss = value
-        first = self._first_loss or 0.0
-        if not (math.isfinite(value) and math.isfinite(penalty)) or value > first + (EXPLODED - 1.0) * abs(first):
+        if self._stage.first is None and math.isfinite(value):
+            self._stage.first = value
+        known = [x for x in (self._first_loss, self._stage.first, self.target) if x is not None]
+        high = max(known, default=0.0)
+        if not (math.isfinite(value) and math.isfinite(penalty)) or value > high + (EXPLODED - 1.0) * abs(high):
             self.diverged(f"the loss exploded to {value:.3g}")
         elif self.target is None:
             self._settle(value, measure)

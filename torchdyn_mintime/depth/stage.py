@@ -54,6 +54,7 @@ class Stage:
     Attributes:
         trial: what it has reached.
         weight: of the penalty, in units of loss.
+        first: its first loss.
         smooth: logarithm of (constraint / bound), for the one that is further from its bound; mean of about 20 iterations.
         best: the lowest ``smooth`` that counted as progress.
         since: iterations since then.
@@ -68,6 +69,7 @@ class Stage:
 
     trial: Trial
     weight: float = math.nan
+    first: float | None = None
     smooth: float | None = None
     best: float = math.inf
     since: int = 0
@@ -92,7 +94,7 @@ class Stage:
         over = JUDGED_OVER if self.best < math.log(CLOSE) else JUDGED_OVER / 2
         if share < 2 * over or not self.path:
             return False
-        before = next(best for spent, best in self.path if spent >= share - over)
+        before = next((best for spent, best in self.path if spent >= share - over), self.path[-1][1])
         gain = max(before - self.best, TINY) / over
         return share >= 1.0 or share + self.best / gain > HOPE
 

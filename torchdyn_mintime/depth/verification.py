@@ -132,7 +132,7 @@ def _look(
 
     with replaced_solves(found, watching):
         loss, predicted = _agreed(reduce, look)
-    if not loss <= target:
+    if not (loss <= target and loss < math.inf):  # without a target, too
         return Verification(False, loss), None, None
     few = _agreed(reduce, lambda: count() <= evaluations)[0] == 1.0
     error, _ = _agreed(reduce, errors)
@@ -140,7 +140,8 @@ def _look(
         return Verification(False, loss, error), None, None
     with exact_solves(model):
         reference, exactly = _agreed(reduce, look)
-    return Verification(reference <= target, loss, error, reference), predicted, exactly
+    within = reference <= target and reference < math.inf
+    return Verification(within, loss, error, reference), predicted, exactly
 
 
 def _error_of(span: LearnableSpan, last: LastSolve) -> float:

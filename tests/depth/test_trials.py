@@ -1,0 +1,60 @@
+"""The records of a search: what a depth costs, and how a verdict says what was found."""
+
+import pytest
+
+from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "evaluations"),
+    [
+        ("rk4", 3, 12),
+        ("midpoint", 3, 6),
+        ("euler", 3, 3),
+        ("learned-3", 1, 3),
+        ("learned-12", 1, 12),
+        # Six new evaluations a step, since the last one is the first of the next, and two for the size of the first step.
+        ("tsit5", 2, 14),
+        ("dopri5", 3, 20),
+    ],
+)
+def test_evaluations(solver, steps, evaluations):
+    assert Depth(solver, steps).evaluations == evaluations
+
+
+def passed(*depths, **figures):
+    trial = Trial.at(depths)
+    trial.passed = True
+    for name, value in figures.items():
+        setattr(trial, name, value)
+    return trial
+
+
+def test_a_trial_counts_all_spans_and_names_each():
+    trial = Trial.at([Depth("rk4", 2), Depth("learned-3", 1)])
+    assert (trial.solver, trial.steps, trial.evaluations, trial.label) == ("rk4", 2, 11, "2 x rk4 + learned-3")
+    assert trial.every == (Depth("rk4", 2), Depth("learned-3", 1))
+    assert Trial("rk4", 2, 8).every == (Depth("rk4", 2),)  # a trial of an older version has no depths
+
+
+def test_the_fewest_are_those_that_passed_and_the_last_of_equals():
+    trials = [passed(Depth("rk4", 2)), passed(Depth("midpoint", 4)), Trial.at([Depth("euler", 1)])]
+    assert fewest(trials) is trials[1] and fewest(trials[2:]) is None
+
+
+def test_a_verdict_shows_its_front_and_says_everything_in_words():
+    first = passed(Depth("rk4", 4), solver_error=0.001, iterations=50, seconds=1.25, loss=0.1, reference_loss=0.11)
+    best = passed(Depth("learned-3", 1), solver_error=0.05, loss=0.12, reference_loss=0.13, changed=0.01)
+    failed = Trial.at([Depth("learned-2", 1)])
+    verdict = Verdict(True, best, [best, failed, first], 0.15, 0.1, 321)
+    assert verdict.front == [first, best]
+    assert str(verdict).splitlines() == [
+        "found 3 evaluations (learned-3): loss 0.12 and 0.13 solved exactly (target 0.15), solver error 0.05 of the "
+        "displacement (tolerance 0.1), 1.0% of predictions change when solved exactly, 321 iterations",
+        "  learned-3: passed after 0 iterations, 0.0 s, loss 0.12 / 0.13, solver error 0.05",
+        "  learned-2: failed after 0 iterations, 0.0 s, loss inf / inf, solver error inf",
+        "  4 x rk4: passed after 50 iterations, 1.2 s, loss 0.1 / 0.11, solver error 0.001",
+    ]
+    nothing = Verdict(False, failed, [failed], None, 0.1, 0)
+    assert str(nothing).startswith("NOT found: the last trial was 2 evaluations (learned-2): loss inf")
+    assert "(target none)" in str(nothing) and "predictions" not in str(nothing) and nothing.front == []
