@@ -369,7 +369,12 @@ class Shallowest:
         kept = None if held_out is None else list(held_out)
         times = {time for span in require_spans(model) for time in span.parameters(recurse=False)}
         parameters = [p for p in model.parameters() if p.requires_grad and p not in times]
-        if not parameters:
+        # torchdyn gives a field without parameters one that it does not use.
+        if all(
+            name.endswith("dummy_parameter")
+            for name, p in model.named_parameters()
+            if p.requires_grad and p not in times
+        ):
             raise ValueError(f"{type(model).__name__} has no parameters to train but its times; unfreeze its field")
         optimizer = torch.optim.Adam(parameters, lr=checks.positive(lr, "lr"))
         first = next(iter(batches), None)
@@ -710,6 +715,8 @@ class Shallowest:
             "unit": self._unit,
             "done": self.done,
             "raised": self._raised,
+            "failed": self._failed,
+            "looked": self._looked,
             "judged": self._judged,
             "restarts": self._restarts,
             "base_lr": copy.deepcopy(self._rates),
@@ -739,6 +746,7 @@ class Shallowest:
         if self.trials:
             self._stage = Stage(**{**state["stage"], "trial": self.trials[-1]})
         self.target, self._unit, self._raised = state["target"], state["unit"], state["raised"]
+        self._failed, self._looked = state.get("failed", False), state.get("looked", False)
         self._judged = None if state["judged"] is None else tuple(state["judged"])
         self._losses, self._resumed, self._share = list(state["losses"]), state["searched"], state["share"]
         self._found = {}
