@@ -490,3 +490,432 @@ def test_a_foreign_state_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"no state of a Shallowest: .*'trials'.* are missing; got the keys \['a'\]"):
         search.load_state_dict({"a": 1})
     assert search.trials == [] and not search.done
+
+
+# --------------------------------------------------------------------------------------- the loop, on figures written down
+#
+# The numbers in these tests are the rules themselves, not the module's constants: a constant that is changed fails here.
+
+
+class Script:
+    """A search for the target 1 over a model that is not trained, with a patience of 20 and 8 steps at most.
+
+    Attributes:
+        penalty: of its bound.
+        cost: evaluations of the field in an iteration.
+        looks: what the looks at the exact solution find, in turn; the last one is found again and again.
+        looked: at which iteration of which depth a look was taken.
+        references: steps of the reference, as asked for.
+        model, optimizer, search: of the search.
+    """
+
+    def __init__(self, monkeypatch, looks=(), penalty=0.0, solver="rk4", target=1.0, cost=1, max_steps=8, **options):
+        monkeypatch.setattr(searched_model.SearchedModel, "objective", self.objective)
+        monkeypatch.setattr(shallowest, "verify", self.look)
+        self.penalty, self.cost, self.weights, self.references = penalty, cost, [], []
+        self.looks, self.looked, self.asked = list(looks) or [Verification(False, math.inf)], [], []
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = tm.wrap(NeuralODE(nn.Linear(1, 1), solver=solver), torch.linspace(0, 1, 3))
+        self.weight = next(p for p in self.model.parameters() if p.dim() == 2)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.search = Shallowest(target, solver_tol=0.1, **options)
+        self.search.patience, self.search.max_steps = 20, max_steps
+        self.search.start(self.model, self.optimizer)
+
+    def objective(self, weight, steps, closure=None, share=1.0):
+        searched = self.search._require_start()
+        searched.penalty, searched.reference_loss = self.penalty * 0.01, None
+        searched.spent += self.cost
+        self.weights.append(weight)
+        self.references.append(steps)
+        self.share = share
+        return torch.zeros(())
+
+    def look(self, model, looks, **bounds):
+        trial = self.search.trials[-1]
+        self.looked.append((trial.label, trial.iterations))
+        self.asked.append(bounds)
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+    def run(self, loss, most=5000):
+        """Iterations until the depth ends, or the search. ``loss`` may be a function of the iteration, from 1."""
+        depths = len(self.search.trials)
+        for i in range(1, most + 1):
+            self.search.penalty()
+            self.search.step(loss(i) if callable(loss) else loss, lambda: 0.5)
+            if self.search.done or len(self.search.trials) > depths:
+                return i
+        return math.inf
+
+    @property
+    def label(self):
+        return self.search.trials[-1].label
+
+    @property
+    def rate(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def restarts(self):
+        return self.search.state_dict()["restarts"]
+
+    @property
+    def stage(self):
+        return self.search.state_dict()["stage"]
+
+
+def falls_once(first, then):
+    """A loss that falls at once, and then stays."""
+    return lambda i: first if i == 1 else then
+
+
+PASSED, FAILED = Verification(True, 0.5, 0.05, 0.6), Verification(False, 0.7, 0.01, 1.2)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    return lambda *args, **options: Script(monkeypatch, *args, **options)
+
+
+def beyond_four(script, *args, **options):
+    """A search whose first depth rested far from its bounds, and which has gone on to eight steps."""
+    one = script(*args, **options)
+    one.run(5.0)
+    assert one.label == "8 x rk4"
+    return one
+
+
+def test_where_four_steps_rest_far_from_the_bounds_eight_are_tried_from_the_start(script):
+    one, other = script(), script()
+    initial = one.weight.item()
+    one.weight.data.fill_(9.0)
+    assert one.run(5.0) == 22 and one.label == "8 x rk4" and one.rate == 1.0  # 20 iterations without progress
+    assert one.weight.item() == initial
+    other.search.batches_seen_together = 1000
+    assert other.run(5.0) == 102  # 100 iterations, were the patience longer
+    near = script()
+    near.run(1.9, 50)
+    assert near.label == "4 x rk4"  # twice the bounds is not far
+
+
+def test_a_training_that_rests_far_raises_its_rate_once_and_then_begins_again_more_slowly_three_times(script):
+    one = beyond_four(script)
+    assert one.run(5.0, 22) == math.inf and one.rate == 3.0 and one.restarts == 0
+    # 21 iterations a stall, and 22 after each new beginning: three beginnings, then a lower rate once or twice, then the end.
+    first, last = one.weight.item(), []
+    for restarts, rate in ((1, 0.9), (2, 0.27), (3, 0.081)):
+        one.weight.data.fill_(9.0)
+        while one.restarts < restarts:
+            assert one.run(5.0, 1) == math.inf
+        assert one.rate == pytest.approx(rate) and one.weight.item() == first
+        last.append(one.search.trials[-1].iterations)
+    assert [b - a for a, b in itertools.pairwise([22, *last])] == [21, 22, 22]
+    assert one.run(5.0) == 22 + 2 * 21 and one.search.done
+    assert one.rate == pytest.approx(0.081 * 0.3**2) and one.restarts == 3
+
+
+@pytest.mark.parametrize(("share", "restarts"), [(0.31, 3), (0.29, 0)])
+def test_a_loss_below_three_tenths_of_the_first_has_begun_to_learn(script, share, restarts):
+    one = beyond_four(script)
+    one.search._first_loss = 101.0
+    one.run(1.0 + 100.0 * share)
+    assert one.restarts == restarts
+
+
+def test_near_the_bounds_the_rate_is_lowered_twice_and_far_from_them_once(script):
+    near, far = (beyond_four(script) for _ in range(2))
+    for one in (near, far):
+        one.search._first_loss, one.search._raised = 40.0, True
+    assert near.run(9.0) == 22 + 21 * 2 and near.search.done
+    assert far.run(11.0) == 22 + 21 and far.search.done
+    assert near.restarts == far.restarts == 0
+    assert near.rate == pytest.approx(0.3**2) and far.rate == pytest.approx(0.3)
+
+
+def test_the_first_depth_is_given_up_after_ten_times_the_patience_however_slowly_it_still_improves(script):
+    one = script(max_steps=4)
+    assert one.run(lambda i: 100 * math.exp(-5e-3 * i)) == 201
+    assert one.rate == 1.0
+
+
+def test_a_first_depth_that_still_improves_has_its_rate_raised_after_400_iterations(script):
+    one = script()
+    one.search.patience = 100
+    one.run(lambda i: 100 * math.exp(-5e-3 * i), 399)
+    assert one.rate == 1.0
+    one.run(lambda i: 10 * math.exp(-5e-3 * i), 1)
+    assert one.rate == 3.0
+    one.run(lambda i: 9 * math.exp(-5e-3 * i), 450)
+    assert one.rate == 3.0
+
+
+def test_the_patience_is_at_least_a_pass_over_the_batches(script):
+    """The mean loss of a pass settles no sooner than in a pass, however short the patience is."""
+    one = script([PASSED], solvers=[])
+    one.search.batches_seen_together = 50
+    met = one.run(lambda i: max(20 * 0.9**i, 0.5))
+    assert one.looked == [("4 x rk4", met)] and one.search.trials[0].passed
+    stalled = script()
+    stalled.search.batches_seen_together = 50
+    assert stalled.run(5.0) == 52
+
+
+@pytest.mark.parametrize(("loss", "exploded"), [(9.9, False), (10.1, True), (math.nan, True), (math.inf, True)])
+@pytest.mark.parametrize("first", [50.0, 0.01])
+def test_a_loss_of_ten_times_the_first_or_the_target_has_exploded(script, first, loss, exploded):
+    one = script()
+    one.run(first, 1)
+    one.run(max(first, 1.0) * loss, 1)
+    assert one.rate == pytest.approx(0.3 if exploded else 1.0)
+
+
+@pytest.mark.parametrize(("loss", "exploded"), [(39.0, False), (41.0, True)])
+def test_a_loss_below_zero_explodes_above_itself(script, loss, exploded):
+    """Nine times its size above it."""
+    one = script(target=-100.0)
+    one.run(-5.0, 1)
+    one.run(loss, 1)
+    assert one.rate == pytest.approx(0.3 if exploded else 1.0)
+
+
+def test_an_infinite_penalty_has_exploded_too_and_all_processes_hear_of_it(script):
+    one = script()
+    one.search.reduce = lambda value: math.inf if value == 0.0 else value
+    one.run(50.0, 1)
+    assert one.rate == pytest.approx(0.3)
+
+
+def test_a_failed_solve_goes_back_to_the_good_state_of_the_last_tenth_iteration(script):
+    one = script()
+
+    def loss(i):
+        one.weight.data.fill_(float(i))
+        return 50 * 0.9**i if i <= 25 else 50 * 0.9**25
+
+    one.run(loss, 25)
+    one.optimizer.state[one.weight]["momentum_buffer"] = torch.ones(1, 1)
+    one.search.diverged("the state is not finite")
+    assert one.weight.item() == 20.0 and one.rate == pytest.approx(0.3)
+    assert not one.optimizer.state  # what came after is forgotten
+
+
+@pytest.mark.parametrize("batches", [1, 5])
+def test_a_first_depth_that_cannot_solve_a_single_pass_gets_more_steps(script, batches):
+    one = script()
+    one.search.batches_seen_together = batches
+    one.run(5.0, batches - 1)
+    one.search.diverged("the state is not finite")
+    assert one.label == "8 x rk4"
+    other = script()
+    other.search.batches_seen_together = batches
+    other.run(5.0, batches)
+    other.search.diverged("the state is not finite")
+    assert other.label == "4 x rk4" and other.rate == pytest.approx(0.3)
+
+
+def test_a_depth_that_fails_again_and_again_is_given_up_at_the_ninth_time(script):
+    one = script()
+    one.run(5.0, 1)
+    calls = 0
+    while not one.search.done:
+        one.search.diverged("the state is not finite")
+        calls += 1
+    assert calls == 9 and one.rate == pytest.approx(0.3**8)
+    assert not one.search.finish().feasible
+
+
+def test_the_reference_begins_with_four_steps_or_twice_the_models_and_is_refined_up_to_sixty_four(script):
+    """0.2^2 = 0.04 is 4.4 times the penalty of 0.009: the reference hides it."""
+    one = script([Verification(False, 0.5, solver_error=0.2)], penalty=0.9)
+    one.run(0.5, 60)
+    assert list(dict.fromkeys(one.references)) == [8, 16, 32, 64]
+    assert one.references.count(8) == 1 and one.references.count(16) == one.references.count(32) == 10
+    down = script([PASSED, FAILED])
+    down.run(0.5)
+    down.run(0.5, 1)
+    assert down.label == "2 x rk4" and down.references[-1] == 4
+
+
+def test_a_search_goes_down_from_the_model_found(script, caplog):
+    caplog.set_level(logging.INFO)
+    one = script([FAILED, PASSED], solvers=[])
+
+    def at(value, loss):
+        def of(i):
+            one.weight.data.fill_(value)
+            return loss
+
+        return of
+
+    one.run(at(2.0, 0.9), 1)
+    failed_look = one.search.trials[0]
+    assert (failed_look.loss, failed_look.reference_loss, failed_look.solver_error) == (0.7, 1.2, 0.01)
+    one.run(at(3.0, 0.9))
+    found = one.search.trials[0]
+    assert (found.iterations, found.passed) == (11, True) and one.looked == [("4 x rk4", 1), ("4 x rk4", 11)]
+    assert (found.loss, found.reference_loss, found.solver_error) == (0.5, 0.6, 0.05)
+    assert one.asked[0]["target"] == 1.0 and one.asked[0]["solver_tol"] == 0.1 and one.asked[0]["evaluations"] == 16
+    for label in ("2 x rk4", "3 x rk4"):  # the way down begins with the model found, each time
+        assert one.label == label and one.weight.item() == 3.0 and one.rate == 1.0
+        one.run(at(4.0, 4.0))
+    assert one.search.done
+    verdict = one.search.finish()
+    assert verdict.feasible and verdict.best is found and one.weight.item() == 3.0
+    assert one.model.stepper.name == "rk4" and one.model.steps == 4
+    assert "4 x rk4 is enough" in caplog.text and "3 x rk4 is not enough" in caplog.text
+    assert str(verdict).startswith("found 16 evaluations (4 x rk4): loss 0.5 and 0.6 solved exactly")
+
+
+def down(script, first=1, **options):
+    """A search that has passed its first depth after some iterations."""
+    one = script([PASSED, FAILED], **options)
+    one.run(lambda i: 0.5 if i == first else 1.2)
+    assert one.label == "2 x rk4"
+    return one
+
+
+def test_on_the_way_down_nothing_begins_again_and_no_rate_is_raised(script):
+    """What was found is learned already: a stall lowers the rate once, far from the bounds, and then the depth ends."""
+    one = down(script)
+    assert one.run(15.0) == 22 + 21 and one.restarts == 0
+    assert not one.search.trials[1].passed and one.label == "3 x rk4"
+    assert one.rate == 1.0  # as the depth before it began
+
+
+def test_a_depth_on_the_way_down_has_twice_the_evaluations_of_the_way_to_it_and_300_iterations_at_least(script):
+    """An iteration at 2 x rk4 takes 8 evaluations, and 4 x 4 for its reference."""
+    assert down(script, first=9, cost=1000).stage["budget"] == 2 * 9 * 1000
+    assert down(script, cost=24).stage["budget"] == 300 * 24
+
+
+def test_near_its_bounds_a_depth_that_is_hopeless_has_a_lower_rate_once(script):
+    one = down(script, cost=100)
+    one.search.patience = 1000
+    budget = one.stage["budget"]
+    assert budget == 7200
+    lowered = None
+    for _ in range(200):
+        ended = one.run(1.5, 1) == 1
+        if lowered is None and one.rate < 0.5:
+            lowered = one.search.trials[1].spent
+            assert one.rate == pytest.approx(0.3)
+        if ended:
+            break
+    assert lowered == budget / 2 and one.search.trials[1].spent <= budget
+
+
+@pytest.mark.parametrize(("loss", "share"), [(11.0, 1.0), (12.0, 10 / 11), (21.0, 0.5), (math.nan, 0.1)])
+def test_on_the_way_down_a_loss_far_above_its_target_has_less_weight_at_the_steps(script, loss, share):
+    """By ten units or more; the first iteration, before any loss is known, has a tenth."""
+    one = down(script)
+    one.search.penalty()
+    assert one.share == pytest.approx(0.1)
+    one.search.step(loss, lambda: 0.5)
+    one.search.penalty()
+    assert one.share == pytest.approx(share)
+
+
+def test_the_first_depth_has_all_its_weight_at_the_steps_and_a_tenth_of_that_of_the_penalty(script):
+    one = script()
+    one.search.penalty()
+    assert one.share == 1.0 and one.weights == [pytest.approx(0.1 * 1.0 / 0.01)]  # a tenth of target / tolerance^2
+    one.search.step(500.0, lambda: 0.5)
+    one.search.penalty()
+    assert one.share == 1.0
+    later = down(script)
+    later.search.penalty()
+    assert later.weights[-1] == pytest.approx(1.0 / 0.01)
+
+
+def test_a_loss_that_a_look_finds_too_high_is_not_the_best_of_the_training(script):
+    one = script([Verification(False, 1.5)])
+    one.run(0.9, 5)
+    trial = one.search.trials[0]
+    assert (trial.loss, trial.reference_loss, trial.solver_error) == (0.9, math.inf, math.inf)
+
+
+def test_without_a_measure_the_losses_stay_those_of_the_training(script):
+    one = script([Verification(True, -math.inf, 0.01, -math.inf)], solvers=[])
+    one.search.penalty()
+    one.search.step(0.9)
+    trial = one.search.trials[0]
+    assert (trial.passed, trial.loss, trial.reference_loss) == (True, 0.9, math.inf)
+
+
+# ----------------------------------------------------------------------------------------------------- without a target
+
+
+def settling(fall):
+    """A loss that falls from 11 to 1 at once, and by ``fall`` in 100 iterations from there."""
+    return lambda i: 11.0 if i == 1 else 2.0 - fall / 100 * i
+
+
+@pytest.mark.parametrize(("fall", "iterations"), [(0.08, 201), (0.105, math.inf)])
+def test_a_loss_has_settled_where_it_falls_by_less_than_a_hundredth_of_all_its_fall_in_a_hundred_iterations(
+    script, fall, iterations
+):
+    """9 to 9.3 is all its fall: 1 % of that is 0.09. The first iteration counts in the first mean until the 201st."""
+    one = script([PASSED], target=None)
+    assert one.run(settling(fall), 250) == iterations
+    if iterations == 201:
+        assert one.search.target == pytest.approx(0.6 + 0.02 * (11 - 0.6))
+
+
+def test_where_the_settled_model_is_no_true_one_the_penalty_is_made_four_times_as_heavy_three_times(script):
+    one = script([Verification(False, 0.5, 0.2, 0.6)], target=None)
+    one.run(settling(0.0), 900)
+    found = [label for label, _ in one.looked]
+    iterations = [i for label, i in one.looked if label == "4 x rk4"]
+    assert iterations == [201, 301, 401, 501] and found.count("4 x rk4") == 4
+    unit = 0.02 * 9.0  # the slack of the fall from 11 to 2
+    assert [one.weights[i] for i in (250, 350, 450)] == [pytest.approx(4.0**n * unit / 0.01) for n in (1, 2, 3)]
+    assert [one.references[i] for i in (200, 250, 350, 450)] == [8, 16, 32, 64]
+    assert one.search.trials[1].label == "8 x rk4"
+
+
+def test_a_settled_model_that_misses_another_bound_is_trained_more_slowly(script):
+    one = script([Verification(False, 0.5, 0.05, 0.6)], target=None)
+    one.run(settling(0.0), 201)
+    assert one.rate == pytest.approx(0.3) and one.references[-1] == 8
+
+
+def test_half_the_budget_is_late_and_settles_the_loss_as_it_is(script, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(shallowest, "perf_counter", lambda: now[0])
+    one = script([PASSED], target=None, budget=10.0)
+
+    def loss(i):
+        now[0] += 1.0
+        return 100.0 / i
+
+    assert one.run(loss) == 5 and one.search.trials[0].passed and not one.search.done
+    assert one.run(5.0, 1) == math.inf
+    one.run(loss)
+    assert one.search.done and now[0] == 10.0
+
+
+# ------------------------------------------------------------------------------------------------------------ the others
+
+
+def test_an_adaptive_solver_counts_steps_and_is_never_refined(monkeypatch):
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(nn.Linear(1, 1), solver="tsit5"), torch.linspace(0, 1, 3))
+    search = Shallowest(target=1.0)
+    search.start(span, torch.optim.SGD(span.parameters(), lr=1.0))
+    monkeypatch.setattr(shallowest, "verify", lambda *_, **__: Verification(False, 0.5, solver_error=5.0))
+    span(torch.zeros(2, 1))
+    first = search.penalty()
+    search.step(0.5, lambda: 0.5)
+    state = search.state_dict()
+    assert search.trials[0].steps == 2 and search.trials[0].evaluations == 14
+    assert (state["restarts"], state["stage"]["reference"]) == (0, 4)
+    assert first.item() > 0
+
+
+def test_spans_of_different_adaptive_solvers_cannot_be_searched_together():
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = nn.Sequential(*(tm.wrap(NeuralODE(nn.Linear(1, 1), solver=name)) for name in ("rk4", "tsit5")))
+    search = Shallowest(target=1.0)
+    with pytest.raises(ValueError, match="the spans have the solvers rk4, tsit5"):
+        search.start(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert search.trials == [] and all(span.t_f.requires_grad for span in tm.spans(model))
