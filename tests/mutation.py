@@ -58,8 +58,8 @@ PARTS = {
     "growth": Part("depth/growth.py depth/rollback.py", "tests/depth/test_growth.py tests/depth/test_rollback.py", 50),
     "target": Part("depth/target.py", "tests/depth/test_target.py", 30),
     "search": Part(
-        "depth/ladder.py depth/stage.py depth/verification.py depth/searched_model.py depth/shallowest.py",
-        "tests/depth/test_ladder.py tests/depth/test_stage.py tests/depth/test_verification.py "
+        "depth/trials.py depth/ladder.py depth/stage.py depth/verification.py depth/searched_model.py depth/shallowest.py",
+        "tests/depth/test_trials.py tests/depth/test_ladder.py tests/depth/test_stage.py tests/depth/test_verification.py "
         "tests/depth/test_shallowest.py",
         60,
     ),

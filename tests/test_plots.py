@@ -11,6 +11,7 @@ from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
 from torchdyn_mintime import diagnostics, plots
+from torchdyn_mintime.depth.trials import Trial, Verdict
 from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
 from torchdyn_mintime.losses.potentials import SquaredDistance
 
@@ -45,6 +46,48 @@ def test_growth_profile_and_hamiltonian(span):
     energy = diagnostics.hamiltonian(span, x, nn.functional.cross_entropy, y)
     plots.hamiltonian(axes[2], energy)
     np.testing.assert_allclose(axes[2].lines[0].get_ydata(), energy.values.tolist())
+
+
+def searched():
+    """A verdict of four depths: the third one failed."""
+    found = zip((16, 8, 3, 4), (0.001, 0.02, 0.3, 0.05), (True, True, False, True), (50, 10, 30, 20), strict=True)
+    labels = (("rk4", 4), ("rk4", 2), ("learned-3", 1), ("learned-4", 1))
+    trials = [
+        Trial(*depth, evaluations, iterations, passed, solver_error=error)
+        for depth, (evaluations, error, passed, iterations) in zip(labels, found, strict=True)
+    ]
+    return Verdict(True, trials[3], trials, 0.1, 0.1, 110)
+
+
+def test_the_front_of_a_search_is_its_passed_depths_and_the_tolerance(tmp_path):
+    figure, (axis,) = plots.grid_of_axes(1, 1)
+    plots.front(axis, searched(), label="moons")
+    curve, tolerance = axis.lines
+    assert curve.get_xdata().tolist() == [16, 8, 4] and curve.get_ydata().tolist() == [0.001, 0.02, 0.05]
+    assert curve.get_label() == "moons" and list(tolerance.get_ydata()) == [0.1, 0.1]
+    assert [text.get_text() for text in axis.texts] == ["4 x rk4", "2 x rk4", "learned-4"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["4", "8", "16"]
+    assert plots.save(figure, tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_search_shows_every_depth_over_the_iterations_spent_at_it(tmp_path):
+    figure, (axis,) = plots.grid_of_axes(1, 1)
+    plots.search(axis, searched())
+    spent, ends = axis.lines[::2], axis.lines[1::2]
+    assert [list(line.get_xdata()) for line in spent] == [[0, 50], [50, 60], [60, 90], [90, 110]]
+    assert [line.get_ydata()[0] for line in spent] == [16, 8, 3, 4]
+    assert [line.get_linestyle() for line in spent] == ["-", "-", ":", "-"]
+    assert [line.get_marker() for line in ends] == ["o", "o", "x", "o"]
+    assert plots.save(figure, tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_search_that_found_nothing_can_be_drawn():
+    _, (left, right) = plots.grid_of_axes(1, 2)
+    failed = Trial("rk4", 4, 16)
+    verdict = Verdict(False, failed, [failed], None, 0.1, 0)
+    plots.front(left, verdict)
+    plots.search(right, verdict)
+    assert left.lines[0].get_xdata().tolist() == [] and len(right.lines) == 2
 
 
 def strong(net: HyperNet) -> HyperNet:

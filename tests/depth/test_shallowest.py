@@ -509,7 +509,7 @@ class Script:
         model, optimizer, search: of the search.
     """
 
-    def __init__(self, monkeypatch, looks=(), penalty=0.0, solver="rk4", target=1.0, cost=1, max_steps=8, **options):
+    def __init__(self, monkeypatch, looks=(), penalty=0.0, solver="rk4", cost=1, max_steps=8, patience=20, **options):
         monkeypatch.setattr(searched_model.SearchedModel, "objective", self.objective)
         monkeypatch.setattr(shallowest, "verify", self.look)
         self.penalty, self.cost, self.weights, self.references = penalty, cost, [], []
@@ -518,8 +518,9 @@ class Script:
             self.model = tm.wrap(NeuralODE(nn.Linear(1, 1), solver=solver), torch.linspace(0, 1, 3))
         self.weight = next(p for p in self.model.parameters() if p.dim() == 2)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
-        self.search = Shallowest(target, solver_tol=0.1, **options)
-        self.search.patience, self.search.max_steps = 20, max_steps
+        self.search = Shallowest(**{"target": 1.0, "solver_tol": 0.1, **options})
+        self.search.patience = patience or self.search.patience
+        self.search.max_steps = max_steps or self.search.max_steps
         self.search.start(self.model, self.optimizer)
 
     def objective(self, weight, steps, closure=None, share=1.0):
@@ -614,6 +615,16 @@ def test_a_training_that_rests_far_raises_its_rate_once_and_then_begins_again_mo
     assert one.rate == pytest.approx(0.081 * 0.3**2) and one.restarts == 3
 
 
+def test_the_patience_is_150_iterations_and_64_steps_are_the_most(script):
+    one = script(patience=None, max_steps=None)
+    assert one.run(1.9, 151) == math.inf and one.rate == 1.0
+    assert one.run(1.9, 1) == math.inf and one.rate == pytest.approx(0.3)
+    other = script(max_steps=None)
+    while not other.search.done:
+        other.search.diverged("the state is not finite")
+    assert [trial.steps for trial in other.search.trials] == [4, 8, 16, 32, 64]
+
+
 @pytest.mark.parametrize(("share", "restarts"), [(0.31, 3), (0.29, 0)])
 def test_a_loss_below_three_tenths_of_the_first_has_begun_to_learn(script, share, restarts):
     one = beyond_four(script)
@@ -676,6 +687,16 @@ def test_a_loss_below_zero_explodes_above_itself(script, loss, exploded):
     one.run(-5.0, 1)
     one.run(loss, 1)
     assert one.rate == pytest.approx(0.3 if exploded else 1.0)
+
+
+@pytest.mark.parametrize("reference", [math.nan, math.inf, 501.0])
+def test_a_loss_that_explodes_at_the_reference_alone_has_exploded(script, reference):
+    one = script()
+    one.run(50.0, 1)
+    one.search.penalty()
+    one.search._require_start().reference_loss = reference
+    one.search.step(40.0, lambda: 0.5)
+    assert one.rate == pytest.approx(0.3)
 
 
 def test_an_infinite_penalty_has_exploded_too_and_all_processes_hear_of_it(script):

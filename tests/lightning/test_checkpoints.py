@@ -27,13 +27,21 @@ def written():
 @pytest.mark.filterwarnings("ignore:GrowDepth did not converge")
 def test_a_checkpoint_of_version_0_1_0_is_gone_on_from(written, name, tmp_path):
     torch.save(written[name]["checkpoint"], tmp_path / "c.ckpt")
-    module = Learner(make_node(t_span=torch.linspace(0, 1, 5), seed=5))
-    trainer(24, CALLBACKS[name]()).fit(module, loader(points()), ckpt_path=tmp_path / "c.ckpt", weights_only=True)
+    module, callback = Learner(make_node(t_span=torch.linspace(0, 1, 5), seed=5)), CALLBACKS[name]()
+    trainer(24, callback).fit(module, loader(points()), ckpt_path=tmp_path / "c.ckpt", weights_only=True)
     ends, state = written[name]["ends"], module.state_dict()
     assert state.keys() == ends.keys()
     if name == "MinimumTime":
         # 0.1.0 gave back a model that one batch of three was lucky on. The price and the times go on as they were.
         assert state["model.t_f"] > ends["model.t_f"]
+        return
+    if name == "Shallowest":  # which climbed then, and goes down now
+        (written_search,) = (s for key, s in written[name]["checkpoint"]["callbacks"].items() if "Shallowest" in key)
+        assert callback.verdict.iterations > written_search["iterations"] > 0
+        assert (
+            callback.verdict.trials[: len(written_search["trials"]) - 1]
+            == callback.search.trials[: len(written_search["trials"]) - 1]
+        )
         return
     for key, value in ends.items():
         if key.endswith("bounds") and not len(value):  # it held none where they are the default

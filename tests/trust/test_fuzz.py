@@ -131,7 +131,7 @@ CALLS = {
     ),
     "Shallowest": (
         lambda **k: tm.Shallowest(**k),
-        dict(target=0.1, solver_tol=0.1, solvers=None, max_steps=64, patience=150, accept=None),
+        dict(target=0.1, slack=0.02, solver_tol=0.1, budget=None, solvers=None, accept=None),
     ),
     "StepCount": (
         lambda model, **k: tm.StepCount(model, **k),
@@ -164,8 +164,6 @@ HUGE = {
     ("GrowDepth", "pretraining"),
     ("StepDoubling", "refinement"),
     ("StepCount", "steps"),
-    ("Shallowest", "max_steps"),
-    ("Shallowest", "patience"),
 }
 
 

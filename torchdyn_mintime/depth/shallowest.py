@@ -184,10 +184,10 @@ class Shallowest:
         if accept is not None and not callable(accept):
             raise TypeError(f"accept must be a function without arguments; got {accept!r}")
         self.accept = accept
-        for name, value in (("max_steps", max_steps), ("patience", patience)):
-            if value is not None:
-                checks.count(value, name, 1)
-                warnings.warn(f"Shallowest chooses {name} by itself; leave it out", FutureWarning, stacklevel=2)
+        old = {"max_steps": max_steps, "patience": patience}
+        given = {name: checks.count(value, name, 1) for name, value in old.items() if value is not None}
+        for name in given:
+            warnings.warn(f"Shallowest chooses {name} by itself; leave it out", FutureWarning, stacklevel=2)
         self.max_steps, self.patience = max_steps or MOST_STEPS, patience or PATIENCE
         self.reduce: Callable[[float], float] = float
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
@@ -210,6 +210,7 @@ class Shallowest:
         self._initial, self._good = Snapshot(), Snapshot()
         self._found: dict[int, Snapshot] = {}
         self._resumed: dict[str, Any] | None = None
+        self._own: list[str] | None = None
         self._clock = perf_counter()
 
     # ----------------------------------------------------------------------------------------------- driving a search
@@ -222,9 +223,10 @@ class Shallowest:
         searched.share_gradients = lambda gradients: self.share_gradients(gradients)
         self._clock = perf_counter()
         if self.trials:  # resumed
+            searched.own = self._own or searched.own  # a model that was loaded has the solver of its present depth
             searched.resume(self.trials[-1].every, self._resumed)
         else:
-            self._rates = searched.rates
+            self._rates, self._own = searched.rates, searched.own
             self._enter([first_depth(name, self.solvers) for name in searched.own])
             self._initial.take(model)
             if self.judge is not None:
@@ -259,7 +261,7 @@ class Shallowest:
             excess = (value - self.target) / self._unit
             self._share = 1.0 / max(1.0, excess / GENTLE) if math.isfinite(excess) else 1.0 / GENTLE
         if searched.reference_loss is not None:
-            value = max(value, self.reduce(searched.reference_loss))
+            value = max(self.reduce(searched.reference_loss), value)  # in this order, a NaN stays one
         penalty = self.reduce(searched.penalty)
         self._tick()
         trial.iterations += 1
@@ -715,6 +717,7 @@ class Shallowest:
             "unit": self._unit,
             "done": self.done,
             "raised": self._raised,
+            "own": self._own,
             "failed": self._failed,
             "looked": self._looked,
             "judged": self._judged,
@@ -747,6 +750,7 @@ class Shallowest:
             self._stage = Stage(**{**state["stage"], "trial": self.trials[-1]})
         self.target, self._unit, self._raised = state["target"], state["unit"], state["raised"]
         self._failed, self._looked = state.get("failed", False), state.get("looked", False)
+        self._own = state.get("own")
         self._judged = None if state["judged"] is None else tuple(state["judged"])
         self._losses, self._resumed, self._share = list(state["losses"]), state["searched"], state["share"]
         self._found = {}

@@ -1,7 +1,9 @@
 """The search for the fewest evaluations in a Trainer."""
 
 import contextlib
+import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from torchdyn_mintime.core import checks, evaluating, freeze_times, spans
 from torchdyn_mintime.depth import shallowest as search
 from torchdyn_mintime.lightning import ranks
 from torchdyn_mintime.lightning.base import SpanCallback, loss_of
-from torchdyn_mintime.numerics import IntegrationError
+from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
 __all__ = ["Shallowest"]
 
@@ -74,6 +76,7 @@ class Shallowest(SpanCallback):
         self.search = self._make()
         self.verdict: search.Verdict | None = None
         self._last: tuple[Tensor, Callable[[], Any]] | None = None
+        self._whole: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps every NeuralODE, and freezes the times before a strategy takes hold of the parameters."""
@@ -81,6 +84,16 @@ class Shallowest(SpanCallback):
         if stage == "fit":
             for time in freeze_times(spans(pl_module)):
                 self._undo.callback(time.requires_grad_)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes learned solvers out until the training starts: the optimizers do not know their coefficients."""
+        learned = [span for span in spans(pl_module) if isinstance(span.solver, LearnableSolver)]
+        if learned:
+            self._whole = copy.deepcopy(pl_module.state_dict())
+        for span in learned:
+            span.solver = "rk4"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the search, or goes on with that of a checkpoint."""
@@ -90,6 +103,8 @@ class Shallowest(SpanCallback):
         if self.monitor is not None:
             found.judge = functools.partial(self._validated, trainer, pl_module)
         found.batches_seen_together = max(1, int(min(trainer.num_training_batches, 1000)))
+        if self._whole is not None:
+            pl_module.load_state_dict(self._whole)
         found.start(pl_module, trainer.optimizers)
         self._undo.callback(self._finish)
         found.share_gradients = functools.partial(_mean_gradients, trainer)
@@ -107,7 +122,8 @@ class Shallowest(SpanCallback):
 
             def again() -> Tensor:
                 with _recorded_logs(pl_module, None):
-                    return loss_of(step())
+                    found = loss_of(step())
+                return loss.new_tensor(math.nan) if found is None else found
 
             try:
                 out = step()
