@@ -243,7 +243,9 @@ class Shallowest:
         """
         searched = self._require_start()
         if not self._found and self._stage.best > math.log(FAR) and self._stage.trial.iterations % SELDOM:
-            return searched.nothing_added()  # few steps of rk4 hardly leave the ODE; the reference costs twice the steps
+            return (
+                searched.nothing_added()
+            )  # few steps of rk4 hardly leave the ODE; the reference costs twice the steps
         return searched.objective(self._stage.weight, self._stage.reference, closure, self._share)
 
     def step(self, loss: float | Tensor, measure: Callable[[], Any] | None = None) -> None:
