@@ -243,9 +243,8 @@ class Shallowest:
         """
         searched = self._require_start()
         if not self._found and self._stage.best > math.log(FAR) and self._stage.trial.iterations % SELDOM:
-            return (
-                searched.nothing_added()
-            )  # few steps of rk4 hardly leave the ODE; the reference costs twice the steps
+            # Few steps of rk4 hardly leave the ODE, and the reference costs twice as much as they do.
+            return searched.nothing_added()
         return searched.objective(self._stage.weight, self._stage.reference, closure, self._share)
 
     def step(self, loss: float | Tensor, measure: Callable[[], Any] | None = None) -> None:
