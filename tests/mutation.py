@@ -57,10 +57,14 @@ PARTS = {
     "step-count": Part("losses/step_count.py", "tests/losses/test_step_count.py", 30),
     "growth": Part("depth/growth.py depth/rollback.py", "tests/depth/test_growth.py tests/depth/test_rollback.py", 50),
     "target": Part("depth/target.py", "tests/depth/test_target.py", 30),
+    "decisions": Part(
+        "depth/ladder.py depth/stage.py depth/verification.py",
+        "tests/depth/test_ladder.py tests/depth/test_stage.py tests/depth/test_verification.py",
+        60,
+    ),
     "search": Part(
-        "depth/trials.py depth/ladder.py depth/stage.py depth/verification.py depth/searched_model.py depth/shallowest.py",
-        "tests/depth/test_trials.py tests/depth/test_ladder.py tests/depth/test_stage.py tests/depth/test_verification.py "
-        "tests/depth/test_shallowest.py",
+        "depth/trials.py depth/searched_model.py depth/shallowest.py depth/compress.py",
+        "tests/depth/test_shallowest.py tests/depth/test_compress.py",
         60,
     ),
     "trim": Part("depth/trim.py depth/early_exit.py", "tests/depth/test_trim.py", 40),
