@@ -123,8 +123,11 @@ def test_an_offset_of_the_state_changes_no_verdict():
             return (out[1][-1] - offset).square().mean()
 
         verdict = Shallowest(0.2).fit(span, loss, [X.double() + offset], progress=False, max_iterations=150)
-        found.append([(t.label, t.passed, t.iterations, round(t.solver_error, 4)) for t in verdict.trials])
-    assert found[0] == found[1] and len(found[0]) > 3
+        found.append(verdict.trials)
+    assert [(t.label, t.passed) for t in found[0]] == [(t.label, t.passed) for t in found[1]] and len(found[0]) > 3
+    for one, other in zip(*found, strict=True):
+        # The fit of a learned solver magnifies the rounding of the offset.
+        assert one.solver_error == pytest.approx(other.solver_error, rel=0.2) or not one.passed
 
 
 def test_without_a_target_the_loss_settles_and_the_target_is_that_and_some_slack():
@@ -505,14 +508,15 @@ class Script:
         cost: evaluations of the field in an iteration.
         looks: what the looks at the exact solution find, in turn; the last one is found again and again.
         looked: at which iteration of which depth a look was taken.
-        references: steps of the reference, as asked for.
+        weights, references: of the penalty and steps of the reference, in each iteration.
+        compared: the iterations, from 0, in which the model was compared with its reference.
         model, optimizer, search: of the search.
     """
 
     def __init__(self, monkeypatch, looks=(), penalty=0.0, solver="rk4", cost=1, max_steps=8, patience=20, **options):
-        monkeypatch.setattr(searched_model.SearchedModel, "objective", self.objective)
         monkeypatch.setattr(shallowest, "verify", self.look)
         self.penalty, self.cost, self.weights, self.references = penalty, cost, [], []
+        self.compared = []
         self.looks, self.looked, self.asked = list(looks) or [Verification(False, math.inf)], [], []
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = tm.wrap(NeuralODE(nn.Linear(1, 1), solver=solver), torch.linspace(0, 1, 3))
@@ -522,6 +526,8 @@ class Script:
         self.search.patience = patience or self.search.patience
         self.search.max_steps = max_steps or self.search.max_steps
         self.search.start(self.model, self.optimizer)
+        searched = self.search._require_start()
+        searched.objective, searched.nothing_added = self.objective, self.nothing_added
 
     def objective(self, weight, steps, closure=None, share=1.0):
         searched = self.search._require_start()
@@ -530,7 +536,14 @@ class Script:
         self.weights.append(weight)
         self.references.append(steps)
         self.share = share
+        self.compared.append(self.search.trials[-1].iterations)
         return torch.zeros(())
+
+    def nothing_added(self):
+        stage, compared = self.search._stage, list(self.compared)
+        out = self.objective(stage.weight, stage.reference)
+        self.compared = compared
+        return out
 
     def look(self, model, looks, **bounds):
         trial = self.search.trials[-1]
@@ -846,6 +859,18 @@ def test_the_first_depth_has_all_its_weight_at_the_steps_and_a_tenth_of_that_of_
     later = down(script)
     later.search.penalty()
     assert later.weights[-1] == pytest.approx(1.0 / 0.01)
+
+
+def test_far_from_its_bounds_the_first_depth_is_compared_with_its_reference_at_every_fourth_iteration(script):
+    far, near = script(), script()
+    far.run(2.1, 20)
+    assert far.compared == [0, 4, 8, 12, 16]
+    near.run(1.9, 6)
+    assert near.compared == [0, 1, 2, 3, 4, 5]
+    below = down(script)
+    del below.compared[:]
+    below.run(9.0, 6)
+    assert below.compared == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_loss_that_a_look_finds_too_high_is_not_the_best_of_the_training(script):

@@ -351,6 +351,8 @@ class SearchedModel:
                     parameter.requires_grad_(True)
                 solver.free.grad = None
             self.spent += last.bound.nfe - before
+        with torch.no_grad():  # each process has fitted them to its own batch
+            self.share_gradients([solver.free])
 
     def _ends(self, span: LearnableSpan, last: LastSolve, start: LastSolve, steps: int) -> tuple[Tensor, Tensor]:
         """Returns the end of the steps that were taken, and that of the reference."""

@@ -242,7 +242,8 @@ class Shallowest:
                 reference. Without it the loss at the reference is not trained, and more searches fail.
         """
         searched = self._require_start()
-        if not self._found and self._stage.best > math.log(FAR) and self._stage.trial.iterations % SELDOM:
+        far = not self._found and not searched.adaptive and self._stage.best > math.log(FAR)
+        if far and self._stage.trial.iterations % SELDOM:
             # Few steps of rk4 hardly leave the ODE, and the reference costs twice as much as they do.
             return searched.nothing_added()
         return searched.objective(self._stage.weight, self._stage.reference, closure, self._share)
