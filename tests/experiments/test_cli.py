@@ -234,7 +234,6 @@ def test_compress_can_take_away_steps_alone(tmp_path):
     ("words", "message"),
     [
         (("--start", "2"), "moons, minimum-time: t_f = 2 lies outside its bounds"),
-        (("--method", "shallowest", "--target", "0"), "moons, shallowest: target must be positive"),
     ],
 )
 def test_settings_that_a_method_refuses_are_said_as_such(words, message):

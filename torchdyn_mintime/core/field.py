@@ -469,6 +469,10 @@ def _check_state(x: Any, node: Any) -> None:
         raise TypeError(f"the initial state must be a tensor; got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"the initial state must be of a floating-point type; got {x.dtype}")
+    if x.is_meta:
+        raise TypeError(
+            "the initial state has no data: it is on the device 'meta'; give it values on the model's device"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"the initial state must be a dense tensor; got {x.layout}; use x.to_dense()")
     if node.order > 1:
