@@ -466,6 +466,50 @@ def test_a_passed_span_says_what_the_interval_is_and_a_look_in_eval_mode_does_no
     torch.testing.assert_close(span.grid().detach(), torch.linspace(0, 5, 4))
 
 
+@pytest.mark.parametrize(("weight", "share"), [(0.0, 1.0), (3.0, 1.0), (3.0, 0.25)])
+def test_what_is_added_is_the_reference_loss_and_twice_the_weighted_penalty(weight, share):
+    """With the loss at the steps it is twice the mean that is trained; what is not that loss is divided by its share."""
+    span = span_of().double()
+    span.node.vf.vf.vf.insert(0, nn.BatchNorm1d(3).double())
+    searched = searched_model.SearchedModel(span, torch.optim.SGD(span.parameters(), lr=1.0))
+    searched.lay([Depth("midpoint", 1)])
+    x = X.double()
+    taken = span(x)[1][-1]
+    statistics = span.node.vf.vf.vf[0].running_mean.clone()
+    added = searched.objective(weight, 64, lambda: span(x)[1][-1].square().mean(), share)
+    assert torch.equal(statistics, span.node.vf.vf.vf[0].running_mean) and span.nfe == 2
+    layer = span.node.vf.vf.vf
+    set_steps(span, 64, "rk4")
+    with torch.no_grad():
+        end = span(x)[1][-1]
+    assert layer[0].training
+    penalty = (taken - end).square().mean() / (end - x).square().mean()
+    assert searched.penalty == pytest.approx(penalty.item(), rel=1e-9)
+    assert searched.reference_loss == pytest.approx(end.square().mean().item(), rel=1e-9)
+    expected = (end.square().mean() + 2 * weight * penalty) / share
+    assert added.item() == pytest.approx(expected.item(), rel=1e-9)
+    searched.release(True)
+
+
+def test_a_new_learned_solver_is_fitted_to_the_reference_before_it_is_trained():
+    """Of a rotation by 2 rad three stages of second order are 1 + 2i - 2 + 8 c i, with c free: the optimum has the sine right."""
+    net = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(net, solver="rk4"), torch.tensor([0.0, 1.0]))
+    searched = searched_model.SearchedModel(span, torch.optim.SGD(span.parameters(), lr=1.0))
+    searched.lay([Depth("learned-3", 1)])
+    x = X[:, :2]
+    optimum = abs(-1 - math.cos(2)) / math.hypot(math.cos(2) - 1, math.sin(2))
+    assert solver_error(span, x) > 1.05 * optimum
+    span(x)
+    searched.objective(1.0, 16)
+    assert solver_error(span, x) == pytest.approx(optimum, rel=1e-4)  # of float32
+    assert torch.equal(net.weight.detach(), torch.tensor([[0.0, -2.0], [2.0, 0.0]])) and net.weight.requires_grad
+    searched.release(True)
+
+
 def test_set_steps_keeps_the_interval():
     span = span_of()
     set_steps(span, 3, "midpoint")
