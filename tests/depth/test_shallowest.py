@@ -492,7 +492,7 @@ def test_what_is_added_is_the_reference_loss_and_twice_the_weighted_penalty(weig
 
 
 def test_a_new_learned_solver_is_fitted_to_the_reference_before_it_is_trained():
-    """Of a rotation by 2 rad three stages of second order are 1 + 2i - 2 + 8 c i, with c free: the optimum has the sine right."""
+    """Of a rotation by 2 rad three stages of order 2 are 1 + 2i - 2 - 8 c i, with c free: the optimum has the sine right."""
     net = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
