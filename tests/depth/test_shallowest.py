@@ -1009,3 +1009,22 @@ def test_spans_of_different_adaptive_solvers_cannot_be_searched_together():
     with pytest.raises(ValueError, match="the spans have the solvers rk4, tsit5"):
         search.start(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert search.trials == [] and all(span.t_f.requires_grad for span in tm.spans(model))
+
+
+def test_the_penalty_compares_ends_without_dropout():
+    """Masks change with every evaluation, and two solves with other masks are of two fields."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 3)).double()
+    with contextlib.redirect_stdout(io.StringIO()):
+        span = tm.wrap(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 5).double())
+    searched = searched_model.SearchedModel(span, torch.optim.Adam(span.parameters()))
+    searched.lay([Depth("rk4", 2)])
+    x = X.double()
+    penalties = []
+    for mode in (True, True, False):
+        span.train(mode)
+        span(x)
+        searched.objective(1.0, 4)
+        penalties.append(searched.penalty)
+    assert penalties[0] == penalties[1] == pytest.approx(penalties[2], rel=1e-12) and penalties[0] > 0
+    searched.release(False)

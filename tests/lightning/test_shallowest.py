@@ -2,15 +2,12 @@
 
 import contextlib
 import copy
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from launched import on_two_ranks
 from learners import Learner, annuli, loader, make_node, trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -248,22 +245,8 @@ def test_a_search_that_has_ended_is_not_started_again(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_processes_search_alike_and_learned_solvers_take_the_mean_of_their_gradients(tmp_path):
-    script = Path(__file__).with_name("search_on_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,  # a hang ends here
-        env={
-            **{k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")},
-            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    first, second = on_two_ranks(Path(__file__).with_name("search_on_ranks.py"), tmp_path, timeout=300)
     assert first["found"] == second["found"] and first["found"][0]
     assert first["seen"] == second["seen"] and len({label for label, *_ in first["seen"]}) > 2
     assert len(first["gradients"]) == len(second["gradients"]) > 5

@@ -3,36 +3,15 @@
 Fixed-step solvers only: an adaptive one chooses its steps by its own rank's half of the batch.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
+from launched import on_two_ranks
 from trust import ranks
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each rank recorded. One launch for all tests: two processes import torch, which is most of the time."""
-    if not torch.distributed.is_available():
-        pytest.skip("this build of torch has no torch.distributed")
-    folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, ranks.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,  # a hang ends here
-        env={
-            **{k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")},
-            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return on_two_ranks(ranks.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("method", ranks.METHODS)

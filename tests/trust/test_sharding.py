@@ -1,13 +1,10 @@
 """Weights shared out over two processes (gloo, CPU), times whole: the same training as DistributedDataParallel's."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launched import on_two_ranks
 from trust import shards
 
 import torchdyn_mintime as tm
@@ -18,21 +15,8 @@ CALLBACKS = [*shards.CALLBACKS, "resumed"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where each rank left what it saw, from one launch for all tests."""
-    if not torch.distributed.is_available():
-        pytest.skip("this build of torch has no torch.distributed")
     folder = tmp_path_factory.mktemp("shards")
-    done = subprocess.run(
-        [sys.executable, shards.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,  # a hang ends here
-        env={
-            **{k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")},
-            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(shards.__file__, folder)
     return folder
 
 

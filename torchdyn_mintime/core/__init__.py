@@ -13,6 +13,7 @@ from torchdyn_mintime.core.evaluation import (
     evaluate_without_ode,
     mean_loss,
     model_output,
+    of_output,
     rest_of,
 )
 from torchdyn_mintime.core.field import STATEFUL, BoundField, Field, cost_columns, evaluating, takes
@@ -45,6 +46,7 @@ from torchdyn_mintime.core.wrapping import (
     parameter_groups,
     require_spans,
     spans,
+    times_of,
     unwrap,
     with_solver,
     wrap,
@@ -81,6 +83,7 @@ __all__ = [
     "mean_loss",
     "model_output",
     "named_spans",
+    "of_output",
     "only_span",
     "parameter_groups",
     "position",
@@ -97,6 +100,7 @@ __all__ = [
     "solver_error",
     "spans",
     "takes",
+    "times_of",
     "undisturbed",
     "untraced",
     "unwrap",

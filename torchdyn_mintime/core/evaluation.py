@@ -27,6 +27,7 @@ __all__ = [
     "evaluate_without_ode",
     "mean_loss",
     "model_output",
+    "of_output",
     "rest_of",
 ]
 
@@ -61,7 +62,11 @@ def as_batches(batches: Any) -> list[tuple[Tensor, ...]]:
 
 def model_output(model: nn.Module, x: Tensor) -> Any:
     """Returns what the loss is given for ``x``: the model's output, or z(t_f) where the model is a span itself."""
-    out = model(x)
+    return of_output(model, model(x))
+
+
+def of_output(model: nn.Module, out: Any) -> Any:
+    """Returns what the loss is given for an output of ``model``: that, or z(t_f) where the model is a span itself."""
     if isinstance(model, LearnableSpan):
         return (out[1] if isinstance(out, tuple) else out)[-1]
     return out

@@ -401,6 +401,11 @@ class BoundField:
         buffers = [module._buffers.get(name) for module, name in self._roles.buffers]
         return list(_with_gradient([self.args, *values, *buffers]))
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether dropout is active, so that no two evaluations are of one field."""
+        return any("Dropout" in kind for kind in self.random_or_stateful())
+
     def random_or_stateful(self) -> list[str]:
         """Returns the kinds of modules in training mode whose evaluations do not repeat."""
         return sorted({type(m).__name__ for m in self.modules if isinstance(m, STATEFUL) and m.training})

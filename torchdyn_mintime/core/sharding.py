@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchdyn_mintime.core.wrapping import require_spans
+from torchdyn_mintime.core.wrapping import require_spans, times_of
 
 __all__ = ["replicate_times"]
 
@@ -34,7 +34,7 @@ def replicate_times(model: nn.Module) -> set[nn.Parameter]:
         >>> replicate_times(span) == {span.t_f}  # fully_shard(span, ignored_params=replicate_times(span))
         True
     """
-    times: set[Any] = {time for span in require_spans(model) for time in span.parameters(recurse=False)}
+    times: set[Any] = set(times_of(require_spans(model)))
     for time in times:
         if not getattr(time, "is_averaged", False):
             frozen = not time.requires_grad

@@ -249,7 +249,6 @@ class LearnableSpan(LearnableInterval):
 
         As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity.
         """
-
         call = Call(self, x, self._plan(t_span, ()), sensitivity="autograd")
         return (call() if self._replacement is None else self._replacement(self, x, call))[1]
 
@@ -509,10 +508,8 @@ class _StepsSeen:
 
 
 def _without_node_prefix(module: nn.Module, state_dict: dict, prefix: str, _: Any) -> None:
-    if getattr(
-        module, "_is_fsdp_managed_module", False
-    ):  # what shares out the weights looks for them by their own names
-        return
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return  # what shares out the weights looks for them by their own names
     inner = prefix + "node."
     for key in [k for k in state_dict if k.startswith(inner)]:
         state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)

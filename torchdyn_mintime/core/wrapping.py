@@ -24,6 +24,7 @@ __all__ = [
     "parameter_groups",
     "require_spans",
     "spans",
+    "times_of",
     "unwrap",
     "with_solver",
     "wrap",
@@ -85,9 +86,14 @@ def only_span(model: nn.Module, span: LearnableSpan | None = None) -> LearnableS
     return next(iter(found.values()))
 
 
+def times_of(found: Iterable[LearnableSpan]) -> list[nn.Parameter]:
+    """Returns the times of the spans that are parameters, frozen or not: t_f, and t0 where it is learned."""
+    return [time for span in found for time in span.parameters(recurse=False)]
+
+
 def freeze_times(found: Iterable[LearnableSpan]) -> list[Tensor]:
     """Takes the times of the spans from the optimizers, and returns those that were free."""
-    free: list[Tensor] = [time for span in found for time in span.parameters(recurse=False) if time.requires_grad]
+    free: list[Tensor] = [time for time in times_of(found) if time.requires_grad]
     for time in free:
         time.requires_grad_(False)
         time.grad = None  # an optimizer would go on applying a gradient that is left there
@@ -326,7 +332,7 @@ def parameter_groups(
     for key, value in rates.items():
         checks.number(value, key, least=0)
     found = require_spans(model)
-    times = [p for span in found for p in span.parameters(recurse=False)]
+    times = times_of(found)
     learned = {m for span in found for m in span.node.modules() if isinstance(m, LearnableSolver)}
     coefficients = [solver.free for solver in learned]
     ids = {id(p) for p in (*times, *coefficients)}

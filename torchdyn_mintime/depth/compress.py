@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
 from torchdyn_mintime.core import (
-    LearnableSpan,
     as_batches,
     evaluate_without_ode,
     evaluating,
     has_bare,
     mean_loss,
+    of_output,
     undisturbed,
     wrap,
 )
@@ -78,15 +78,13 @@ def compress(
         skipped = max(evaluate_without_ode(made, [batch], loss)[0] for batch in prepared)
         target = own + slack * (skipped - own if skipped > own else abs(own))
 
-    def of_output(out: Any, batch: Any) -> Tensor:
-        if isinstance(made, LearnableSpan):
-            out = (out[1] if isinstance(out, tuple) else out)[-1]
-        return loss(out, *([] if isinstance(batch, Tensor) else batch[1:]))
+    def criterion(out: Any, batch: tuple) -> Tensor:
+        return loss(of_output(made, out), *batch[1:])
 
     search = Shallowest(target, slack, solver_tol, **options)
     kept = None if held_out is None else as_batches(held_out)
     verdict = search.fit(
-        made, of_output, prepared, lr=lr, held_out=kept, max_iterations=max_iterations, progress=progress
+        made, criterion, prepared, lr=lr, held_out=kept, max_iterations=max_iterations, progress=progress
     )
     return made, verdict
 

@@ -14,7 +14,6 @@ from torchdyn_mintime.core import (
     LearnableSpan,
     freeze_times,
     last_solve,
-    refine,
     replaced_solves,
     require_spans,
     rk4_solution,
@@ -24,6 +23,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.trials import Depth
 from torchdyn_mintime.losses.step_count import StepCount
+from torchdyn_mintime.losses.step_doubling import refined_end, relative_square
 from torchdyn_mintime.numerics import (
     AsynchronousLeapfrog,
     Grid,
@@ -196,15 +196,12 @@ class SearchedModel:
         state.restore(self.model)
         self.begin_anew()
 
-    def copy_at(self, depths: Sequence[Depth], state: Snapshot) -> nn.Module:
+    def copy_of(self, state: Snapshot) -> nn.Module:
         """Returns a copy of the model in another state, its times and sensitivities as before the search."""
         made = copy.deepcopy(self.model)
-        spans = require_spans(made)
-        for span, depth, kept in zip(spans, depths, self._kept, strict=True):
-            solver = depth.solver if depth.stages is None else LearnableSolver(depth.stages).to(span.t_f.device)
-            set_steps(span, depth.steps, solver)
+        state.restore(made)  # with its steps and solvers
+        for span, kept in zip(require_spans(made), self._kept, strict=True):
             span.by_autograd = kept.by_autograd
-        state.restore(made)
         names = {name for name, p in self.model.named_parameters() if any(p is time for time in self._thawed)}
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or name in names)
@@ -305,7 +302,8 @@ class SearchedModel:
                 value = closure()
             self._shared = len(called) > len(set(called))  # a span that is called twice remembers its last call alone
             self.reference_loss = float(value.detach())
-        penalty = torch.stack([_relative_square(*each) for each in ends]).sum()
+        parts = [relative_square(taken, reference, reference - x) for taken, reference, x in ends]
+        penalty = torch.stack(parts).sum()
         self.penalty = float(penalty.detach())
         return (value + (weight if closure is None else 2 * weight) * penalty) / share
 
@@ -321,7 +319,6 @@ class SearchedModel:
         if not isinstance(solver, LearnableSolver) or solver.stages < 2:
             return
         start = replace(last, x=last.x.detach(), grid=Grid([last.steps[0], last.steps[-1]]))
-        parameters = list(last.bound.parameters.values())
         optimizer = torch.optim.LBFGS([solver.free], max_iter=FITTED, line_search_fn="strong_wolfe")
         kept = solver.free.detach().clone()
         with untraced(last.bound):
@@ -332,12 +329,10 @@ class SearchedModel:
             def closure() -> Tensor:
                 with torch.enable_grad():
                     taken = integrate(last.bound.function, start.x, start.grid, span.stepper).states[-1]
-                    value = _relative_square(taken, reference, start.x)
+                    value = relative_square(taken, reference, reference - start.x)
                 (solver.free.grad,) = torch.autograd.grad(value, [solver.free])
                 return value
 
-            for parameter in parameters:
-                parameter.requires_grad_(False)
             try:
                 first = float(closure().detach())
                 optimizer.step(closure)
@@ -347,8 +342,6 @@ class SearchedModel:
                 with torch.no_grad():
                     solver.free.copy_(kept)
             finally:
-                for parameter in parameters:
-                    parameter.requires_grad_(True)
                 solver.free.grad = None
             self.spent += last.bound.nfe - before
         with torch.no_grad():  # each process has fitted them to its own batch
@@ -357,22 +350,14 @@ class SearchedModel:
     def _ends(self, span: LearnableSpan, last: LastSolve, start: LastSolve, steps: int) -> tuple[Tensor, Tensor]:
         """Returns the end of the steps that were taken, and that of the reference."""
         taken = last.states[-1]
+        drops_out = last.bound.drops_out  # beside the solve it is off
         with untraced(last.bound):
             before = last.bound.nfe
-            if any("Dropout" in kind for kind in last.bound.random_or_stateful()) or not last.reaches_end:
-                grid = refine(last.steps, last.grid.start, last.grid.end, 1)
-                taken = integrate(last.bound.function, last.x, grid, span.stepper).states[-1]
+            if drops_out or not last.reaches_end:
+                taken = refined_end(span, last, 1)
             if isinstance(span.stepper, AsynchronousLeapfrog):  # whose state [z, v] rk4 cannot step
-                grid = refine(last.steps, last.grid.start, last.grid.end, max(2, steps // (len(last.steps) - 1)))
-                reference = integrate(last.bound.function, start.x, grid, span.stepper).states[-1]
+                reference = refined_end(span, start, max(2, steps // (len(last.steps) - 1)))
             else:
                 reference = rk4_solution(start, steps)[1][-1]
             self.spent += last.bound.nfe - before
         return taken, reference
-
-
-def _relative_square(taken: Tensor, reference: Tensor, x: Tensor) -> Tensor:
-    """Returns the mean squared difference over that of the displacement, which is held constant."""
-    dtype = torch.promote_types(taken.dtype, torch.float32)  # a square in half precision overflows soon
-    size = (reference - x).detach().to(dtype).square().mean().clamp_min(torch.finfo(dtype).tiny)
-    return (taken - reference).to(dtype).square().mean() / size

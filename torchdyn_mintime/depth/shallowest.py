@@ -33,14 +33,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, checks, require_spans
+from torchdyn_mintime.core import TOLERANCE, checks, require_spans, times_of
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
 from torchdyn_mintime.depth.stage import Stage
 from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
 from torchdyn_mintime.depth.verification import Look, Verification, verify
-from torchdyn_mintime.numerics import IntegrationError, make_stepper
+from torchdyn_mintime.numerics import IntegrationError
 
 __all__ = ["Depth", "Shallowest", "Trial", "Verdict", "set_steps"]
 
@@ -292,9 +292,7 @@ class Shallowest:
         searched = self._require_start()
         best = fewest(self.trials)
         if best is not None:
-            state = self._found[self.trials.index(best)]
-            searched.lay(best.every)
-            state.restore(searched.model)
+            searched.go_back(self._found[self.trials.index(best)])
         searched.release(best is not None)
         target = self.target if self._judged is None else self._judged[1]
         verdict = Verdict(
@@ -333,7 +331,7 @@ class Shallowest:
             )
         sign = 1 if evaluations is None else -1
         chosen = min(fit, key=lambda i: sign * self.trials[i].evaluations)
-        return searched.copy_at(self.trials[chosen].every, self._found[chosen])
+        return searched.copy_of(self._found[chosen])
 
     def fit(
         self,
@@ -371,16 +369,12 @@ class Shallowest:
         if not isinstance(batches, Sized):
             batches = list(batches)  # gone through many times
         kept = None if held_out is None else list(held_out)
-        times = {time for span in require_spans(model) for time in span.parameters(recurse=False)}
-        parameters = [p for p in model.parameters() if p.requires_grad and p not in times]
+        times = set(times_of(require_spans(model)))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in times}
         # torchdyn gives a field without parameters one that it does not use.
-        if all(
-            name.endswith("dummy_parameter")
-            for name, p in model.named_parameters()
-            if p.requires_grad and p not in times
-        ):
+        if all(name.endswith("dummy_parameter") for name in trained):
             raise ValueError(f"{type(model).__name__} has no parameters to train but its times; unfreeze its field")
-        optimizer = torch.optim.Adam(parameters, lr=checks.positive(lr, "lr"))
+        optimizer = torch.optim.Adam(trained.values(), lr=checks.positive(lr, "lr"))
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("batches is empty; give at least one (x, ...)")
@@ -477,8 +471,8 @@ class Shallowest:
         steps = max(depth.steps if depth.stages is None else 1 for depth in depths)
         self._stage = Stage(trial, reference=max(LEAST_REFERENCE, 2 * steps))
         self._share = 1.0 / GENTLE if passed else 1.0
-        a_step = trial.evaluations + self._stage.reference * make_stepper("rk4").evaluations
-        self._stage.budget = max(BUDGET * passed, LEAST_ITERATIONS * a_step) if passed else math.inf
+        an_iteration = trial.evaluations + Depth("rk4", self._stage.reference).evaluations
+        self._stage.budget = max(BUDGET * passed, LEAST_ITERATIONS * an_iteration) if passed else math.inf
         searched.lay(depths)
         searched.rates = self._rates
         self._stage.weight = self._first_weight()
@@ -661,7 +655,6 @@ class Shallowest:
         if best is None:
             searched.go_back(self._initial)
         elif not trial.passed:
-            searched.lay(best.every)
             searched.go_back(self._found[self.trials.index(best)])
         self._enter(depths)
 

@@ -161,15 +161,14 @@ def _by_sample(plan: Plan, checkpoint: Path, data: datasets.Data, target: float)
 
 def _write(model: models.Model, plan: Plan, data: datasets.Data, path: Path) -> Path:
     """Takes the span out of the model, and writes its state, its grid and its solver."""
-    solver, learned = model.node.stepper.name, isinstance(model.node.solver, LearnableSolver)
+    name, solver = model.node.stepper.name, model.node.solver
     with torch.no_grad():
         unwrap(model, model.before(data.x_test[:8]))
     model.t_span = model.node.t_span  # what is passed at every call
     path.parent.mkdir(parents=True, exist_ok=True)
     how = "model.node = NeuralODE(field, solver=solver); model.node.t_span = t_span; model.load_state_dict(state)"
-    if learned:
-        stages = solver.removeprefix("learned-")
-        how = f"from torchdyn_mintime import LearnableSolver; solver = LearnableSolver({stages}); {how}"
-    kept = {"state": model.state_dict(), "t_span": model.node.t_span, "solver": solver, "task": plan.task, "how": how}
+    if isinstance(solver, LearnableSolver):
+        how = f"from torchdyn_mintime import LearnableSolver; solver = LearnableSolver({solver.stages}); {how}"
+    kept = {"state": model.state_dict(), "t_span": model.node.t_span, "solver": name, "task": plan.task, "how": how}
     torch.save(kept, path)
     return path

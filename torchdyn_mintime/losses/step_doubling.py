@@ -16,7 +16,7 @@ from torchdyn_mintime.core import LastSolve, LearnableSpan, checks, refine, rk4_
 from torchdyn_mintime.losses.penalty import Penalty
 from torchdyn_mintime.numerics import IntegrationError, integrate
 
-__all__ = ["StepDoubling"]
+__all__ = ["StepDoubling", "refined_end", "relative_square"]
 
 
 class StepDoubling(Penalty):
@@ -104,21 +104,31 @@ class StepDoubling(Penalty):
         taken = last.states[-1]
         # An adjoint's gradient is the ODE's: both solutions would have the same one, and their difference none.
         exact = span.sensitivity == "autograd" or not torch.is_grad_enabled()
-        dropout = any("Dropout" in kind for kind in last.bound.random_or_stateful())
+        drops_out = last.bound.drops_out  # beside the solve it is off
         with self.beside(last.bound):
-            if not last.reaches_end or not exact or dropout:
-                taken = _end(span, last, 1)
+            if not (last.reaches_end and exact) or drops_out:
+                taken = refined_end(span, last, 1)
             if span.interval.one_step:
                 refined = rk4_solution(last, max(self.refinement, 4))[1][-1]
             else:
-                refined = _end(span, last, self.refinement)
-        dtype = torch.promote_types(taken.dtype, torch.float32)  # a square in half precision overflows soon
-        size = taken.detach().to(dtype).square().mean().clamp_min(torch.finfo(dtype).tiny)
-        return (taken - refined).to(dtype).square().mean() / size
+                refined = refined_end(span, last, self.refinement)
+        return relative_square(taken, refined, taken)
 
 
-def _end(span: LearnableSpan, last: LastSolve, parts: int) -> Tensor:
-    """Returns the state at the end of the last forward's steps, each split into ``parts``."""
+def relative_square(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """Returns the mean squared difference of two states over the mean square of ``scale``, which is held constant.
+
+    Example:
+        >>> relative_square(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([4.0])).item()
+        0.25
+    """
+    dtype = torch.promote_types(one.dtype, torch.float32)  # a square in half precision overflows soon
+    size = scale.detach().to(dtype).square().mean().clamp_min(torch.finfo(dtype).tiny)
+    return (one - other).to(dtype).square().mean() / size
+
+
+def refined_end(span: LearnableSpan, last: LastSolve, parts: int) -> Tensor:
+    """Returns the state at the end of a solve's steps, each split into ``parts``; to be called inside ``untraced``."""
     grid = refine(last.steps, last.grid.start, last.grid.end, parts)
     try:
         return integrate(last.bound.function, last.x, grid, span.stepper, adapt=False).states[-1]

@@ -14,13 +14,13 @@ so that the conditions hold after any step of any optimizer. Stands on torch alo
 solvers have.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnableSolver"]
+__all__ = ["LearnableSolver", "weighted_step"]
 
 _BASE: dict[str, tuple[list[list[float]], list[float]]] = {
     "euler": ([[]], [1.0]),
@@ -162,15 +162,8 @@ class LearnableSolver(nn.Module):
     ) -> tuple[None, Tensor, None]:
         """Returns (None, the state after a step of size ``dt``, None), as torchdyn's fixed-step solvers do."""
         a, b, c = self.coefficients()
-        weights, nodes = (dt * torch.cat([a, b[None]])).to(x), (t + dt * c).to(x)
-        stages: list[Tensor] = []
-        state = x
-        for i in range(self.stages + 1):
-            state = x
-            for w, k in zip(weights[i], stages, strict=False):
-                state = torch.addcmul(state, w, k)
-            if i < self.stages:
-                stages.append(k1 if i == 0 and k1 is not None and not self.first_node else f(nodes[i], state))
+        weights, nodes = dt * torch.cat([a, b[None]]), (t + dt * c).to(x)
+        state, _ = weighted_step(f, x, nodes.unbind(), weights, None if self.first_node else k1)
         return None, state, None
 
     # ------------------------------------------------------------------------------------------------ copies and devices
@@ -194,6 +187,31 @@ class LearnableSolver(nn.Module):
 
     def extra_repr(self) -> str:
         return f"stages={self.stages}, order={self.order}" + (", first_node=True" if self.first_node else "")
+
+
+def weighted_step(
+    f: Callable, x: Tensor, times: Sequence[Any], weights: Tensor, k1: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the state after a step of an explicit Runge-Kutta method, and its stages.
+
+    Args:
+        f: ``f(t, z)``, the field.
+        x: the state before the step.
+        times: of the stages.
+        weights: ``[stages + 1, stages]``, the rows of a and then b, times the size of the step.
+        k1: the first stage, if it is known.
+    """
+    n = len(times)
+    each = weights.to(x).flatten().unbind()
+    stages: list[Tensor] = []
+    state = x
+    for i in range(n + 1):
+        state = x
+        for w, k in zip(each[i * n : i * n + i], stages, strict=True):
+            state = torch.addcmul(state, w, k)
+        if i < n:
+            stages.append(k1 if i == 0 and k1 is not None else f(times[i], state))
+    return state, stages
 
 
 def _start(stages: int, like: Any) -> list[list[float]]:

@@ -17,7 +17,7 @@ from torchdyn.numerics.solvers import hyper, ode
 from torchdyn.numerics.solvers._constants import construct_dopri5, construct_rk4, construct_tsit5
 from torchdyn.numerics.solvers.templates import MultipleShootingDiffeqSolver
 
-from torchdyn_mintime.numerics.learned import LearnableSolver
+from torchdyn_mintime.numerics.learned import LearnableSolver, weighted_step
 
 __all__ = [
     "AsynchronousLeapfrog",
@@ -332,16 +332,7 @@ class _TensorRungeKutta(Stepper):
         self.nodes, self._weights = c.unbind(), torch.cat([a, b[None]])
 
     def step(self, f, x, times, dt, k1=None):
-        n = self.evaluations
-        weights = (dt * self._weights).to(x.dtype).flatten().unbind()
-        stages: list[Tensor] = []
-        for i in range(n + 1):
-            state = x
-            for w, k in zip(weights[i * n : i * n + i], stages, strict=True):
-                state = torch.addcmul(state, w, k)
-            if i < n:
-                stages.append(k1 if i == 0 and k1 is not None else f(times[i], state))
-        return state, stages
+        return weighted_step(f, x, times, dt * self._weights, k1)
 
 
 _STOCK: dict[type, Callable[[], RungeKutta]] = {
