@@ -144,7 +144,7 @@ def planes(seeds: int) -> None:
                 begun = time.perf_counter()
                 fit = tm.fit_solver(node, states, evaluations=n, progress=False)
                 seconds = time.perf_counter() - begun
-                error = fresh_error(fit.solver, field, fresh, exact)
+                error = fresh_error(fit.node.solver, field, fresh, exact)
                 midpoint = fresh_error("midpoint", field, fresh, exact, n // 2)
                 ratios[n].append(error / midpoint)
                 print(
@@ -172,7 +172,7 @@ def digits(seeds: int) -> None:
             begun = time.perf_counter()
             fit = tm.fit_solver(NeuralODE(field), states, evaluations=n, progress=False)
             error, midpoint = (
-                fresh_error(fit.solver, field, fresh, exact),
+                fresh_error(fit.node.solver, field, fresh, exact),
                 fresh_error("midpoint", field, fresh, exact, n // 2),
             )
             print(
@@ -209,7 +209,7 @@ def densities(seeds: int) -> None:
             for n in (4, 6, 8):
                 fit = tm.fit_solver(node, x, evaluations=n, progress=False)
                 print(
-                    f"density of {name}, seed {seed}, {n} evaluations: nll {nll(fit.solver, 1):.4f}, midpoint "
+                    f"density of {name}, seed {seed}, {n} evaluations: nll {nll(fit.node.solver, 1):.4f}, midpoint "
                     f"{nll('midpoint', n // 2):.4f}, exact {exact:.4f}",
                     flush=True,
                 )

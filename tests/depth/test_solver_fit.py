@@ -66,10 +66,10 @@ def assert_untouched(module, before):
 def test_it_errs_less_than_every_stock_solver_with_as_many_evaluations(seed, timed, evaluations):
     node = NeuralODE(field(seed, timed))
     found = fit(node, evaluations=evaluations)
-    assert found.evaluations == found.solver.stages == evaluations
+    assert found.evaluations == found.node.solver.stages == evaluations
     assert found.error.rms < min(other.rms for other in found.others.values())
     assert found.error.rms <= found.error.worst and found.error.most <= found.error.worst
-    assert found.solver.first_node == timed
+    assert found.node.solver.first_node == timed
 
 
 def test_the_errors_are_those_of_fresh_states():
@@ -106,8 +106,8 @@ def test_the_node_runs_in_plain_torchdyn_and_in_a_span():
     span = tm.LearnableSpan(found.node)
     assert torch.allclose(span(x)[1][-1], expected, rtol=0, atol=1e-13)
     assert span.nfe == 3
-    assert not found.solver.free.requires_grad
-    assert node.solver is not found.solver and node.t_span is None
+    assert not found.node.solver.free.requires_grad
+    assert node.solver is not found.node.solver and node.t_span is None
 
 
 @pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
@@ -165,7 +165,7 @@ def test_known_ends_are_taken_as_they_are():
     with torch.no_grad():
         ends = tm.LearnableSpan(NeuralODE(node.vf.vf.vf, solver="dopri5", atol=1e-9, rtol=1e-9))(states())[1][-1]
     one, other = fit(node, evaluations=3), fit(node, evaluations=3, reference=ends)
-    assert torch.allclose(one.solver.b, other.solver.b, atol=1e-3)
+    assert torch.allclose(one.node.solver.b, other.node.solver.b, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_fields_in_single_precision():
         return net(x.float() * constant)
 
     hard = fit(NeuralODE(stubborn, optimizable_params=list(net.parameters())), states().float(), evaluations=3)
-    assert easy.solver.free.dtype == hard.solver.free.dtype == torch.float64
+    assert easy.node.solver.free.dtype == hard.node.solver.free.dtype == torch.float64
     assert hard.error.rms < hard.others["euler"].rms
     assert hard.error.rms == pytest.approx(easy.error.rms, rel=0.5)
 

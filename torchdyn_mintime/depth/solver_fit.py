@@ -71,9 +71,9 @@ class SolverFit:
     """A solver fitted to a field.
 
     Attributes:
-        node: a ``NeuralODE`` over the same field, with the fitted solver. It runs in plain torchdyn; call it without a
-            span, since it takes one step between any two points of the span it is given. Its ``t_span`` has two points,
-            descending for ``inverse=True``.
+        node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
+            it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
+            two points, descending for ``inverse=True``.
         evaluations: of the field in a solve.
         error: of the fitted solver, on states held out of the fit.
         others: the same of stock solvers with as many evaluations, by name, where their number divides.
@@ -83,11 +83,6 @@ class SolverFit:
     evaluations: int
     error: EndError
     others: dict[str, EndError]
-
-    @property
-    def solver(self) -> LearnableSolver:
-        """The fitted solver, frozen."""
-        return self.node.solver
 
     def __str__(self) -> str:
         flow = self.error.log_density is not None
