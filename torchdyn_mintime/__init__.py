@@ -1,6 +1,15 @@
 """Neural ODEs that learn how deep they need to be: minimum-time and convergence-rate training for torchdyn."""
 
-from torchdyn_mintime.core import LearnableSpan, SpeedLimit, parameter_groups, replicate_times, spans, unwrap, wrap
+from torchdyn_mintime.core import (
+    LearnableSpan,
+    SpeedLimit,
+    as_network,
+    parameter_groups,
+    replicate_times,
+    spans,
+    unwrap,
+    wrap,
+)
 from torchdyn_mintime.depth.compress import compress
 from torchdyn_mintime.depth.early_exit import early_exit
 from torchdyn_mintime.depth.growth import DepthGrowth
@@ -26,6 +35,7 @@ __all__ = [
     "StepCount",
     "StepDoubling",
     "TargetLoss",
+    "as_network",
     "compress",
     "early_exit",
     "fit_solver",
