@@ -35,7 +35,8 @@ def layers_of(field: Any) -> tuple[nn.Linear, nn.Linear] | None:
     net: Any = flow.net
     if flow.order != 1 or type(net) is not nn.Sequential or [type(m) for m in net] != [nn.Linear, nn.Tanh, nn.Linear]:
         return None
-    first, _, second = layers = tuple(net)
+    layers: tuple[Any, ...] = tuple(net)
+    first, _, second = layers
     plain = all(_is_plain(m) for m in (*inside, net, *layers))
     return (first, second) if plain and first.in_features == second.out_features else None
 
