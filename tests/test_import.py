@@ -34,6 +34,6 @@ def test_a_room_is_at_hand_without_an_import_of_its_own():
 def test_every_public_name_is_there_and_listed():
     assert set(tm.__all__) <= set(dir(tm)) and all(hasattr(tm, name) for name in tm.__all__)
     with pytest.raises(AttributeError, match="'torchdyn_mintime' has no attribute 'LearnableTime'"):
-        tm.LearnableTime
+        tm.LearnableTime  # noqa: B018
     with pytest.raises(ImportError, match="LearnableTime"):
         from torchdyn_mintime import LearnableTime  # noqa: F401
