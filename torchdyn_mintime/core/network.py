@@ -275,7 +275,7 @@ class StaticSolve(nn.Module):
         f, state = (evaluating_in(x.dtype, rate), x.float()) if half else (rate, x)
         held = [getattr(module, name) for module, name in self._written]
         states, nodes, dense = [state], self._grid.nodes, self._grid.dense
-        inside = None if dense is None else InsideSteps(dense, self._stepper.interpolant)
+        inside = None if dense is None else InsideSteps(dense, self._stepper.interpolant, state, nodes)
         for i, (times, size) in enumerate(zip(self.times.to(state).unbind(), self._sizes, strict=True)):
             before = state
             state, stages = self._stepper.step(f, before, times.unbind(), size)

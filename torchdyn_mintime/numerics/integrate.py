@@ -206,7 +206,7 @@ def rounded(solution: Solution, dtype: torch.dtype, grid: Grid, stepper: Stepper
 def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool) -> Solution:
     n = len(grid.nodes) - 1
     keep = grid.keep if grid.dense is None else [False] * (n + 1)
-    inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant)
+    inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant, x, grid.nodes)
     sizes = [_cast(grid.size(i), x) for i in range(n)]
     times = _stage_times(f, grid, stepper, x)
     x0, states, path, k1 = x, [], [], None
@@ -299,7 +299,7 @@ def _raise_at_first_failure(f: VectorField, x: Tensor, grid: Grid, stepper: Step
 def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record) -> Solution:
     nodes, n = grid.nodes, len(grid.nodes) - 1
     keep = (grid.keep or [True] * (n + 1)) if grid.dense is None else [False] * (n + 1)
-    inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant)
+    inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant, x)
     direction = 1.0 if nodes[-1] > nodes[0] else -1.0
     timed = getattr(f, "timed", True) or stepper.timed
     t = nodes[0]
