@@ -30,13 +30,14 @@ def deployed(rounds: int) -> Iterator[Row]:
             else:
                 node, grid = node_of(net), torch.linspace(0, 1, evaluations // 4 + 1)
             span = LearnableSpan(node, grid).eval()
+            network = as_network(span)
             runs: dict[str, Run] = {
                 "LearnableSpan": torch.no_grad()(lambda span=span, x=x: span(x)),
-                "as_network": torch.no_grad()(lambda network=as_network(span), x=x: network(x)),
+                "as_network": torch.no_grad()(lambda network=network, x=x: network(x)),
                 "the field alone": torch.no_grad()(lambda net=net, x=x, n=evaluations: [net(x) for _ in range(n)]),
             }
             if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-                runs["ONNX Runtime"] = in_onnx_runtime(as_network(span), x)
+                runs["ONNX Runtime"] = in_onnx_runtime(network, x)
             if importlib.util.find_spec("jax") and evaluations >= 4:
                 runs["JAX"] = in_jax(net, x, evaluations // 4)
             case = f"{evaluations} evaluations, {size}-{width}-{size}, batch {batch}"
