@@ -4,7 +4,6 @@ Each row needs what it is named after, and is left out where that is not install
 """
 
 import importlib.util
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -51,11 +50,13 @@ def in_onnx_runtime(network: nn.Module, x: Tensor) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it says that t_eval is an output
-        file = io.BytesIO()
-        torch.onnx.export(network, (x,), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+        program = torch.onnx.export(network, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    assert program is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     given = {session.get_inputs()[0].name: x.numpy()}
     return lambda: session.run(None, given)
 
