@@ -19,10 +19,15 @@ from torchdyn_mintime.numerics import LearnableSolver
 __all__ = ["deployed", "in_jax", "in_onnx_runtime"]
 
 
+SIZES = ((2, 64, 64), (16, 64, 64))
+"""Of the state, of the hidden layer and of the batch."""
+EVALUATIONS = (1, 2, 4, 8)
+
+
 def deployed(rounds: int) -> Iterator[Row]:
     """Inference at 1 to 8 evaluations, in the time of the span; the field's own evaluations alone are the limit."""
-    for size, width, batch in ((2, 64, 64), (16, 64, 64)):
-        for evaluations in (1, 2, 4, 8):
+    for size, width, batch in SIZES:
+        for evaluations in EVALUATIONS:
             net, x = mlp(size, width), state(batch, size)
             if evaluations < 4:
                 node, grid = node_of(net, solver=LearnableSolver(evaluations)), torch.tensor([0.0, 1.0])
