@@ -247,9 +247,18 @@ class LearnableSpan(LearnableInterval):
     def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
         """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``.
 
-        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity.
+        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity. Where the steps were laid
+        (:meth:`lay`, a search), each time that is asked for is a point of the solve too, at the price of a step; a LearnableSolver
+        knows the two ends alone.
+
+        Raises:
+            ValueError: there is no state for a time that is asked for, or the span starts later than the steps that were laid.
         """
-        call = Call(self, x, self._plan(t_span, ()), sensitivity="autograd")
+        plan = self._plan(t_span, ())
+        if t_span is not None and (self.interval.pinned or self.interval.one_step):
+            # These solve the whole interval by steps of their own, and the caller's points are others.
+            plan = self._plan(t_span, self.interval.asked(t_span.tolist(), plan.grid.nodes, self.t_f.dtype))
+        call = Call(self, x, plan, sensitivity="autograd")
         return (call() if self._replacement is None else self._replacement(self, x, call))[1]
 
     # ---------------------------------------------------------------------------------------- what the last forward did
