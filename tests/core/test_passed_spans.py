@@ -164,6 +164,45 @@ def test_a_trajectory_that_has_no_states_to_give_is_refused_in_words():
         span.trajectory(X, linspace(0, 0.8, 100))
 
 
+# -------------------------------------------------------------------------------- points that cut an adaptive solve
+
+
+@pytest.mark.parametrize("solver", ["tsit5", "dopri5"])
+@pytest.mark.parametrize("way", ["span", "save_at", "trajectory"])
+def test_an_adaptive_solve_in_many_pieces_says_so_once(solver, way):
+    span, many = make(linspace(0, 1, 2), solver=solver), linspace(0, 1, 101)
+    calls = {
+        "span": lambda: span(X, many),
+        "save_at": lambda: span(X, save_at=many),
+        "trajectory": lambda: span.trajectory(X, many),
+    }
+    with pytest.warns(
+        UserWarning, match=rf"the 101 times asked for have cut .* {solver} .* 100 steps .* dense=True"
+    ) as said:
+        calls[way]()
+    if way != "trajectory":
+        assert said[0].filename == __file__
+    calls[way]()  # a second warning would be an error
+
+
+@pytest.mark.parametrize(
+    "span, points",
+    [
+        (lambda: make(linspace(0, 1, 2), solver="dopri5"), 21),  # few pieces
+        (lambda: make(linspace(0, 1, 101), solver="rk4"), 101),  # its own steps
+    ],
+)
+def test_few_pieces_and_fixed_steps_are_not_worth_a_warning(span, points):
+    span()(X, linspace(0, 1, points))
+
+
+def test_steps_that_the_tolerance_asks_for_are_not_worth_a_warning():
+    node = NeuralODE(lambda t, x, args=None: 40 * torch.cos(400 * t) * x, solver="dopri5", atol=1e-6, rtol=1e-6)
+    span = tm.LearnableSpan(node, linspace(0, 1, 2))
+    span(X, linspace(0, 1, 61))
+    assert span.steps >= 120
+
+
 # ------------------------------------------------------------------------------------------------------ a frozen one
 
 
