@@ -34,6 +34,7 @@ class Row:
         settings: what differs from the task's own, as pairs.
         label: as printed; default: the method's.
         control: whether it is a control, and no method of the paper.
+        published: whether it is trained at the learning rate of its settings, whatever rates are tried for the others.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Row:
     settings: tuple[tuple[str, Any], ...] = ()
     label: str = ""
     control: bool = False
+    published: bool = False
 
 
 TWIN, TORCHDYN_TWIN = (Row(f"{name}, as many steps", control=True) for name in ("vanilla", "torchdyn"))
@@ -72,7 +74,7 @@ class Options:
 
 
 def compare(
-    name: str, table: Sequence[Row], options: Options, store: Store
+    name: str, table: Sequence[Row], options: Options, store: Store, report: Report | None = None
 ) -> tuple[list[Line], dict[Row, list[Plan]]]:
     """Trains every row on every seed, and compares them. What an earlier call has finished is not trained again.
 
@@ -81,6 +83,7 @@ def compare(
         table: the rows; the first is the baseline of the ratios.
         options: seeds, learning rates, steps of the sweep, settings.
         store: of the runs.
+        report: how lines are compared; default: as the task's goal says.
 
     Returns:
         The lines of its table, and the plans of each row, in the order of the seeds.
@@ -93,7 +96,7 @@ def compare(
     sweep = [Row(f"vanilla:{k}") for k in options.sweep] if BEST_OF_SWEEP in table else []
     twins = {row: base for row, base in ((TWIN, "vanilla"), (TORCHDYN_TWIN, "torchdyn")) if row in table}
     rows = [*(row for row in table if row not in (*twins, BEST_OF_SWEEP)), *sweep]
-    learned = [row for row in rows if row.method == LEARNED]
+    learned = [row for row in rows if row.method == LEARNED][-1:]  # ours stands below the paper's
     twins = twins if learned else {}
     rates = options.rates
     if rates and task.settings.optimizer == "sgd":
@@ -102,7 +105,8 @@ def compare(
     chosen: dict[Row, float | None] = dict.fromkeys([*rows, *twins], rates[0] if rates else None)
 
     def plan(row: Row, rate: float | None, seed: int) -> Plan:
-        own = task.settings.but(seed=seed, **dict(row.settings)).but(**options.settings).but(lr=rate)
+        own = task.settings.but(seed=seed, **dict(row.settings)).but(**options.settings)
+        own = own if row.published else own.but(lr=rate)
         return Plan(name, row.method, own)
 
     def twin(base: str, seed: int) -> Row:
@@ -117,7 +121,8 @@ def compare(
 
     if len(rates) > 1:
         console.print(f"{task.title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
-        chosen.update(zip(rows, choose(rows), strict=True))
+        free = [row for row in rows if not row.published]
+        chosen.update(zip(free, choose(free), strict=True))
         chosen.update(zip(twins, choose([twin(base, TRIAL_SEED) for base in twins.values()]), strict=True))
     plans: dict[Row, list[Plan]] = {row: [] for row in (*rows, *twins)}
     for seed in options.seeds:
@@ -131,7 +136,7 @@ def compare(
             plans[row].append(made)
     found = {row: [store.result(made) for made in own] for row, own in plans.items()}
     drive = store.drive(plans[table[0]][0]) if table[0].method == BASELINE else {}
-    return lines_of(table, found, task.goal.report, sweep, drive), plans
+    return lines_of(table, found, report or task.goal.report, sweep, drive), plans
 
 
 def lines_of(
