@@ -179,6 +179,7 @@ class Run:
             "seed": settings.seed,
             "lr": settings.lr,
             "iterations": len(history.loss),
+            "wrapped": self.method.span is not None or self.method.skips,
             "t_f": self.model.t_f,
             "steps": 0,
             "nfe": 0,
@@ -192,6 +193,17 @@ class Run:
         except IntegrationError as error:
             failure = failure or f"the trained model cannot be solved: {error}"
         return {**figures, "failure": failure}
+
+    def searched(self) -> dict[str, Any]:
+        """Returns of a search what it tried, and the figures of its model at every depth that passed; else an empty dict."""
+        verdict = self.driver.verdict
+        if verdict is None:
+            return {}
+        front = []
+        for model in self.driver.front():
+            front.append({"t_f": model.t_f})
+            self.task.goal.judge(model, self.data, front[-1])
+        return {"verdict": asdict(verdict), "front": front}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a stopped run needs to go on as if it had not been stopped."""
