@@ -96,7 +96,10 @@ def compare(
     chosen: dict[Row, float | None] = dict.fromkeys([*rows, TWIN], rates[0] if rates else None)
 
     def plan(row: Row, rate: float | None, seed: int) -> Plan:
-        own = task.settings.but(seed=seed, **dict(row.settings)).but(**options.settings).but(lr=rate)
+        asked = {**dict(row.settings), **{k: v for k, v in options.settings.items() if v is not None}}
+        own = task.settings.but(seed=seed, **asked).but(lr=rate)
+        if "iterations" not in asked:
+            own = own.but(iterations=own.iterations * task.method(row.method).longer)
         return Plan(name, row.method, own)
 
     def twin(seed: int) -> Row:

@@ -39,8 +39,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 WEIGHT_DECAY = 1e-5
 """Of the network under AdamW; times never decay."""
 
-SEARCH_ITERATIONS = 10
-"""How many times the iterations of other methods a search may take; each of its own is far cheaper."""
+LONGER = 10
+"""How many times the iterations of other methods those may take that begin with few steps: theirs are far cheaper."""
 
 
 # ---------------------------------------------------------------------------------- who moves t_f, and ends the training
@@ -64,9 +64,14 @@ class Driver:
         self.run, self.parts, self.limit = run, parts, run.settings.iterations
 
     @property
+    def at_limit(self) -> bool:
+        """Whether as many iterations were taken as the settings say."""
+        return len(self.run.history.loss) >= self.limit
+
+    @property
     def done(self) -> bool:
         """Whether training is over."""
-        return len(self.run.history.loss) >= self.limit
+        return self.at_limit
 
     def penalty(self) -> Tensor | float:
         """Returns a term of the loss that the driver sets itself."""
@@ -152,7 +157,7 @@ class Grow(Driver):
 
 
 class GrowAlone(Grow):
-    """Growth without pre-training, on the terminal loss.
+    """Growth without pre-training, on the terminal loss, for as many iterations as the settings say.
 
     With all data at once, a loss that explodes is gone back from, at half the rate.
     """
@@ -162,6 +167,18 @@ class GrowAlone(Grow):
     def __init__(self, run: Context, patience: int = 20):
         self.rollback = Rollback(run.model, run.optimizer)
         super().__init__(run, patience, pretrained=False, rollback=self.rollback)
+
+    @property
+    def done(self) -> bool:
+        return super().done or self.at_limit
+
+    def finish(self) -> str:
+        met = self.growth.done or not self.at_limit
+        return (
+            ""
+            if met
+            else f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
+        )
 
     def before_step(self, loss: Tensor) -> bool:
         return not self._went_back(loss.item())
@@ -178,25 +195,19 @@ class GrowAlone(Grow):
 
 
 class Search(Driver):
-    """The fewest evaluations at which the loss is met and the model is its own ODE.
-
-    Args:
-        run: the training.
-        times: how many times the settings' iterations it may take.
-    """
+    """The fewest evaluations at which the loss is met and the model is its own ODE."""
 
     owns_rates = True
 
-    def __init__(self, run: Context, times: int = SEARCH_ITERATIONS):
+    def __init__(self, run: Context):
         self.search = Shallowest(target=run.settings.target)
         super().__init__(run, search=self.search)
-        self.limit *= times
         self.search.batches_seen_together = run.batches.per_pass
         self.search.start(run.model, run.optimizer)
 
     @property
     def done(self) -> bool:
-        return self.search.done or super().done
+        return self.search.done or self.at_limit
 
     def penalty(self) -> Tensor:
         return self.search.penalty(self.run.loss_of_batch)
@@ -240,6 +251,7 @@ class Method:
         solver: makes what is solved in training, from the model; default: its node.
         times: makes another optimizer for the times, from them.
         in_turn: makes one optimizer that steps the network's and that of the times in turn; default: both step at once.
+        longer: how many times the task's iterations it may take where none are asked for.
     """
 
     label: str
@@ -257,6 +269,7 @@ class Method:
     solver: Callable[[Model], Callable[..., Any]] = attrgetter("node")
     times: Callable[[list[Tensor]], Optimizer] | None = None
     in_turn: Callable[[Optimizer, Optimizer], Any] | None = None
+    longer: int = 1
 
     def loss_terms(self, model: Model, settings: Settings) -> list[Term]:
         """Returns what is added to the terminal loss."""
@@ -332,6 +345,7 @@ _ADJOINT = {"sensitivity": "adjoint"}
 _LYAPUNOV = Method("Lyapunov", span={}, frozen=True, terminal=0.0)
 _ALGORITHM_2 = Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow)
 _MINIMUM_TIME = Method("minimum-time", span={}, terms=(_price_of_time,))
+_SEARCH = Method("shallowest true ODE", span={}, driver=Search, longer=LONGER)
 _SNOPT = Method("SNOpt's time update, adjoint", span={"bounds": (0.1, 1.0)}, times=GaussNewtonTime, node=_ADJOINT)
 
 METHODS: dict[str, Method] = {
@@ -342,7 +356,7 @@ METHODS: dict[str, Method] = {
     "convergence-rate-patient": replace(
         _ALGORITHM_2, label="convergence-rate, patience 3", driver=partial(Grow, patience=3)
     ),
-    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone),
+    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
     "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
     "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
@@ -362,9 +376,9 @@ METHODS: dict[str, Method] = {
     "step-doubling": Method(
         "1 step, step doubling", span={}, frozen=True, t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
     ),
-    "shallowest": Method("shallowest true ODE", span={}, driver=Search),
-    "shallowest-adaptive": Method(
-        "shallowest true ODE, tsit5", span={}, node={"solver": "tsit5"}, t_span=_ONE_STEP, driver=Search
+    "shallowest": _SEARCH,
+    "shallowest-adaptive": replace(
+        _SEARCH, label="shallowest true ODE, tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP
     ),
     "skipped": Method("the ODE skipped", skips=True),
     "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),
