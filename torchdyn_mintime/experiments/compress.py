@@ -61,13 +61,13 @@ def compress(
     """
     plan, before = _record_of(checkpoint)
     task, method, console = TASKS[plan.task], TASKS[plan.task].method(plan.method), store.console
-    if method.span is not None:
+    if method.span is not None and not method.frozen:
         raise UsageError(f"{checkpoint} is a {method.label} model, made shallow by its training; give a vanilla one")
     if method.skips or task.goal is not measure.CLASSIFICATION:
         raise UsageError(
             f"{checkpoint} has no ODE of a classifier, so there is nothing to make shallow; give a vanilla one"
         )
-    model = load_model(plan, checkpoint).to(store.device)
+    model = _bare(plan, checkpoint, store.device)
     data = store.data(plan).to(torch.device(store.device))
     if target is None:
         own = before["train_loss"]
@@ -119,6 +119,14 @@ def _record_of(checkpoint: Path) -> tuple[Plan, dict[str, Any]]:
         ) from error
 
 
+def _bare(plan: Plan, checkpoint: Path, device: torch.device | str) -> models.Model:
+    """The trained model with torchdyn's own NeuralODE, whatever it was trained through."""
+    model = load_model(plan, checkpoint)
+    if isinstance(model.node, LearnableSpan):
+        model.node = model.node.node
+    return model.to(device)
+
+
 def _trim(model: models.Model, data: datasets.Data, target: float, keep_step: bool = False) -> None:
     """Judged on as many training samples as a search looks at: a march looks at the rest of the model at every step."""
     x, y = data.x[:LOOKED_AT].split(CHUNK), data.y[:LOOKED_AT].split(CHUNK)
@@ -130,7 +138,7 @@ def _trim(model: models.Model, data: datasets.Data, target: float, keep_step: bo
 
 def _by_sample(plan: Plan, checkpoint: Path, data: datasets.Data, target: float) -> str:
     """One end for all samples against an end for each, both at the model's own steps, chosen on the training data."""
-    model, common = (load_model(plan, checkpoint).to(data.x.device).eval() for _ in range(2))
+    model, common = (_bare(plan, checkpoint, data.x.device).eval() for _ in range(2))
     for each in (model, common):
         wrap(each, each.t_span)
     assert isinstance(model.node, LearnableSpan)

@@ -237,7 +237,7 @@ class Method:
 
     Attributes:
         label: as printed.
-        span: options of ``wrap``; None leaves torchdyn's bare NeuralODE.
+        span: options of ``wrap``; None leaves torchdyn's bare NeuralODE, with its own drive and its own rk4 (U1).
         node: options of the NeuralODE over the task's.
         t_span: the points of the solve over the task's.
         span_lr: learning rate of the times where the settings give none; None is the network's.
@@ -342,14 +342,16 @@ def _penalty(make: Callable[..., Any], every: int = 1, **options: Any) -> Callab
 _SHORT = span_of(5, 0.05)
 _ONE_STEP = span_of(1)
 _ADJOINT = {"sensitivity": "adjoint"}
-_LYAPUNOV = Method("Lyapunov", span={}, frozen=True, terminal=0.0)
+_WHOLE = Method("vanilla", span={}, frozen=True)
+_LYAPUNOV = replace(_WHOLE, label="Lyapunov", terminal=0.0)
 _ALGORITHM_2 = Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow)
 _MINIMUM_TIME = Method("minimum-time", span={}, terms=(_price_of_time,))
 _SEARCH = Method("shallowest true ODE", span={}, driver=Search, longer=LONGER)
 _SNOPT = Method("SNOpt's time update, adjoint", span={"bounds": (0.1, 1.0)}, times=GaussNewtonTime, node=_ADJOINT)
 
 METHODS: dict[str, Method] = {
-    "vanilla": Method("vanilla"),
+    "vanilla": _WHOLE,
+    "torchdyn": Method("torchdyn's own NeuralODE"),
     "minimum-time": _MINIMUM_TIME,
     "target": Method("minimum-time, given target", span={}, driver=KeepTarget),
     "convergence-rate": _ALGORITHM_2,
@@ -362,29 +364,34 @@ METHODS: dict[str, Method] = {
     "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
     "lyapunov-10": replace(_LYAPUNOV, label="Lyapunov, rate 10", rate=10.0),
     "lyapunov-20": replace(_LYAPUNOV, label="Lyapunov, rate 20", rate=20.0),
-    "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet,), solves=False),
-    "steer": Method("STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
-    "taynode-2": Method("TayNODE, K = 2", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=2),)),
-    "taynode-3": Method("TayNODE, K = 3", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=3),)),
-    "rnode": Method(
-        "RNODE",
+    "lyanet": replace(_WHOLE, label="LyaNet", terminal=0.0, terms=(_lyanet,), solves=False),
+    "steer": replace(_WHOLE, label="STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
+    "taynode-2": replace(
+        _WHOLE, label="TayNODE, K = 2", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=2),)
+    ),
+    "taynode-3": replace(
+        _WHOLE, label="TayNODE, K = 3", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=3),)
+    ),
+    "rnode": replace(
+        _WHOLE,
+        label="RNODE",
         terms=(_penalty(trajectory.KineticEnergy, weight=0.01), _penalty(trajectory.JacobianNorm, weight=0.01)),
     ),
-    "local-error": Method(
-        "local error", span={}, frozen=True, terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
+    "local-error": replace(
+        _WHOLE, label="local error", terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
     ),
-    "step-doubling": Method(
-        "1 step, step doubling", span={}, frozen=True, t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
+    "step-doubling": replace(
+        _WHOLE, label="1 step, step doubling", t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
     ),
     "shallowest": _SEARCH,
     "shallowest-adaptive": replace(
         _SEARCH, label="shallowest true ODE, tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP
     ),
     "skipped": Method("the ODE skipped", skips=True),
-    "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),
-    "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),
-    "vanilla-adjoint-adaptive": Method(
-        "vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=_ONE_STEP
+    "default-adaptive": replace(_WHOLE, label="vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),
+    "vanilla-adjoint": replace(_WHOLE, label="vanilla, adjoint", node=_ADJOINT),
+    "vanilla-adjoint-adaptive": replace(
+        _WHOLE, label="vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=_ONE_STEP
     ),
     "snopt": _SNOPT,
     "snopt-adaptive": replace(
@@ -404,6 +411,7 @@ METHODS: dict[str, Method] = {
 
 FLOW_METHODS: dict[str, Method] = {
     "vanilla": METHODS["vanilla"],
+    "torchdyn": METHODS["torchdyn"],
     "minimum-time": replace(_MINIMUM_TIME, t_span=span_of(12), span_lr=0.01),
     "minimum-time-doubling": Method(
         "minimum-time, step doubling",

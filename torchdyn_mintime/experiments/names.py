@@ -19,8 +19,10 @@ TASKS = {
 """Titles, as printed."""
 
 METHODS = {
-    "vanilla": "torchdyn's NeuralODE on the whole interval",
+    "vanilla": "the NeuralODE on the whole interval, through a span with t_f frozen",
     "vanilla:STEPS": "vanilla with so many equal steps of rk4",
+    "torchdyn": "the same by torchdyn's own NeuralODE, without a span",
+    "torchdyn:STEPS": "torchdyn's own NeuralODE with so many equal steps of its rk4",
     "minimum-time": "t_f learned, with a price of time on the loss, eq. (13)",
     "target": "minimum-time, with the price found for a target loss",
     "convergence-rate": "Algorithm 2: the Lyapunov loss on [0, .05], then growth of t_f until the target",
@@ -51,8 +53,10 @@ METHODS = {
 }
 
 FLOW_METHODS = {
-    "vanilla": "torchdyn's NeuralODE with 100 steps",
+    "vanilla": "100 steps of rk4, through a span with t_f frozen",
     "vanilla:STEPS": "vanilla with so many equal steps of rk4",
+    "torchdyn": "100 steps by torchdyn's own NeuralODE, whose rk4 is of first order where the field depends on time",
+    "torchdyn:STEPS": "torchdyn's own NeuralODE with so many equal steps of its rk4",
     "minimum-time": "t_f learned on a template of 12 steps, at a rate of its own",
     "minimum-time-doubling": "the same, with the step-doubling penalty at every fifth iteration",
     "minimum-time-paper": "t_f learned on a template of 100 steps, at the network's rate, as in the paper",

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ __all__ = ["Plan", "Store", "load_model"]
 
 CHECKPOINT_SECONDS = 20.0
 
+FORMAT = 2
+"""Of the records: runs that were made with another one are made again."""
+
+DRIVE_ROUNDS = 10
+"""Iterations of training by which the drive is measured, at most."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,7 +42,7 @@ class Plan:
     @property
     def key(self) -> str:
         """A file name that differs wherever the plan does."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.task}-{self.method.replace(':', '-')}-seed{self.settings.seed}-{digest}"
 
 
@@ -172,6 +180,39 @@ class Store:
         actions = [partial(self.model(plan).eval(), x) for plan in solved]
         for plan, seconds in zip(solved, measure.median_seconds(actions, x.device, calls), strict=True):
             self._write(plan, {**self._record(plan), "result": {**results[plan], "inference": seconds}})
+
+    def drive(self, plan: Plan) -> dict[str, float]:
+        """Returns how many times longer torchdyn's own NeuralODE takes than the same through a span, by figure.
+
+        The steps are the same: those of the task. Iterations of training are timed in turn, and so is inference, of which
+        flows have none. Nothing is returned where a training breaks.
+
+        Args:
+            plan: vanilla, with the settings of its training.
+        """
+        path = self._path(plan, ".drive")
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        runs = [self.begin(replace(plan, method=method)) for method in ("torchdyn", "vanilla")]
+        began = time.monotonic()
+        with measure.single_thread():
+            for done in range(DRIVE_ROUNDS + 1):
+                for run in runs:
+                    run.step()
+                    if run.failure:
+                        return {}
+                if done >= 3 and time.monotonic() - began > measure.PATIENCE:
+                    break
+        seconds = [statistics.median(b - a for a, b in pairwise(run.history.seconds)) for run in runs]
+        ratio = seconds[0] / seconds[1]
+        found = {"training": ratio, "to_target": ratio}
+        if TASKS[plan.task].goal.accuracy is not None:
+            x = self.data(plan).x_test
+            bare, wrapped = measure.median_seconds([partial(run.model.eval(), x) for run in runs], x.device)
+            found["inference"] = bare / wrapped
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
 
     def save(self, plan: Plan, run: Run) -> dict[str, Any]:
         """Judges a finished run, writes it, and returns its figures; its checkpoint goes."""

@@ -11,7 +11,7 @@ import pandas as pd
 
 from torchdyn_mintime import spans
 from torchdyn_mintime.experiments import MissingData, UsageError, figures, measure
-from torchdyn_mintime.experiments.comparison import BEST_OF_SWEEP, TWIN, Options, Row, compare
+from torchdyn_mintime.experiments.comparison import BEST_OF_SWEEP, TORCHDYN_TWIN, TWIN, Options, Row, compare
 from torchdyn_mintime.experiments.results import Line, print_table, show, write
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
@@ -42,7 +42,8 @@ _ANNULI = (
 )
 _DEFAULT_ADAPTIVE = Row("default-adaptive", control=True)
 _CONTROLS = (TWIN, BEST_OF_SWEEP, _DEFAULT_ADAPTIVE)
-_IMAGE_CONTROLS = (*_CONTROLS, Row("skipped", control=True))
+_IMAGE_CONTROLS = (*_CONTROLS, TORCHDYN_TWIN, Row("skipped", control=True))
+_FLOW_CONTROLS = (Row("torchdyn", control=True), _DEFAULT_ADAPTIVE, TWIN, TORCHDYN_TWIN, BEST_OF_SWEEP)
 
 TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
     "1": (
@@ -63,7 +64,13 @@ TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
     "2": (
         "Table 2: image classification",
         {
-            "digits": (Row("vanilla"), Row("minimum-time"), Row("shallowest"), *_IMAGE_CONTROLS),
+            "digits": (
+                Row("vanilla"),
+                Row("minimum-time"),
+                Row("shallowest"),
+                *_CONTROLS,
+                Row("skipped", control=True),
+            ),
             "mnist": (
                 Row("vanilla", "99.57 %; 402.6 evaluations"),
                 Row("minimum-time", "99.53 %; .0343; 16.1; 14x, 18x"),
@@ -149,13 +156,13 @@ TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
                 Row("vanilla", "100 steps; over 18 min"),
                 Row("minimum-time-paper", "20 steps; about 6 min (3x)"),
                 Row("minimum-time"),
-                *(_DEFAULT_ADAPTIVE, TWIN, BEST_OF_SWEEP),
+                *_FLOW_CONTROLS,
             ),
             "flow-circles": (
                 Row("vanilla"),
                 Row("minimum-time-paper"),
                 Row("minimum-time"),
-                *(_DEFAULT_ADAPTIVE, TWIN, BEST_OF_SWEEP),
+                *_FLOW_CONTROLS,
             ),
         },
     ),
@@ -214,7 +221,7 @@ def make_own(
     """Trains some methods on one task, prints a row for each seed, then medians, and draws the models of the first seed.
 
     What an earlier call has finished is not trained again; what it was stopped at goes on. Where a flow is learned by
-    minimum-time, vanilla with as many steps stands beside it.
+    minimum-time, vanilla with as many steps stands beside it, by a span's rk4 and by torchdyn's own.
 
     Args:
         task: a key of ``TASKS``.
@@ -230,8 +237,11 @@ def make_own(
     """
     title, goal, console = TASKS[task].title, TASKS[task].goal, store.console
     name = name or f"run-{task}-{'-'.join(methods).replace(':', '-')}"
-    rows = [Row(m, control=i > 0 and m.startswith(("default-adaptive", "vanilla:"))) for i, m in enumerate(methods)]
-    twin = [TWIN] if goal is measure.DENSITY and "minimum-time" in methods else []
+    rows = [
+        Row(m, control=i > 0 and m.startswith(("default-adaptive", "vanilla:", "torchdyn")))
+        for i, m in enumerate(methods)
+    ]
+    twin = [TWIN, TORCHDYN_TWIN] if goal is measure.DENSITY and "minimum-time" in methods else []
     lines, plans = compare(task, [*rows, *twin], options, store)
     notes = [[note(plan, store) for plan in own] for own in plans.values()]
     seeds = [line.by_seed(own) for line, own in zip(lines, notes, strict=True)]

@@ -52,16 +52,24 @@ class Task:
         return names.TASKS[self.name]
 
     def method(self, name: str) -> Method:
-        """Returns the method of a name: one of ``methods``, or for ``vanilla:12`` vanilla with 12 equal steps.
+        """Returns the method of a name: one of ``methods``, or for ``vanilla:12`` vanilla with 12 equal steps of rk4.
+
+        ``torchdyn`` and ``torchdyn:12`` are the same by torchdyn's own NeuralODE, whose rk4 is another where the field
+        depends on time (U1).
 
         Raises:
             UsageError: there is none.
         """
         base, _, steps = name.partition(":")
-        if base == "vanilla" and steps.isdecimal() and int(steps) > 0:
-            return Method(f"vanilla, {int(steps)} steps", node={"solver": "rk4"}, t_span=models.span_of(int(steps)))
+        if base in ("vanilla", "torchdyn") and steps.isdecimal() and int(steps) > 0:
+            own, count = METHODS[base], int(steps)
+            return replace(
+                own, label=f"{own.label}, {count} steps", node={"solver": "rk4"}, t_span=models.span_of(count)
+            )
+        if name == "torchdyn":
+            return METHODS[name]
         if name not in self.methods:
-            known = f"choose among {', '.join(self.methods)}, vanilla:STEPS"
+            known = f"choose among {', '.join(self.methods)}, vanilla:STEPS, torchdyn:STEPS"
             raise UsageError(f"there is no method {name!r} for {self.title}; {known}")
         return self.methods[name]
 
@@ -74,7 +82,8 @@ class Task:
             if next(model.parameters(), None) is None:
                 raise UsageError(f"{self.title} has no layers around its NeuralODE: skipped, nothing is left to train")
         if method.span is not None:
-            wrap(model, model.t_span, **{"t_f": settings.start, **method.span})  # the one line
+            start = None if method.frozen else settings.start
+            wrap(model, model.t_span, **{"t_f": start, **method.span})  # the one line
         for span in spans(model):
             span.t_f.requires_grad_(not method.frozen)
         return model

@@ -182,6 +182,7 @@ class Run:
             "seed": settings.seed,
             "lr": settings.lr,
             "iterations": len(history.loss),
+            "wrapped": self.method.span is not None or self.method.skips,
             "t_f": self.model.t_f,
             "steps": 0,
             "nfe": 0,
