@@ -1,9 +1,9 @@
 """Writes the learnable span and solver as a patch of torchdyn: `python tests/upstream/branch.py torchdyn-span.patch`.
 
 The rooms `numerics` and `core` become `torchdyn.numerics.exact` and `torchdyn.core.learnable`, with the tests that need no
-other room as `test/learnable/`. Nothing else of torchdyn changes but two lines that import the public names. Then the tests
-run in a copy of torchdyn where this package cannot be imported, and the sizes are printed. The patch applies to the released
-1.0.6, before or after the series of docs/upstream/patches.
+other room as `test/learnable/`. Nothing else of torchdyn changes but two lines that import the public names. The patch
+applies to the released 1.0.6, and after the series of docs/upstream/patches. Its tests run on both, in a copy of torchdyn
+where this package cannot be imported; and so do this package's tests of `losses`, with both rooms imported from torchdyn.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -27,13 +28,15 @@ EXPORTS = {
     "torchdyn/numerics/__init__.py": ("torchdyn.numerics.exact", ("IntegrationError", "LearnableSolver")),
 }
 HELPERS = ("conftest.py", "differences.py", "learners.py", "problems.py", "profiles.py")
-# The package by its new names. The last rows are for tests and examples, which call everything `tm`.
-RENAMED = (
+# The rooms by their new names, in whatever uses them; and the names of the package, in what moves.
+ROOMS_RENAMED = (
     (r"torchdyn_mintime\.numerics", "torchdyn.numerics.exact"),
     (r"torchdyn_mintime\.core", "torchdyn.core.learnable"),
+    (r"torchdyn_mintime\.wrap", "torchdyn.core.wrap"),
+)
+NAMES_RENAMED = (
     (r"from torchdyn_mintime import (LearnableSolver|IntegrationError)", r"from torchdyn.numerics import \1"),
     (r"from torchdyn_mintime import (LearnableSpan|wrap)", r"from torchdyn.core import \1"),
-    (r"torchdyn_mintime\.wrap", "torchdyn.core.wrap"),
     (r"\btm\.(LearnableSolver|IntegrationError)", r"torchdyn.numerics.\1"),
     (r"^import torchdyn_mintime as tm$", "import torchdyn.core as tm\nimport torchdyn.numerics"),
 )
@@ -41,9 +44,10 @@ RENAMED = (
 ABSENT = 'raise ImportError("torchdyn_mintime is not part of torchdyn")\n'
 
 
-def renamed(text: str) -> str:
-    """Returns a file of this package as one of torchdyn."""
-    for old, new in RENAMED:
+def renamed(path: Path, names: Iterable[tuple[str, str]] = (*ROOMS_RENAMED, *NAMES_RENAMED)) -> str:
+    """Returns the text of a file with other names."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in names:
         text = re.sub(old, new, text, flags=re.MULTILINE)
     return text
 
@@ -52,9 +56,9 @@ def moved_tests() -> dict[str, str]:
     """Returns {path: text} of the tests of both rooms that need no other room, and their helpers."""
     rooms = [path for room in ROOMS for path in sorted((ROOT / "tests" / room).glob("test_*.py"))]
     exported = {name for _, names in EXPORTS.values() for name in names}
-    found = {f"test/learnable/{name}": renamed((ROOT / "tests" / name).read_text(encoding="utf-8")) for name in HELPERS}
+    found = {f"test/learnable/{name}": renamed(ROOT / "tests" / name) for name in HELPERS}
     for path in rooms:
-        text = renamed(path.read_text(encoding="utf-8"))
+        text = renamed(path)
         if "torchdyn_mintime" not in text and not set(re.findall(r"\btm\.(\w+)", text)) - exported:
             found[f"test/learnable/{path.name}"] = text
     return found
@@ -66,7 +70,7 @@ def build(folder: Path) -> dict[str, int]:
     for room, target in ROOMS.items():
         (folder / target).mkdir(parents=True)
         for path in sorted((PACKAGE / room).glob("*.py")):
-            text = renamed(path.read_text(encoding="utf-8"))
+            text = renamed(path)
             (folder / target / path.name).write_text(text, encoding="utf-8")
             sizes[target] = sizes.get(target, 0) + text.count("\n")
     for name, text in moved_tests().items():
@@ -81,6 +85,17 @@ def build(folder: Path) -> dict[str, int]:
         path.write_text(text + added, encoding="utf-8")
         sizes[name] = added.count("\n")
     return sizes
+
+
+def build_plugin(folder: Path) -> int:
+    """Writes this package with the moved rooms imported from torchdyn, and its tests of losses; returns the lines left."""
+    package = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ROOMS]
+    tests = [*(ROOT / "tests" / name for name in HELPERS), *(ROOT / "tests/losses").glob("*.py")]
+    for path in (*package, *tests):
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(renamed(path, ROOMS_RENAMED), encoding="utf-8")
+    return sum(path.read_text(encoding="utf-8").count("\n") for path in package)
 
 
 def difference(before: Path, after: Path) -> str:
@@ -110,22 +125,26 @@ def main() -> None:
         table = Table("part", "lines")
         for part, lines in sizes.items():
             table.add_row(part, str(lines))
-        console.print(table, f"{arguments.out}: {len(patch) / 1e3:.0f} kB")
+        rooms = {path.name for room in ROOMS for path in (ROOT / "tests" / room).glob("test_*.py")}
+        left = sorted(rooms - {Path(name).name for name in moved_tests()})
+        console.print(table, f"Tests that need other rooms, and stay: {', '.join(left) or 'none'}.", sep="\n")
+        console.print(f"{arguments.out}: {len(patch) / 1e3:.0f} kB")
         released = apply([arguments.out.resolve()], copy_torchdyn(root / "released"))
         series = apply([*PATCHES, arguments.out.resolve()], copy_torchdyn(root / "series"))
-        good = True
+        plugin = apply([arguments.out.resolve()], copy_torchdyn(root / "plugin"))
+        console.print(f"This package without both rooms: {build_plugin(plugin)} lines.")
+        runs = []
         for name, folder in (("the released torchdyn", released), ("the series", series)):
             (folder / "torchdyn_mintime.py").write_text(ABSENT, encoding="utf-8")
-            where = root / f"where {folder.name}"
-            where.mkdir()
-            found = outcomes(
-                folder, where, ["--rootdir", str(folder), str(folder / "test/learnable"), "-k", arguments.k]
-            )
+            runs.append((f"On {name}", folder, root, ["--rootdir", str(folder), str(folder / "test/learnable")]))
+        losses = ["--rootdir", str(plugin), str(plugin / "tests/losses")]
+        runs.append(("Losses of the package without both rooms", plugin, plugin, losses))
+        good = True
+        for name, folder, where, files in runs:
+            found = outcomes(folder, where, [*files, "-k", arguments.k])
             failed = sorted(test for test, passed in found.items() if not passed)
             good &= not failed and bool(found)
-            console.print(
-                f"On {name}: {len(found) - len(failed)} of {len(found)} tests pass.", *failed[:20], sep="\n  "
-            )
+            console.print(f"{name}: {len(found) - len(failed)} of {len(found)} tests pass.", *failed[:20], sep="\n  ")
     if not good:
         sys.exit("Tests of the moved code fail.")
 

@@ -90,7 +90,8 @@ def _run(folder: Path | None, where: Path, log: Path, arguments: list[str]) -> N
     # Neither this checkout nor what the caller had: the folder, where the run starts, and what is installed.
     own = str(Path(__file__).parent)
     sys.path[:] = [*([str(folder)] if folder else []), str(where), *(p for p in sys.path if p not in ("", own))]
-    os.environ["PYTHONPATH"] = str(folder or "")
+    # Small networks want one thread; one commit, one verdict.
+    os.environ.update(PYTHONPATH=str(folder or ""), OMP_NUM_THREADS="1", CI="1")
     pytest.main(arguments)
 
 
@@ -193,7 +194,6 @@ def show_own_suite(root: Path, console: Console) -> bool:
 
 
 def main() -> None:
-    os.environ.update(OMP_NUM_THREADS="1", CI="1")  # small networks, and one commit, one verdict
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
