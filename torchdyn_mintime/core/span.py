@@ -395,7 +395,8 @@ class LearnableSpan(LearnableInterval):
 
     def release(self) -> None:
         """Lets go of graphs that torchdyn's modules keep of an evaluation."""
-        self.node.vf_params = self.node.vf_params.detach()
+        if "vf_params" in vars(self.node):  # torchdyn 1.0.6 keeps it; a mended one makes it anew
+            self.node.vf_params = self.node.vf_params.detach()
         self.field.release()
 
     def _graphs(self) -> list[tuple[nn.Module, str, Tensor]]:
