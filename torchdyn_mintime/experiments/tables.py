@@ -410,6 +410,11 @@ def make_own(
         for line, plan in zip(lines, first, strict=True):
             console.print(_beside_published(line, plan), highlight=False)
             figures.draw_classifier(plan, store, folder)
+        for plan in (plan for own in plans.values() for plan in own):
+            if certificate := figures.certificate_of(plan, store):
+                console.print(
+                    f"{store.result(plan)['method']}, seed {plan.settings.seed}: {certificate}", highlight=False
+                )
     drawn = [own[0] for row, own in plans.items() if row != TORCHDYN_TWIN]
     figures.draw_flows_of(drawn, store, folder / name)
     results = pd.concat([line.results for line in lines])
