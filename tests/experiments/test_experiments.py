@@ -895,7 +895,12 @@ def test_an_attack_of_one_step_does_harm_and_noise_less():
 
 def test_tables_all_says_its_hours_and_runs_each_part_once(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(tables, "make", lambda number, options, folder, store, only: made.append((number, *only)))
+
+    def make(number, options, folder, store, only):
+        made.append((number, *only))
+        return frame_of([])
+
+    monkeypatch.setattr(tables, "make", make)
     console = Console(record=True, width=200)
     tables.make_all(tmp_path, Store(tmp_path, console))
     assert made == [(part.number, part.only) for part in tables.ALL] and len(set(made)) == len(made)
@@ -927,3 +932,18 @@ def test_sentences_say_what_is_worse_than_the_baseline():
 
 def judged(**changes):
     return {"inference": 1.0, "loss": 0.1, "reference_accuracy": 1.0, "changed": 0.0, **changes}
+
+
+def test_tables_all_sums_up_what_is_through(tmp_path, monkeypatch):
+    rows = (comparison.Row("vanilla:4"), comparison.Row("minimum-time"), comparison.Row("shallowest"), comparison.TWIN)
+    monkeypatch.setitem(tables.TABLES, "1", ("Table 1", {"annuli": rows}))
+    part = tables.Part("1", "annuli", 1, (), 0.1)
+    monkeypatch.setattr(tables, "ALL", (part,))
+    settings = {"iterations": 120, "target": 0.3, "lr": 0.03}
+    monkeypatch.setattr(tables.Part, "options", comparison.Options((20,), settings=settings))
+    tables.make_all(tmp_path, Store(tmp_path / "runs"))
+    head, _, line = (tmp_path / "summary.md").read_text().splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:4] == ["task", "evaluations: vanilla", "best control"]
+    cells = [cell.strip() for cell in line.split("|")][1:-1]
+    assert cells[:2] == ["concentric annuli", "16"] and int(cells[4]) < 16
+    assert cells[6].startswith("100% of seeds; error ")
