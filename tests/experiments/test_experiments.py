@@ -656,6 +656,8 @@ def test_the_help_has_a_line_on_each_task_and_method():
     assert set(names.TASKS) == set(TASKS)
     assert set(names.METHODS) == {*METHODS, "vanilla:STEPS", "torchdyn:STEPS"}
     assert set(names.FLOW_METHODS) == {*FLOW_METHODS, "vanilla:STEPS", "torchdyn:STEPS"}
+    assert set(names.TABLES) == set(tables.TABLES)
+    assert set(names.FIGURES) == {*figures.FIGURES, *figures.FLOW_FIGURES}
     assert all(task.title and set(task.compared) <= set(task.methods) for task in TASKS.values())
 
 

@@ -105,8 +105,11 @@ def compare(
     chosen: dict[Row, float | None] = dict.fromkeys([*rows, *twins], rates[0] if rates else None)
 
     def plan(row: Row, rate: float | None, seed: int) -> Plan:
-        own = task.settings.but(seed=seed, **dict(row.settings)).but(**options.settings)
+        asked = {**dict(row.settings), **{k: v for k, v in options.settings.items() if v is not None}}
+        own = task.settings.but(seed=seed, **asked)
         own = own if row.published else own.but(lr=rate)
+        if "iterations" not in asked:
+            own = own.but(iterations=own.iterations * task.method(row.method).longer)
         return Plan(name, row.method, own)
 
     def twin(base: str, seed: int) -> Row:

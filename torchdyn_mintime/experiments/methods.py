@@ -48,8 +48,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 WEIGHT_DECAY = 1e-5
 """Of the network under AdamW; times never decay."""
 
-SEARCH_ITERATIONS = 10
-"""How many times the iterations of other methods a search may take; each of its own is far cheaper."""
+LONGER = 10
+"""How many times the iterations of other methods those may take that begin with few steps: theirs are far cheaper."""
 
 
 # ---------------------------------------------------------------------------------- who moves t_f, and ends the training
@@ -81,9 +81,14 @@ class Driver:
         self.run, self.parts, self.limit = run, parts, run.settings.iterations
 
     @property
+    def at_limit(self) -> bool:
+        """Whether as many iterations were taken as the settings say."""
+        return len(self.run.history.loss) >= self.limit
+
+    @property
     def done(self) -> bool:
         """Whether training is over."""
-        return len(self.run.history.loss) >= self.limit
+        return self.at_limit
 
     def penalty(self) -> Tensor | float:
         """Returns a term of the loss that the driver sets itself."""
@@ -173,7 +178,7 @@ class Grow(Driver):
 
 
 class GrowAlone(Grow):
-    """Growth without pre-training, on the terminal loss.
+    """Growth without pre-training, on the terminal loss, for as many iterations as the settings say.
 
     With all data at once, a loss that explodes is gone back from, at half the rate.
     """
@@ -183,6 +188,18 @@ class GrowAlone(Grow):
     def __init__(self, run: Context, patience: int = 20):
         self.rollback = Rollback(run.model, run.optimizer)
         super().__init__(run, patience, pretrained=False, rollback=self.rollback)
+
+    @property
+    def done(self) -> bool:
+        return super().done or self.at_limit
+
+    def finish(self) -> str:
+        met = self.growth.done or not self.at_limit
+        return (
+            ""
+            if met
+            else f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
+        )
 
     def before_step(self, loss: Tensor) -> bool:
         return not self._went_back(loss.item())
@@ -199,26 +216,20 @@ class GrowAlone(Grow):
 
 
 class Search(Driver):
-    """The fewest evaluations at which the loss is met and the model is its own ODE.
-
-    Args:
-        run: the training.
-        times: how many times the settings' iterations it may take.
-    """
+    """The fewest evaluations at which the loss is met and the model is its own ODE."""
 
     owns_rates = True
 
-    def __init__(self, run: Context, times: int = SEARCH_ITERATIONS):
+    def __init__(self, run: Context):
         self.search = Shallowest(target=run.settings.target, solver_tol=run.settings.solver_tol)
         super().__init__(run, search=self.search)
         run.history.searched = True
-        self.limit *= times
         self.search.batches_seen_together = run.batches.per_pass
         self.search.start(run.model, run.optimizer)
 
     @property
     def done(self) -> bool:
-        return self.search.done or super().done
+        return self.search.done or self.at_limit
 
     def penalty(self) -> Tensor:
         return self.search.penalty(self.run.loss_of_batch)
@@ -270,6 +281,7 @@ class Method:
         solver: makes what is solved in training, from the model; default: its node.
         times: makes another optimizer for the times, from them.
         in_turn: makes one optimizer that steps the network's and that of the times in turn; default: both step at once.
+        longer: how many times the task's iterations it may take where none are asked for.
     """
 
     label: str
@@ -287,6 +299,7 @@ class Method:
     solver: Callable[[Model], Callable[..., Any]] = attrgetter("node")
     times: Callable[[list[Tensor]], Optimizer] | None = None
     in_turn: Callable[[Optimizer, Optimizer], Any] | None = None
+    longer: int = 1
 
     def loss_terms(self, model: Model, settings: Settings) -> list[Term]:
         """Returns what is added to the terminal loss."""
@@ -363,6 +376,7 @@ _WHOLE = Method("vanilla", span={}, frozen=True)
 _LYAPUNOV = replace(_WHOLE, label="Lyapunov", terminal=0.0)
 _ALGORITHM_2 = Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow)
 _MINIMUM_TIME = Method("minimum-time", span={}, terms=(_price_of_time,))
+_SEARCH = Method("shallowest true ODE", span={}, driver=Search, longer=LONGER)
 _SNOPT = Method("SNOpt's time update, adjoint", span={"bounds": (0.1, 1.0)}, times=GaussNewtonTime, node=_ADJOINT)
 
 METHODS: dict[str, Method] = {
@@ -375,7 +389,7 @@ METHODS: dict[str, Method] = {
         _ALGORITHM_2, label="convergence-rate, patience 3", driver=partial(Grow, patience=3)
     ),
     "convergence-rate-longer": replace(_ALGORITHM_2, label="convergence-rate, pre-trained on [0, .1]", t_span=_LONGER),
-    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone),
+    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
     "pretrained-longer": replace(_LYAPUNOV, label="Lyapunov on [0, .1]", t_span=_LONGER, rate=20.0),
     "combined": Method("combined", span={"bounds": (0.01001, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
@@ -402,9 +416,9 @@ METHODS: dict[str, Method] = {
     "step-doubling": replace(
         _WHOLE, label="1 step, step doubling", t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
     ),
-    "shallowest": Method("shallowest true ODE", span={}, driver=Search),
-    "shallowest-adaptive": Method(
-        "shallowest true ODE, tsit5", span={}, node={"solver": "tsit5"}, t_span=_ONE_STEP, driver=Search
+    "shallowest": _SEARCH,
+    "shallowest-adaptive": replace(
+        _SEARCH, label="shallowest true ODE, tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP
     ),
     "skipped": Method("the ODE skipped", skips=True),
     "default-adaptive": replace(_WHOLE, label="vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),

@@ -71,6 +71,7 @@ class Store:
         self.folder, self.source, self.device = folder, source or datasets.Source(), device
         self.console = console or Console(quiet=True)
         self._loaded: tuple[tuple, datasets.Data] | None = None
+        self._spoken_of: set[Plan] = set()
 
     def has(self, plan: Plan) -> bool:
         """Returns whether the plan was finished."""
@@ -125,24 +126,53 @@ class Store:
 
         Args:
             plans: of one task.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed. What was trained so far is saved, and the next call goes on from there.
         """
+        self._say_what_is_done(plans)
         runs = {plan: self.begin(plan) for plan in plans if not self.has(plan)}
-        saved = time.monotonic()
+        plan_of, saved = {run: plan for plan, run in runs.items()}, time.monotonic()
+
+        def checkpoint() -> list[str]:
+            stopped = {plan: run for plan, run in runs.items() if not self.has(plan)}
+            for plan, run in stopped.items():
+                self.checkpoint(plan, run)
+            return [f"{run.method.label} after {len(run.history.loss)} iterations" for run in stopped.values()]
 
         def advanced(run: Run) -> None:
             nonlocal saved
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                for plan, other in runs.items():
-                    if not other.done:
-                        self.checkpoint(plan, other)
+            if run.done:
+                self.save(plan_of[run], run)
+            elif time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint()
                 saved = time.monotonic()
 
-        if runs:
-            title = f"{plans[0].task} {plans[0].settings.seed}"
-            race(list(runs.values()), self.console, title, advanced)
+        title = f"{plans[0].task} {plans[0].settings.seed}"
+        if runs and not race(list(runs.values()), self.console, title, advanced):
+            kept = "; ".join(checkpoint()) or "every model of this seed, finished"
+            self.console.print(
+                f"Stopped. Saved in {self.folder}: {kept}. The same command goes on from there.", highlight=False
+            )
+            raise KeyboardInterrupt
         for plan, run in runs.items():
-            self.save(plan, run)
+            if not self.has(plan):  # it had nothing to train
+                self.save(plan, run)
+        self._spoken_of.update(plans)
         return [self.result(plan) for plan in plans]
+
+    def _say_what_is_done(self, plans: Sequence[Plan]) -> None:
+        """Names those plans, once, that an earlier command has finished."""
+        done = [plan for plan in plans if plan not in self._spoken_of and self.has(plan)]
+        self._spoken_of.update(done)
+        if done:
+            labels = ", ".join(self.result(plan)["method"] for plan in done)
+            first = done[0]
+            self.console.print(
+                f"{TASKS[first.task].title}, seed {first.settings.seed}: already done, not trained again: {labels}; to train "
+                f"anew, remove their files {self.folder}/{first.task}-*",
+                highlight=False,
+            )
 
     def time_inference(self, plans: Iterable[Plan], calls: int = 11) -> None:
         """Times one forward pass over the test set, all models in turn, unless every one of them was timed before.

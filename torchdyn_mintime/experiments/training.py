@@ -1,6 +1,9 @@
 """The training loop: several models side by side, one iteration of each in turn, so that a busy machine slows all alike."""
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import nan
 from typing import Any
@@ -224,19 +227,44 @@ class Run:
         self._random = state["random"].cpu()
 
 
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C was pressed. Pressed once more, it stops at once."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to that one
+        yield lambda: False
+        return
+    pressed = False
+
+    def remember(*_: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def race(
     runs: Sequence[Run],
     console: Console | None = None,
     title: str = "",
     advanced: Callable[[Run], None] = lambda run: None,
-) -> None:
+) -> bool:
     """Trains all runs to their ends, one iteration of each in turn.
+
+    Ctrl-C stops it after the iteration, so that all runs can go on from there. Pressed once more, it stops at once.
 
     Args:
         runs: the models in training.
         console: for a progress bar for each; None is without.
         title: of the bars.
         advanced: called after each iteration, for checkpoints.
+
+    Returns:
+        Whether all came to their ends.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -245,7 +273,8 @@ def race(
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with measure.single_thread(), Progress(*columns, console=console, disable=console is None) as progress:
+    shown = Progress(*columns, console=console, disable=console is None)
+    with measure.single_thread(), _interrupts() as interrupted, shown as progress:
         bars = [progress.add_task(f"{title}: {run.method.label}", state="") for run in runs]
         while any(not run.done for run in runs):
             for run, bar in zip(runs, bars, strict=True):
@@ -258,3 +287,6 @@ def race(
                 total = max(done, 1 if run.done else run.settings.iterations)
                 progress.update(bar, total=total, completed=done, state=run.failure[:60] or latest)
                 advanced(run)
+                if interrupted():
+                    return False
+    return True
