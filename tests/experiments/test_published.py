@@ -106,5 +106,5 @@ def test_flows_are_trained_as_in_appendix_f_but_shorter():
 
 
 def test_no_table_has_a_seed_on_which_settings_were_chosen():
-    assert all(min(part.options.seeds) >= tables.FIRST_SEED == 20 for part in tables.ALL)
+    assert all(min(part.options.seeds) >= tables.FIRST_SEED == 200 for part in tables.ALL)
     assert comparison.TRIAL_SEED not in {seed for part in tables.ALL for seed in part.options.seeds}
