@@ -157,7 +157,7 @@ def table(
     subset: Subset = None,
     width: Width = None,
     sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
-    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 20,
+    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 200,
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
