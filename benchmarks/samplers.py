@@ -1,7 +1,8 @@
-"""Fields of flow matching, frozen, and solvers fitted to them: ``python -m benchmarks.samplers planes,digits,densities 1``.
+"""Fields of flow matching, and samplers of few evaluations: ``python -m benchmarks.samplers planes,digits,densities 1``.
 
 Each field carries one distribution of the plane to another along straight lines between independent draws. Printed are
 the error of the end relative to the displacement, on fresh states, and its share of midpoint's with as many evaluations.
+``distances`` prints the distance W2 of samples to the data, of fitted solvers and with the weights free (``compress_sampler``).
 """
 
 import math
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
@@ -215,7 +217,48 @@ def densities(seeds: int) -> None:
                 )
 
 
-TABLES = {"planes": planes, "digits": digits, "densities": densities}
+def distance(x: Tensor, y: Tensor) -> float:
+    """Returns the Wasserstein distance W2 of two sets of as many points."""
+    costs = torch.cdist(x.double(), y.double()).square().numpy()
+    return math.sqrt(costs[linear_sum_assignment(costs)].mean())
+
+
+def distances(seeds: int, draws: int = 5, points: int = 1000) -> None:
+    """Prints W2 to the data: means over draws, and how far the exact sampler's own draws are apart."""
+    for name, (start, end) in TASKS.items():
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            field = train(start, end, Velocity())
+            node, states = NeuralODE(field), start(4096)
+            fresh, data = start(draws * points), end(draws * points)
+
+            def mean(ends: Tensor, data: Tensor = data) -> tuple[float, float]:
+                found = [distance(a, b) for a, b in zip(ends.split(points), data.split(points), strict=True)]
+                return statistics.mean(found), statistics.stdev(found)
+
+            def ends(solver: str | nn.Module, steps: int = 1, field: nn.Module = field, x: Tensor = fresh) -> Tensor:
+                with torch.no_grad():
+                    return tm.LearnableSpan(NeuralODE(field, solver=solver), torch.linspace(0, 1, steps + 1))(x)[1][-1]
+
+            exact, noise = mean(exact_ends(field, fresh))
+            print(f"{name}, seed {seed}: exact {exact:.3f}, within {exact + 2 * noise:.3f}", flush=True)
+            for n in (4, 6, 8, 16):
+                print(f"  midpoint, {n} evaluations: {mean(ends('midpoint', n // 2))[0]:.3f}", flush=True)
+            for n in (3, 4, 5, 6):
+                fit = tm.fit_solver(node, states[:1280], evaluations=n, progress=False)
+                print(f"  frozen, {n} evaluations: {mean(ends(fit.node.solver))[0]:.3f}", flush=True)
+            begun = time.process_time()
+            sampler, verdict = tm.compress_sampler(node, states, tol=0.1, progress=False)
+            with torch.no_grad():
+                moved = mean(sampler(fresh)[1][-1])[0]
+            print(
+                f"  weights moving, {verdict.best.evaluations} evaluations: {moved:.3f}, solver error "
+                f"{verdict.best.solver_error:.3f}, {time.process_time() - begun:.0f} s of CPU time",
+                flush=True,
+            )
+
+
+TABLES = {"distances": distances, "planes": planes, "digits": digits, "densities": densities}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -87,8 +87,8 @@ def only_span(model: nn.Module, span: LearnableSpan | None = None) -> LearnableS
 
 
 def times_of(found: Iterable[LearnableSpan]) -> list[nn.Parameter]:
-    """Returns the times of the spans that are parameters, frozen or not: t_f, and t0 where it is learned."""
-    return [time for span in found for time in span.parameters(recurse=False)]
+    """Returns the times of the spans that are parameters, frozen or not: t_f, and t0 where it is learned; each once."""
+    return list(dict.fromkeys(time for span in found for time in span.parameters(recurse=False)))
 
 
 def freeze_times(found: Iterable[LearnableSpan]) -> list[Tensor]:
@@ -131,7 +131,9 @@ def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.M
         options: those of :class:`LearnableSpan`.
 
     Returns:
-        ``model``, or the span of a NeuralODE. A node that is used twice gets one span.
+        ``model``, or the span of a NeuralODE. A node that is used twice gets one span. Where a flow (``torchdyn.models.CNF``)
+        has a second node over it or its net, such as one for samples alone, both share their times: what one learns is where
+        the other ends.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -159,7 +161,26 @@ def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.M
     made = {id(node): LearnableSpan(node, t_span, **options) for _, _, node in places}
     for parent, name, node in places:
         parent._modules[name] = made[id(node)]
+    _share_times_of_flows(model)
     return model
+
+
+def _share_times_of_flows(model: nn.Module) -> None:
+    """Lets spans over one flow, or over its net, have the same t_f (and the same learned t0).
+
+    Of other fields two nodes are two layers that share weights, each with a time of its own.
+    """
+    found = list(spans(model))
+    for span in found:
+        flows = [module for module in span.vf.modules() if hasattr(module, "trace_estimator")]
+        nets = {module for flow in flows for module in (flow, getattr(flow, "net", flow))}
+        ends = span.interval.template[0], span.interval.template[-1]
+        for other in found:
+            same = (other.interval.template[0], other.interval.template[-1]) == ends and other.learn_t0 == span.learn_t0
+            if other is not span and same and not nets.isdisjoint(other.vf.modules()):
+                other.t_f = span.t_f
+                if span.learn_t0:
+                    other.t0 = span.t0
 
 
 def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:

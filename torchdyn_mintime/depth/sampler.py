@@ -51,7 +51,7 @@ def compress_sampler(
     *,
     tol: float = 0.05,
     solver_tol: float = 0.1,
-    lr: float = 0.003,
+    lr: float = 0.001,
     args: Mapping[str, Any] | None = None,
     max_iterations: int = 20_000,
     progress: bool = True,
