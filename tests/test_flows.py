@@ -670,7 +670,7 @@ def test_an_unwrapped_flow_says_so():
     model = FlowModel(tm.LearnableSpan(node_of(CNF(mlp())), torch.linspace(0, 1, 5)), Gaussian(2))
     x = torch.randn(4, 2)
     expected = model.log_prob(x)
-    tm.unwrap(model, torch.randn(4, 3))
+    tm.unwrap(model, x)
     with pytest.raises(TypeError, match="wrap"):
         model.log_prob(x)
     assert torch.allclose(tm.wrap(model).log_prob(x), expected)

@@ -368,6 +368,25 @@ def test_rk4_without_time_is_not_warned_about_it():
     assert not [w for w in caught if "order" in str(w.message).lower() or "U1" in str(w.message)]
 
 
+def test_the_way_back_takes_the_input_of_the_model_and_leaves_no_trace():
+    field = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.Dropout())
+    model.append(NeuralODE(field, solver="rk4", return_t_eval=False))
+    tm.wrap(model, T_SPAN)
+    images, span = torch.randn(6, 1, 4, 4), model[5]
+    model(images)
+    last, state = span.last, {name: value.clone() for name, value in model.state_dict().items() if "batches" in name}
+    drawn = torch.random.get_rng_state()
+    starts = []
+    span.node.register_forward_pre_hook(lambda node, args: starts.append(args[0]))
+    tm.unwrap(model, images)
+    assert torch.equal(torch.random.get_rng_state(), drawn) and span.last is last and model.training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    with torch.no_grad():  # torchdyn was checked from the state that the model's own layers make of the images
+        torch.testing.assert_close(starts[0], model[:5].eval()(images))
+    assert model(images).shape == (len(T_SPAN), 6, 5)
+
+
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "model"], ids=["Linear", "None", "str"])
 def test_nothing_to_unwrap_is_an_error(model):
     with pytest.raises((TypeError, ValueError)):

@@ -219,7 +219,7 @@ def _share_times_of_flows(model: nn.Module) -> None:
                     other.t0 = span.t0
 
 
-def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
+def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
     """Takes the spans out of ``model``, in place: plain NeuralODEs remain, whose ``t_span`` is the learned grid.
 
     For each one a solve by torchdyn is compared with the span's own. torchdyn's adaptive solvers sometimes lose the last
@@ -227,7 +227,8 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
 
     Args:
         model: the wrapped model, or a span.
-        x: initial state for the check; default: random, of the shape of the span's last forward, or of its first layer.
+        x: what the model is called with, for the check. Default, also for a span that this call does not solve: random
+            states of the shape of the span's last forward, or of its first layer.
 
     Returns:
         ``model``, or the node of a span. Call it without a span: one that is passed would be used instead of the grid.
@@ -243,7 +244,13 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
     found = list(named_spans(model))
     if not found:
         raise ValueError(f"there is no LearnableSpan to unwrap in {type(model).__name__}")
-    grids = {name: _checked_grid(span, x, name) for name, span in found}
+    held = [(span, span.last) for _, span in found]
+    try:
+        states = {} if x is None else _states(model, x)
+        grids = {name: _checked_grid(span, states.get(span), name) for name, span in found}
+    finally:
+        for span, last in held:
+            span.last = last
     for name, span in found:
         span.node.t_span = grids[name]
         span.release()
@@ -272,10 +279,20 @@ def with_solver(node: NeuralODE, solver: nn.Module, t_span: Tensor) -> NeuralODE
     return made
 
 
+@torch.no_grad()
+def _states(model: nn.Module, x: Any) -> dict[LearnableSpan, Tensor]:
+    """Returns the states from which the spans of ``model`` are solved when it is called with ``x``."""
+    before = {span: span.last for span in spans(model)}
+    others = [module for module in model.modules() if not isinstance(module, LearnableSpan)]
+    with evaluating(model), kept(others), torch.random.fork_rng(devices=[]):
+        model(x)
+    return {span: span.last.x for span, last in before.items() if span.last is not None and span.last is not last}
+
+
 def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
     """Returns the learned grid, such that torchdyn's own solve over it ends at t_f."""
     node = span.node
-    if not isinstance(x, Tensor):
+    if x is None:
         x = _random_state(span, name)
     before = node.t_span
     try:
@@ -350,7 +367,7 @@ def _random_state(span: LearnableSpan, name: str) -> Tensor:
         first = next((m for m in span.node.vf.modules() if isinstance(m, nn.Linear)), None)
         if first is None:
             raise ValueError(
-                f"pass x, an initial state to check {name or 'the span'} with: no forward has shown its shape"
+                f"pass x, which the model is called with, to check {name or 'the span'}: no forward has shown its state's shape"
             )
         shape = (8, first.in_features)
     return torch.randn(shape, dtype=parameter.dtype, device=parameter.device)

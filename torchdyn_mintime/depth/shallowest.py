@@ -442,7 +442,7 @@ class Shallowest:
         """
         searched = self._require_start()
         if self.trials[-1].iterations < self.batches_seen_together and not self._found:
-            self._failed = True
+            self._failed, self._stage.short = True, False
             _log.info("%s", why)
             self._next()
         elif self._slower(why):
@@ -652,10 +652,11 @@ class Shallowest:
         if depths is None:
             self.done = True
             return
-        # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
         best = fewest(self.trials)
         if best is None:
-            searched.go_back(self._initial)
+            # Where the steps left the ODE, the loss at the reference was learned all the same. Else the model is stuck.
+            if searched.adaptive or not self._stage.short:
+                searched.go_back(self._initial)
         elif not trial.passed:
             searched.go_back(self._found[self.trials.index(best)])
         self._enter(depths)

@@ -8,7 +8,7 @@ from torchdyn_mintime.experiments.results import Line, Report, frame_of
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 
-__all__ = ["BEST_OF_SWEEP", "LEARNED", "TWIN", "Options", "Row", "compare", "lines_of", "rank"]
+__all__ = ["BEST_OF_SWEEP", "LEARNED", "TORCHDYN_TWIN", "TWIN", "Options", "Row", "compare", "lines_of", "rank"]
 
 TRIAL_SEED = 1000
 """Learning rates are chosen on it, so that no seed of a table has had a say in them.
@@ -18,7 +18,10 @@ Its points are drawn afresh; of images it has another split, whose test images m
 
 
 LEARNED = "minimum-time"
-"""The method whose number of steps the twin takes."""
+"""The method whose number of steps the twins take."""
+
+BASELINE = "vanilla"
+"""The method beside which the drive is measured, where a table begins with it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Row:
         settings: what differs from the task's own, as pairs.
         label: as printed; default: the method's.
         control: whether it is a control, and no method of the paper.
+        published: whether it is trained at the learning rate of its settings, whatever rates are tried for the others.
     """
 
     method: str
@@ -38,12 +42,14 @@ class Row:
     settings: tuple[tuple[str, Any], ...] = ()
     label: str = ""
     control: bool = False
+    published: bool = False
 
 
-TWIN = Row("vanilla, as many steps", control=True)
-"""The control that only a finished run can name: as many equal steps on the whole interval as the learned row ended with.
+TWIN, TORCHDYN_TWIN = (Row(f"{name}, as many steps", control=True) for name in ("vanilla", "torchdyn"))
+"""The controls that only a finished run can name: as many equal steps on the whole interval as the learned row ended with.
 
-It is trained after the others. Its learning rate is chosen for the number of steps on ``TRIAL_SEED``.
+They are trained after the others: by a span's rk4, and by torchdyn's own, which is another where the field depends on time
+(U1). Their learning rate is chosen for the number of steps on ``TRIAL_SEED``.
 """
 
 BEST_OF_SWEEP = Row("best of a sweep", control=True)
@@ -68,7 +74,7 @@ class Options:
 
 
 def compare(
-    name: str, table: Sequence[Row], options: Options, store: Store
+    name: str, table: Sequence[Row], options: Options, store: Store, report: Report | None = None
 ) -> tuple[list[Line], dict[Row, list[Plan]]]:
     """Trains every row on every seed, and compares them. What an earlier call has finished is not trained again.
 
@@ -77,6 +83,7 @@ def compare(
         table: the rows; the first is the baseline of the ratios.
         options: seeds, learning rates, steps of the sweep, settings.
         store: of the runs.
+        report: how lines are compared; default: as the task's goal says.
 
     Returns:
         The lines of its table, and the plans of each row, in the order of the seeds.
@@ -87,21 +94,27 @@ def compare(
     """
     task, console = TASKS[name], store.console
     sweep = [Row(f"vanilla:{k}") for k in options.sweep] if BEST_OF_SWEEP in table else []
-    rows = [*(row for row in table if row not in (TWIN, BEST_OF_SWEEP)), *sweep]
-    learned = [row for row in rows if row.method == LEARNED] if TWIN in table else []
+    twins = {row: base for row, base in ((TWIN, "vanilla"), (TORCHDYN_TWIN, "torchdyn")) if row in table}
+    rows = [*(row for row in table if row not in (*twins, BEST_OF_SWEEP)), *sweep]
+    learned = [row for row in rows if row.method == LEARNED][-1:]  # ours stands below the paper's
+    twins = twins if learned else {}
     rates = options.rates
     if rates and task.settings.optimizer == "sgd":
         console.print(f"{task.title}: trained by the paper's SGD schedule, not at the rates of a grid")
         rates = ()
-    chosen: dict[Row, float | None] = dict.fromkeys([*rows, TWIN], rates[0] if rates else None)
+    chosen: dict[Row, float | None] = dict.fromkeys([*rows, *twins], rates[0] if rates else None)
 
     def plan(row: Row, rate: float | None, seed: int) -> Plan:
-        own = task.settings.but(seed=seed, **dict(row.settings)).but(**options.settings).but(lr=rate)
+        asked = {**dict(row.settings), **{k: v for k, v in options.settings.items() if v is not None}}
+        own = task.settings.but(seed=seed, **asked)
+        own = own if row.published else own.but(lr=rate)
+        if "iterations" not in asked:
+            own = own.but(iterations=own.iterations * task.method(row.method).longer)
         return Plan(name, row.method, own)
 
-    def twin(seed: int) -> Row:
+    def twin(base: str, seed: int) -> Row:
         result = store.result(plan(learned[0], chosen[learned[0]], seed))
-        return Row(f"vanilla:{result['steps'] or 1}")  # a model that cannot be solved has no steps
+        return Row(f"{base}:{result['steps'] or 1}")  # a model that cannot be solved has no steps
 
     def choose(among: Sequence[Row]) -> list[float]:
         """The learning rate of each row that does best on a seed of its own."""
@@ -111,21 +124,22 @@ def compare(
 
     if len(rates) > 1:
         console.print(f"{task.title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
-        chosen.update(zip(rows, choose(rows), strict=True))
-        if learned:
-            (chosen[TWIN],) = choose([twin(TRIAL_SEED)])
-    plans: dict[Row, list[Plan]] = {row: [] for row in (*rows, *([TWIN] if learned else []))}
+        free = [row for row in rows if not row.published]
+        chosen.update(zip(free, choose(free), strict=True))
+        chosen.update(zip(twins, choose([twin(base, TRIAL_SEED) for base in twins.values()]), strict=True))
+    plans: dict[Row, list[Plan]] = {row: [] for row in (*rows, *twins)}
     for seed in options.seeds:
         own = {row: plan(row, chosen[row], seed) for row in rows}
         store.finish(list(own.values()))
-        if learned:
-            own[TWIN] = plan(twin(seed), chosen[TWIN], seed)
-            store.finish([own[TWIN]])
+        for row, base in twins.items():
+            own[row] = plan(twin(base, seed), chosen[row], seed)
+            store.finish([own[row]])
         store.time_inference(dict.fromkeys(own.values()))  # the twin may be one of the sweep
         for row, made in own.items():
             plans[row].append(made)
     found = {row: [store.result(made) for made in own] for row, own in plans.items()}
-    return lines_of(table, found, task.goal.report, sweep), plans
+    drive = store.drive(plans[table[0]][0]) if table[0].method == BASELINE else {}
+    return lines_of(table, found, report or task.goal.report, sweep, drive), plans
 
 
 def lines_of(
@@ -133,10 +147,11 @@ def lines_of(
     found: Mapping[Row, Sequence[Mapping[str, Any]]],
     report: Report,
     sweep: Iterable[Row] = (),
+    drive: Mapping[str, float] | None = None,
 ) -> list[Line]:
-    """Returns the lines of a table, from the results of each row and of the rows of the sweep."""
+    """Returns the lines of a table, from the results of each row and of the rows of the sweep, and the drive, if measured."""
     frames = {row: frame_of(results) for row, results in found.items()}
-    base, labels = frames[table[0]], {TWIN: f"{TWIN.method} as {LEARNED}"}
+    base, labels = frames[table[0]], {row: f"{row.method} as {LEARNED}" for row in (TWIN, TORCHDYN_TWIN)}
     good = [row for row in sweep if report.as_good(frames[row], base)]
     if good:
         best = frames[BEST_OF_SWEEP] = min((frames[row] for row in good), key=lambda frame: frame["nfe"].iloc[0])
@@ -145,7 +160,7 @@ def lines_of(
     for row in table:
         if row in frames:
             label = labels.get(row) or row.label or frames[row]["method"].iloc[0]
-            lines.append(Line(label, frames[row], base, row.paper, control=row.control))
+            lines.append(Line(label, frames[row], base, row.paper, control=row.control, drive=drive or {}))
         else:
             note = "no number of steps in the sweep is as good as vanilla"
             lines.append(Line(row.method, note=note, control=True))
