@@ -397,6 +397,11 @@ class LearnableSpan(LearnableInterval):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "odeint":
+                raise AttributeError(
+                    "a LearnableSpan has no odeint: call the span itself, span(x, t_span), which ends at t_f; span.node.odeint "
+                    "is torchdyn's own solve over the span that is passed"
+                ) from None
             # A property that raises AttributeError ends up here, where torch's text would replace its reason.
             found = getattr(type(self), name, None)
             if isinstance(found, property) and found.fget is not None:
@@ -581,7 +586,8 @@ def _method_of(node: Any) -> Method:
         raise TypeError("this NeuralODE is wrapped already: got a LearnableSpan; use it as it is, or wrap its `node`")
     if not isinstance(node, NeuralODE):
         raise TypeError(
-            f"LearnableSpan wraps a torchdyn NeuralODE; got {type(node).__name__}. NeuralSDE, HybridNeuralDE and "
-            "MultipleShootingLayer are not supported; for a module that contains NeuralODEs use `wrap(module)`"
+            f"LearnableSpan wraps a torchdyn NeuralODE; got {type(node).__name__}. ODEProblem (make it a NeuralODE), "
+            "NeuralSDE, HybridNeuralDE and MultipleShootingLayer are not supported; for a module that contains NeuralODEs use "
+            "`wrap(module)`"
         )
     return Method(node)
