@@ -157,6 +157,7 @@ def table(
     subset: Subset = None,
     width: Width = None,
     sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
+    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 20,
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
@@ -168,14 +169,32 @@ def table(
         raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}")
     settings = dict(iterations=iterations, subset=subset, width=width)
     rates = () if lrs == "own" else _numbers(lrs, float)
-    options = comparison.Options(range(seeds), rates, _numbers(sweep, int), settings)
+    numbers = range(first_seed, first_seed + seeds)
+    options = comparison.Options(numbers, rates, _numbers(sweep, int), settings)
     if number == "flows":
-        _only(context, "table flows", "only", "iterations")
-        first = tables.FLOWS_FIRST_SEED
-        options = comparison.Options(range(first, first + seeds), (), tables.FLOW_SWEEP, settings)
+        _only(context, "table flows", "only", "iterations", "first_seed")
+        options = comparison.Options(numbers, (), tables.FLOW_SWEEP, settings)
     store = _store(output, data, download, device)
     with _said(store.console, f"table {number}"):
         tables.make(number, options, output, store, tuple(only or ()))
+
+
+@app.command("tables")
+def all_tables(
+    which: Annotated[str, typer.Argument(help="all")],
+    data: Data = DATA,
+    download: Download = False,
+    device: Device = "cpu",
+    output: Output = OUTPUT,
+) -> None:
+    """Every table of the documentation, one after another: hours, which it says first. What was finished is not run again."""
+    from torchdyn_mintime.experiments import tables
+
+    if which != "all":
+        raise typer.BadParameter(f"there is no {which!r}; write 'tables all', or 'table NUMBER' for one of them")
+    store = _store(output, data, download, device)
+    with _said(store.console, "tables"):
+        tables.make_all(output, store)
 
 
 FIGURE_HELP = f"""A figure of the paper, from models trained here. What was trained before is not trained again.

@@ -35,6 +35,7 @@ class Row:
         settings: what differs from the task's own, as pairs.
         label: as printed; default: the method's.
         control: whether it is a control, and no method of the paper.
+        published: whether it is trained at the learning rate of its settings, whatever rates are tried for the others.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Row:
     settings: tuple[tuple[str, Any], ...] = ()
     label: str = ""
     control: bool = False
+    published: bool = False
 
 
 SEARCH = "shallowest"
@@ -74,17 +76,19 @@ class Options:
         seeds: of data, initialisation and batches.
         rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty is the task's own alone.
         sweep: steps of the control.
+        defaults: what is given in the place of each task's own, as in the demo.
         settings: what is given in the place of each task's and row's own; None is not given.
     """
 
     seeds: Sequence[int] = (0,)
     rates: tuple[float, ...] = ()
     sweep: tuple[int, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compare(
-    name: str, table: Sequence[Row], options: Options, store: Store
+    name: str, table: Sequence[Row], options: Options, store: Store, report: Report | None = None
 ) -> tuple[list[Line], dict[Row, list[Plan]]]:
     """Trains every row on every seed, and compares them. What an earlier call has finished is not trained again.
 
@@ -93,6 +97,7 @@ def compare(
         table: the rows; the first is the baseline of the ratios.
         options: seeds, learning rates, steps of the sweep, settings.
         store: of the runs.
+        report: how lines are compared; default: as the task's goal says.
 
     Returns:
         The lines of its table, and the plans of each row, in the order of the seeds.
@@ -104,8 +109,8 @@ def compare(
     task, console = TASKS[name], store.console
     sweep = [Row(f"vanilla:{k}") for k in options.sweep] if BEST_OF_SWEEP in table else []
     rows = [*(row for row in table if row not in (*TWINS, BEST_OF_SWEEP)), *sweep]
-    firsts = {row.method: row for row in reversed(rows)}
-    twins = {row: firsts[beside] for row, (_, beside) in TWINS.items() if row in table and beside in firsts}
+    lasts = {row.method: row for row in rows}  # ours stands below the paper's
+    twins = {row: lasts[beside] for row, (_, beside) in TWINS.items() if row in table and beside in lasts}
     rates = options.rates
     if rates and task.settings.optimizer == "sgd":
         console.print(f"{task.title}: trained by the paper's SGD schedule, not at the rates of a grid")
@@ -114,7 +119,8 @@ def compare(
 
     def plan(row: Row, rate: float | None, seed: int) -> Plan:
         asked = {**dict(row.settings), **{k: v for k, v in options.settings.items() if v is not None}}
-        own = task.settings.but(seed=seed, **asked).but(lr=rate)
+        own = task.settings.but(**options.defaults).but(seed=seed, **asked)
+        own = own if row.published else own.but(lr=rate)
         if "iterations" not in asked:
             own = own.but(iterations=own.iterations * task.method(row.method).longer)
         return Plan(name, row.method, own)
@@ -133,7 +139,8 @@ def compare(
 
     if len(rates) > 1:
         console.print(f"{task.title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
-        chosen.update(zip(rows, choose(rows), strict=True))
+        free = [row for row in rows if not row.published]
+        chosen.update(zip(free, choose(free), strict=True))
         chosen.update(zip(twins, choose([twin(row, TRIAL_SEED) for row in twins]), strict=True))
     plans: dict[Row, list[Plan]] = {row: [] for row in (*rows, *twins)}
     for seed in options.seeds:
@@ -147,7 +154,7 @@ def compare(
             plans[row].append(made)
     found = {row: [store.result(made) for made in own] for row, own in plans.items()}
     drive = store.drive(plans[table[0]][0]) if table[0].method == BASELINE else {}
-    return lines_of(table, found, task.goal.report, sweep, drive), plans
+    return lines_of(table, found, report or task.goal.report, sweep, drive), plans
 
 
 def lines_of(

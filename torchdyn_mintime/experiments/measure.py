@@ -22,6 +22,7 @@ __all__ = [
     "CHUNK",
     "CLASSIFICATION",
     "DENSITY",
+    "ROBUSTNESS",
     "TUTORIAL",
     "Goal",
     "Pass",
@@ -32,12 +33,20 @@ __all__ = [
     "judge_flow",
     "judge_tutorial_flow",
     "median_seconds",
+    "robust_accuracy",
     "scores",
     "single_thread",
+    "solver_errors",
 ]
 
 CHUNK = 1000
 """Samples solved at once, so that memory suffices."""
+
+NOISE, ATTACK = 0.3, 0.1
+"""Sizes of the noise and of the attack, in deviations of the training data."""
+
+ATTACKED, ATTACKED_AT_ONCE = 500, 100
+"""Test samples that robustness is judged on, and how many of them keep their graph at once."""
 
 PATIENCE = 60.0
 """Seconds after which no new round of timing is begun, once there were three."""
@@ -130,19 +139,28 @@ def exact(model: models.Model, tolerance: float = 1e-7) -> models.Model:
     """
     if isinstance(model.node, models.NoODE):
         return deepcopy(model).double()
+    ends = torch.tensor([float(model.t_span[0]), model.t_f], dtype=torch.float64)
+    return _solved(model, ends, solver="dopri5", atol=tolerance, rtol=tolerance)
+
+
+def solver_errors(model: models.Model, x: Tensor, solver: str, steps: Sequence[int]) -> dict[int, float]:
+    """Returns the solver error of a trained model, over the displacement, by the evaluations of so many equal steps."""
+    reference, found = forward(exact(model), x.double()), {}
+    for count in steps:
+        points = torch.linspace(float(model.t_span[0]), model.t_f, count + 1, dtype=torch.float64)
+        own = forward(_solved(model, points, solver=solver), x.double())
+        found[own.nfe] = _rms(own.end - reference.end) / _rms(reference.end - reference.start)
+    return found
+
+
+def _solved(model: models.Model, t_span: Tensor, **options: Any) -> models.Model:
+    """A copy in float64 whose ODE is solved otherwise."""
     field = deepcopy(model.node.vf.vf).double()  # as torchdyn wraps it where it takes no time
     for module in field.modules():
         if getattr(module, "trace_estimator", None) is hutch_trace:
             module.trace_estimator = autograd_trace
-    found = models.Model(
-        field,
-        torch.tensor([float(model.t_span[0]), model.t_f], dtype=torch.float64),
-        before=deepcopy(model.before).double(),
-        head=deepcopy(model.head).double(),
-        solver="dopri5",
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    before, head = deepcopy(model.before).double(), deepcopy(model.head).double()
+    found = models.Model(field, t_span, before=before, head=head, **options)
     found.node = LearnableSpan(found.node, found.t_span)
     return found.to(next(field.parameters()).device)
 
@@ -160,6 +178,25 @@ def judge_classifier(model: models.Model, data: datasets.Data, figures: dict[str
     figures["reference_loss"], figures["reference_accuracy"] = scores(reference.output, data.y_test)
     figures["changed"] = (test.output.argmax(1) != reference.output.argmax(1)).double().mean().item()
     figures["error"] = _rms(test.end - reference.end) / _rms(reference.end - reference.start) if test.steps else 0.0
+    figures.update(robust_accuracy(model, data))
+
+
+def robust_accuracy(model: models.Model, data: datasets.Data) -> dict[str, float]:
+    """Returns the accuracies on the first :data:`ATTACKED` test samples under noise, and under an attack of one step.
+
+    Noise is Gaussian with :data:`NOISE` times the deviation of the training data. The attack moves every entry of a sample by
+    :data:`ATTACK` times that deviation, with the sign of the loss's gradient, which is that of the model as it is (FGSM).
+    """
+    x, y = data.x_test[:ATTACKED], data.y_test[:ATTACKED]
+    deviation, generator = data.x.std().item(), torch.Generator().manual_seed(0)
+    noise = NOISE * deviation * torch.randn(x.shape, generator=generator).to(x)
+    found = {"noisy": scores(forward(model, x + noise).output, y)[1]}
+    moved = []
+    for part, labels in zip(x.split(ATTACKED_AT_ONCE), y.split(ATTACKED_AT_ONCE), strict=True):
+        part = part.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(model(part), labels), part)
+        moved.append((part + ATTACK * deviation * gradient.sign()).detach())
+    return {**found, "attacked": scores(forward(model, torch.cat(moved)).output, y)[1]}
 
 
 def _rms(z: Tensor) -> float:
@@ -240,6 +277,8 @@ CLASSIFICATION = Goal(
         "reference_accuracy",
         "changed",
         "error",
+        "noisy",
+        "attacked",
     ),
     report=Report(
         columns={
@@ -276,6 +315,24 @@ CLASSIFICATION = Goal(
         higher=True,
     ),
     accuracy=lambda output, y: (output.argmax(1) == y).float().mean(),
+)
+
+ROBUSTNESS = replace(
+    CLASSIFICATION.report,
+    columns={
+        "t_f": cell("t_f", "{:.4g}"),
+        "evals": cell("nfe"),
+        "loss": cell("loss", "{:.3g}"),
+        "test %": cell("accuracy", "{:.1f}", scale=100),
+        "changed %": cell("changed", "{:.1f}", scale=100),
+        "under noise %": cell("noisy", "{:.1f}", scale=100),
+        "under attack %": cell("attacked", "{:.1f}", scale=100),
+        "lr": cell("lr", of_failed=True),
+    },
+    details={},
+    gains={},
+    caption=f"Medians over seeds (and ranges). Noise: Gaussian, {NOISE:g} deviations of the training data. Attack: one step "
+    f"along the sign of the gradient, {ATTACK:g} deviations. Both on the first {ATTACKED} test samples.",
 )
 
 DENSITY = Goal(

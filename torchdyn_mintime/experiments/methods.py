@@ -10,16 +10,25 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchdyn_mintime import DepthGrowth, LearnableSpan, Shallowest, TargetLoss, parameter_groups, spans
+from torchdyn_mintime import (
+    DepthGrowth,
+    LearnableSolver,
+    LearnableSpan,
+    Shallowest,
+    TargetLoss,
+    parameter_groups,
+    spans,
+)
 from torchdyn_mintime.core import RandomSpan
 from torchdyn_mintime.depth.rollback import Rollback
 from torchdyn_mintime.depth.times import CoordinateDescent, GaussNewtonTime
+from torchdyn_mintime.depth.trials import Verdict
 from torchdyn_mintime.experiments.context import Context, Settings, Step
 from torchdyn_mintime.experiments.models import Model, span_of
 from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, trajectory
@@ -46,6 +55,12 @@ LONGER = 10
 # ---------------------------------------------------------------------------------- who moves t_f, and ends the training
 
 
+def _target_of(run: Context) -> float:
+    if run.settings.target is None:
+        raise ValueError("the task has no target loss of its own, which this method needs: give --target")
+    return run.settings.target
+
+
 class Driver:
     """The plain one: so many iterations, and the optimizer moves t_f if it is a parameter.
 
@@ -56,9 +71,11 @@ class Driver:
     Attributes:
         owns_rates: whether it sets the learning rates, so that nobody else must.
         limit: iterations, at most.
+        verdict: of a search that has ended.
     """
 
     owns_rates = False
+    verdict: Verdict | None = None
 
     def __init__(self, run: Context, **parts: Any):
         self.run, self.parts, self.limit = run, parts, run.settings.iterations
@@ -93,6 +110,10 @@ class Driver:
         """Ends the training. Returns why it failed, or an empty text."""
         return ""
 
+    def front(self) -> list[Model]:
+        """Returns the models of a search at all depths that passed, from the deepest to the shallowest."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a stopped training needs to go on."""
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -107,7 +128,7 @@ class KeepTarget(Driver):
     """Minimum-time with the price of time found for a target loss."""
 
     def __init__(self, run: Context):
-        self.price = TargetLoss(run.model, run.settings.target)
+        self.price = TargetLoss(run.model, _target_of(run))
         super().__init__(run, price=self.price)
 
     def before_step(self, loss: Tensor) -> bool:
@@ -134,7 +155,7 @@ class Grow(Driver):
     """
 
     def __init__(self, run: Context, patience: int = 0, pretrained: bool = True, **parts: Any):
-        self.growth = DepthGrowth(run.model.node, run.settings.target, patience=patience)
+        self.growth = DepthGrowth(run.model.node, _target_of(run), patience=patience)
         super().__init__(run, growth=self.growth, **parts)
         run.history.first_stage = run.settings.iterations if pretrained else None
 
@@ -173,12 +194,9 @@ class GrowAlone(Grow):
         return super().done or self.at_limit
 
     def finish(self) -> str:
-        met = self.growth.done or not self.at_limit
-        return (
-            ""
-            if met
-            else f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
-        )
+        if self.growth.done or not self.at_limit:
+            return ""
+        return f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
 
     def before_step(self, loss: Tensor) -> bool:
         return not self._went_back(loss.item())
@@ -200,8 +218,9 @@ class Search(Driver):
     owns_rates = True
 
     def __init__(self, run: Context):
-        self.search = Shallowest(target=run.settings.target)
+        self.search = Shallowest(target=run.settings.target, solver_tol=run.settings.solver_tol)
         super().__init__(run, search=self.search)
+        run.history.searched = True
         self.search.batches_seen_together = run.batches.per_pass
         self.search.start(run.model, run.optimizer)
 
@@ -218,6 +237,9 @@ class Search(Driver):
 
     def after_step(self, loss: Tensor) -> str:
         self.search.step(loss, self.run.loss_again)
+        history = self.run.history
+        if history.first_stage is None and any(trial.passed for trial in self.search.trials):
+            history.first_stage = len(history.loss)
         return ""
 
     def recovers(self, why: str) -> bool:
@@ -225,7 +247,12 @@ class Search(Driver):
         return True
 
     def finish(self) -> str:
-        return "" if self.search.finish().feasible else "no number of steps met the target as a true ODE"
+        self.verdict = self.search.finish()
+        return "" if self.verdict.feasible else "no number of steps met the target as a true ODE"
+
+    def front(self) -> list[Model]:
+        passed = [] if self.verdict is None else self.verdict.front
+        return [cast(Model, self.search.take(evaluations=trial.evaluations)) for trial in passed]
 
 
 # -------------------------------------------------------------------------------------------------------- the methods
@@ -238,7 +265,7 @@ class Method:
     Attributes:
         label: as printed.
         span: options of ``wrap``; None leaves torchdyn's bare NeuralODE, with its own drive and its own rk4 (U1).
-        node: options of the NeuralODE over the task's.
+        node: options of the NeuralODE over the task's; a solver may be a function that makes it.
         t_span: the points of the solve over the task's.
         span_lr: learning rate of the times where the settings give none; None is the network's.
         terminal: weight of the terminal loss.
@@ -339,7 +366,7 @@ def _penalty(make: Callable[..., Any], every: int = 1, **options: Any) -> Callab
 
 # ---------------------------------------------------------------------------------------------------- the registry
 
-_SHORT = span_of(5, 0.05)
+_SHORT, _LONGER = span_of(5, 0.05), span_of(10, 0.1)
 _ONE_STEP = span_of(1)
 _ADJOINT = {"sensitivity": "adjoint"}
 _WHOLE = Method("vanilla", span={}, frozen=True)
@@ -358,9 +385,11 @@ METHODS: dict[str, Method] = {
     "convergence-rate-patient": replace(
         _ALGORITHM_2, label="convergence-rate, patience 3", driver=partial(Grow, patience=3)
     ),
+    "convergence-rate-longer": replace(_ALGORITHM_2, label="convergence-rate, pre-trained on [0, .1]", t_span=_LONGER),
     "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
-    "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    "pretrained-longer": replace(_LYAPUNOV, label="Lyapunov on [0, .1]", t_span=_LONGER, rate=20.0),
+    "combined": Method("combined", span={"bounds": (0.01001, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
     "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
     "lyapunov-10": replace(_LYAPUNOV, label="Lyapunov, rate 10", rate=10.0),
     "lyapunov-20": replace(_LYAPUNOV, label="Lyapunov, rate 20", rate=20.0),
@@ -380,6 +409,7 @@ METHODS: dict[str, Method] = {
     "local-error": replace(
         _WHOLE, label="local error", terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
     ),
+    "residual": replace(_WHOLE, label="one residual block", node={"solver": "euler"}, t_span=_ONE_STEP),
     "step-doubling": replace(
         _WHOLE, label="1 step, step doubling", t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
     ),
@@ -405,6 +435,13 @@ METHODS: dict[str, Method] = {
         label="TO-FLOW's coordinate descent",
         times=partial(torch.optim.Adam, lr=0.02),
         in_turn=partial(CoordinateDescent, turns=(5, 1)),
+    ),
+    "minimum-time-learned": replace(
+        _MINIMUM_TIME,
+        label="minimum-time, learned solver of 4 stages",
+        node={"solver": partial(LearnableSolver, 4)},
+        t_span=_ONE_STEP,
+        terms=(_price_of_time, _penalty(step_doubling.StepDoubling)),
     ),
     "minimum-time-adjoint": replace(_MINIMUM_TIME, label="minimum-time, adjoint", node=_ADJOINT),
 }

@@ -10,7 +10,9 @@ TASKS = {
     "digits": "handwritten digits",
     "mnist": "MNIST",
     "fashion-mnist": "Fashion-MNIST",
-    "fashion-mnist-cpu": "Fashion-MNIST, 10,000 images, 16 channels",
+    "mnist-cpu": "MNIST, 10,000 images, an encoder of one patch convolution",
+    "fashion-mnist-cpu": "Fashion-MNIST, 10,000 images, an encoder of one patch convolution",
+    "cifar10-cpu": "CIFAR-10, 10,000 images, an encoder of one patch convolution",
     "cifar10": "CIFAR-10",
     "flow-moons": "a flow on two moons",
     "flow-circles": "a flow on two circles",
@@ -27,8 +29,10 @@ METHODS = {
     "target": "minimum-time, with the price found for a target loss",
     "convergence-rate": "Algorithm 2: the Lyapunov loss on [0, .05], then growth of t_f until the target",
     "convergence-rate-patient": "Algorithm 2, which grows when the loss has not improved for three looks",
+    "convergence-rate-longer": "Algorithm 2 from [0, .1], as the paper's code has it on two moons",
     "growth": "growth of t_f from one step, on the terminal loss",
     "pretrained": "the first stage of Algorithm 2 alone",
+    "pretrained-longer": "the same, on [0, .1]",
     "combined": "the Lyapunov loss, the terminal loss and the price of time in one stage",
     "lyapunov-1": "the Lyapunov loss at the rate 1, t_f frozen",
     "lyapunov-10": "the Lyapunov loss at the rate 10, t_f frozen",
@@ -39,6 +43,7 @@ METHODS = {
     "taynode-3": "TayNODE: vanilla, with the third derivative of the path penalised",
     "rnode": "RNODE: vanilla, with kinetic energy and Jacobian norm penalised",
     "local-error": "the solver's local error penalised, t_f frozen",
+    "residual": "one step of Euler, with no look at its error: a residual block",
     "step-doubling": "one step, with its difference to two half steps penalised",
     "shallowest": "search for the fewest evaluations at which the target is met by a true ODE",
     "shallowest-adaptive": "the same search, started from tsit5",
@@ -49,6 +54,7 @@ METHODS = {
     "snopt": "SNOpt's second-order update of t_f, with the adjoint",
     "snopt-adaptive": "SNOpt's update of t_f, with the adjoint and dopri5",
     "coordinate-descent": "TO-FLOW: five steps of the network, then one of t_f, with a price of time",
+    "minimum-time-learned": "minimum-time in one step of a solver whose four stages are learned too",
     "minimum-time-adjoint": "minimum-time with the adjoint",
 }
 
@@ -66,12 +72,14 @@ FLOW_METHODS = {
 
 TABLES = {
     "1": "supervised learning: two moons and concentric annuli",
-    "2": "image classification: digits, MNIST, Fashion-MNIST, CIFAR-10",
+    "2": "image classification: digits, MNIST, Fashion-MNIST and CIFAR-10, the last three on a CPU's scale too",
     "3": "the combined method, on concentric annuli",
     "4": "against SNOpt, on concentric annuli",
     "5": "adaptive solvers, on concentric annuli",
     "6": "training time saved on MNIST and CIFAR-10",
     "flows": "section 4.2: flows on two moons and two circles",
+    "robustness": "accuracy under noise and attacks",
+    "precision": "evaluations against solver error, at several tolerances of the search",
 }
 
 FIGURES = {

@@ -85,6 +85,13 @@ class Store:
         """Returns the history of a finished plan."""
         return History(**self._record(plan)["history"])
 
+    def search(self, plan: Plan) -> dict[str, Any]:
+        """Returns what a finished search tried, ``verdict``, and its models' figures at every depth that passed, ``front``.
+
+        An empty dictionary where the plan is no search.
+        """
+        return self._record(plan).get("search", {})
+
     def model(self, plan: Plan) -> models.Model:
         """Returns the trained model of a finished plan."""
         return load_model(plan, self._path(plan, ".pt"))
@@ -218,8 +225,10 @@ class Store:
         """Judges a finished run, writes it, and returns its figures; its checkpoint goes."""
         result = run.judge()
         self.folder.mkdir(parents=True, exist_ok=True)
+        searched = run.searched()  # while the model is where it was trained
         torch.save(run.model.cpu().state_dict(), self._path(plan, ".pt"))
-        self._write(plan, {"plan": asdict(plan), "result": result, "history": asdict(run.history)})
+        record = {"plan": asdict(plan), "result": result, "history": asdict(run.history), "search": searched}
+        self._write(plan, record)
         self._path(plan, ".checkpoint").unlink(missing_ok=True)
         return result
 

@@ -197,6 +197,17 @@ class Run:
             failure = failure or f"the trained model cannot be solved: {error}"
         return {**figures, "failure": failure}
 
+    def searched(self) -> dict[str, Any]:
+        """Returns of a search what it tried, and the figures of its model at every depth that passed; else an empty dict."""
+        verdict = self.driver.verdict
+        if verdict is None:
+            return {}
+        front = []
+        for model in self.driver.front():
+            front.append({"t_f": model.t_f})
+            self.task.goal.judge(model, self.data, front[-1])
+        return {"verdict": asdict(verdict), "front": front}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a stopped run needs to go on as if it had not been stopped."""
         parts = (self.model, self.driver, self.batches, *self._optimizers)
