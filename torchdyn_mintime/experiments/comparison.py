@@ -9,7 +9,18 @@ from torchdyn_mintime.experiments.results import Line, Report, frame_of
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 
-__all__ = ["BEST_OF_SWEEP", "LEARNED", "SEARCH_TWIN", "TORCHDYN_TWIN", "TWIN", "Options", "Row", "compare", "lines_of", "rank"]
+__all__ = [
+    "BEST_OF_SWEEP",
+    "LEARNED",
+    "SEARCH_TWIN",
+    "TORCHDYN_TWIN",
+    "TWIN",
+    "Options",
+    "Row",
+    "compare",
+    "lines_of",
+    "rank",
+]
 
 TRIAL_SEED = 1000
 """Learning rates are chosen on it, so that no seed of a table has had a say in them.

@@ -1,13 +1,11 @@
 """The paper's tables, with ours and the controls beside each of their rows: ``TABLES``, by number.
 
-``make`` makes these, ``make_all`` all of them, ``make_own`` one of any task and methods, and ``demo`` a short one with
-figures.
+``make`` makes these, ``make_all`` all of them, and ``make_own`` one of any task and methods.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -20,14 +18,12 @@ from torchdyn_mintime.experiments.tasks import TASKS
 
 __all__ = [
     "ALL",
-    "DEMO",
     "FIRST_SEED",
     "FLOW_SWEEP",
     "IMAGE_SWEEP",
     "SWEEP",
     "TABLES",
     "Part",
-    "demo",
     "make",
     "make_all",
     "make_own",
@@ -300,12 +296,6 @@ ALL = (
 )
 """Every table of the documentation, the quick ones first. Rows that were in an earlier one are not trained again."""
 
-# Fewer iterations than the paper's, for all models alike, and a time that moves faster: a demo is short.
-DEMO: dict[str, dict[str, Any]] = {
-    "moons": dict(iterations=100, lr=0.1, span_lr=0.02, weight=1.0),
-    "digits": dict(iterations=100, lr=0.03, span_lr=0.02, weight=0.5, decay=0.99, batch=64),
-}
-
 
 def make(number: str, options: Options, folder: Path, store: Store, only: tuple[str, ...] = ()) -> pd.DataFrame:
     """Runs a table's rows and their controls, prints it, and writes it as CSV, JSON and Markdown.
@@ -433,34 +423,3 @@ def _beside_published(line: Line, plan: Plan) -> str:
         near = (abs(values / published - 1) <= 0.25).sum()
         text += f"; published t_f {published:g}: {near} of {len(values)} within 25 %"
     return text
-
-
-def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Trains three models on each task, prints a table for each and writes them and the pictures into ``folder``.
-
-    Args:
-        folder: for pictures, CSV, JSON and Markdown.
-        store: of the runs.
-        iterations: optimizer steps of every model, instead of the demo's own.
-        seed: of data, initialisation and batches.
-    """
-    texts, results, console = ["# Vanilla and minimum-time"], [], store.console
-    for name, own in DEMO.items():
-        settings = {**own, "iterations": iterations or own["iterations"]}
-        # The control: does the learned end matter, or only that there are fewer steps?
-        rows = (Row("vanilla"), Row("minimum-time"), TWIN)
-        lines, plans = compare(name, rows, Options((seed,), settings=settings), store)
-        task, first = TASKS[name], [own[0] for own in plans.values()]
-        vanilla, ours, twin = (line.results.iloc[0] for line in lines)
-        texts += [
-            show(f"Vanilla and minimum-time: {task.title}", task.title, lines, task.goal.report, console),
-            f"Minimum-time went from {vanilla.steps} steps to {ours.steps} in the one training. Who knew that number "
-            f"beforehand would train in {twin.training:.1f} s instead of {ours.training:.1f} s.",
-        ]
-        console.print(
-            texts[-1], f"Pictures: {figures.draw_training_of(first, store, folder / f'{name}.png')}", sep="\n"
-        )
-        results += [line.results for line in lines]
-    found = pd.concat(results)
-    write(found, texts, folder, "demo", console)
-    return found
