@@ -269,7 +269,9 @@ class FlowModel(pl.LightningModule):
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
         if not span.interval.settled:
             span.interval = replace(span.interval, settled=True)
-        end = span.trajectory(state, span.t_span.flip(0) if reverse else None)[-1]
+        # A solver of one step has no states at the points of a template that was made for another.
+        points = span.t_span[[0, -1]] if span.interval.one_step else span.t_span
+        end = span.trajectory(state, points.flip(0) if reverse else None)[-1]
         return end[:, extra:], end[:, extra - 1]
 
     # ------------------------------------------------------------------------------------------ densities and samples

@@ -19,7 +19,9 @@ from torchdyn.core import NeuralODE
 from torchdyn.core.defunc import DEFuncBase
 from torchdyn.nn.galerkin import GalLayer
 
-__all__ = ["STATEFUL", "BoundField", "Field", "cost_columns", "evaluating", "kept", "takes"]
+from torchdyn_mintime.core import exact_trace
+
+__all__ = ["STATEFUL", "BoundField", "Field", "cost_columns", "evaluating", "kept", "takes", "written_by_evaluations"]
 
 STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 """Modules whose evaluations in training mode do not repeat, or depend on the batch."""
@@ -102,6 +104,12 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _ABSENT = object()
 
 
+def written_by_evaluations(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Returns where an evaluation of torchdyn's layers leaves tensors: the time, and the Galerkin weights made of it."""
+    found = [(m, "t") for m in modules if hasattr(m, "t")]
+    return found + [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
+
+
 class _Roles:
     """Which of a field's modules want what. Looking for it is most of the cost of a call, so it is kept."""
 
@@ -111,8 +119,7 @@ class _Roles:
         self.traces: list[Any] = [m for m in modules if hasattr(m, "trace_estimator")]
         self.controlled: list[Any] = [m for m in modules if hasattr(m, "_control")]
         self.timed = [m for m in modules if hasattr(m, "t")]
-        self.written = [(m, "t") for m in self.timed]
-        self.written += [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
+        self.written = written_by_evaluations(modules)
         self.captured = [(m, name) for m in modules for name in ("_control", "noise") if hasattr(m, name)]
         self.buffers = [(m, name) for m in modules for name, b in m._buffers.items() if b is not None]
         # What a user may set on the field between two forwards: flags, labels, conditions. Times and Galerkin weights are
@@ -179,8 +186,7 @@ class Field:
         _check_state(x, node)
         if args is not None and not isinstance(args, Mapping):
             raise TypeError(f"args must be a mapping, which the field gets as its `args`; got {type(args).__name__}")
-        takes_args = self._calls_with_args()
-        if args and not takes_args:
+        if args and not self._calls_with_args():
             raise ValueError(
                 f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward"
             )
@@ -197,7 +203,7 @@ class Field:
                         node.controlled = True
                         module._control = x[:, excess:].detach()
             # A copy: the caller may put other entries into the same mapping before the backward of this solve.
-            return BoundField(node, roles, takes_args, copy.copy(args) if args else {}, alone)
+            return BoundField(node, roles, self.core(), copy.copy(args) if args else {}, alone)
 
     @contextmanager
     def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
@@ -216,6 +222,18 @@ class Field:
                 yield self.bind(x, args)
             finally:
                 self.node.controlled = controlled
+
+    def core(self) -> tuple[Callable, bool, bool]:
+        """Returns the innermost callable past torchdyn's wrappers that nothing hooks into.
+
+        And whether it is called with the time, and with ``args``.
+        """
+        core = self.node.vf.vf
+        if not isinstance(core, DEFuncBase):
+            return core, True, self._calls_with_args()
+        if _has_hooks(core):
+            return core, True, True
+        return core.vf, core.has_time_arg, core.has_time_arg and self._calls_with_args()
 
     def _calls_with_args(self) -> bool:
         core = self.node.vf.vf
@@ -246,7 +264,14 @@ class BoundField:
         alone: a lock that keeps solves of other threads away, where the field's modules keep something of a solve.
     """
 
-    def __init__(self, node: Any, roles: _Roles, takes_args: bool, args: Mapping, alone: AbstractContextManager):
+    def __init__(
+        self,
+        node: Any,
+        roles: _Roles,
+        core: tuple[Callable, bool, bool],
+        args: Mapping,
+        alone: AbstractContextManager,
+    ):
         self.node = node
         self.args = args
         self.alone = alone
@@ -259,7 +284,7 @@ class BoundField:
         ]
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._count = _Count()
-        self.function = self._build(takes_args)
+        self.function = self._build(*core)
         self._attributes: list[Any] | None = None  # until the solve has ended, all is as it was
 
     @property
@@ -271,8 +296,11 @@ class BoundField:
     def nfe(self, value: int) -> None:
         self._count.nfe = value
 
-    def _build(self, takes_args: bool) -> Callable[[Any, Tensor], Tensor]:
-        own, own_timed, kwargs = self._core(takes_args, self.args)
+    def _build(self, core: Callable, own_timed: bool, takes_args: bool) -> Callable[[Any, Tensor], Tensor]:
+        kwargs = {"args": self.args} if takes_args else {}
+        own = core if own_timed else _without_time(core)
+        if self._roles.traces and not own_timed and (layers := exact_trace.layers_of(core)):
+            own = _without_time(partial(exact_trace.rate, *layers))
         timed_modules, order, count = self._roles.timed, self.node.order, self._count
         integral_loss = self.node.vf.integral_loss if self.node.vf.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
@@ -308,18 +336,6 @@ class BoundField:
 
         evaluate.timed = timed  # type: ignore[attr-defined]
         return evaluate
-
-    def _core(self, takes_args: bool, args: Mapping):
-        """Returns the innermost callable past torchdyn's wrappers that nothing hooks into, if it is timed, its keywords."""
-        vf = self.node.vf
-        core = vf.vf
-        if isinstance(core, DEFuncBase) and not _has_hooks(core):
-            if not core.has_time_arg:
-                return _without_time(core.vf), False, {}
-            core = core.vf
-        elif isinstance(core, DEFuncBase):
-            return core, True, {"args": args}
-        return core, True, ({"args": args} if takes_args else {})
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ __all__ = ["LOAD_HINT", "Call", "LearnableSpan"]
 
 _log = logging.getLogger(__name__)
 
+MANY_PIECES = 50
+"""An adaptive solve that lands on the ends of so many pieces is worth a warning, if it hardly takes more steps than these."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -224,6 +227,7 @@ class LearnableSpan(LearnableInterval):
         if plan.settles is not None and self.training and isinstance(self.t_f, nn.Parameter):
             self._settle(plan)
         self.last = last.light()
+        self._warn_of_pieces(last)
         if (
             self._steps_seen is not None
             and self.training
@@ -232,6 +236,20 @@ class LearnableSpan(LearnableInterval):
         ):
             self._steps_seen = None
         return last
+
+    def _warn_of_pieces(self, last: LastSolve) -> None:
+        """Says once where the times asked for, and not the tolerance, decide the steps of an adaptive solver."""
+        pieces, steps = len(last.grid.nodes) - 1, len(last.steps) - 1
+        lands = self.adaptive and self.interpolator is None
+        if not lands or pieces < MANY_PIECES or steps >= 2 * pieces or "pieces" in self._said:
+            return
+        self._said.add("pieces")
+        warnings.warn(
+            f"the {pieces + 1} times asked for have cut the solve by {self.stepper.name} into pieces: it lands on each, in "
+            f"{steps} steps and {last.bound.nfe} evaluations. With dense=True it takes the steps that its tolerance needs, and "
+            "gives the states between by interpolation",
+            stacklevel=6,  # past forward and what torch calls it by
+        )
 
     @torch.no_grad()
     def solve_again(self) -> None:
@@ -250,9 +268,18 @@ class LearnableSpan(LearnableInterval):
     def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
         """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``.
 
-        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity.
+        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity. Where the steps were laid
+        (:meth:`lay`, a search), each time that is asked for is a point of the solve too, at the price of a step; a
+        LearnableSolver knows the two ends alone.
+
+        Raises:
+            ValueError: there is no state for a time that is asked for, or the span starts later than the steps that were laid.
         """
-        call = Call(self, x, self._plan(t_span, ()), sensitivity="autograd")
+        plan = self._plan(t_span, ())
+        if t_span is not None and (self.interval.pinned or self.interval.one_step):
+            # These solve the whole interval by steps of their own, and the caller's points are others.
+            plan = self._plan(t_span, self.interval.asked(t_span.tolist(), plan.grid.nodes, self.t_f.dtype))
+        call = Call(self, x, plan, sensitivity="autograd")
         return (call() if self._replacement is None else self._replacement(self, x, call))[1]
 
     # ---------------------------------------------------------------------------------------- what the last forward did

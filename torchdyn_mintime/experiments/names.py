@@ -78,8 +78,8 @@ TABLES = {
     "5": "adaptive solvers, on concentric annuli",
     "6": "training time saved on MNIST and CIFAR-10",
     "flows": "section 4.2: flows on two moons and two circles",
-    "robustness": "accuracy under noise and attacks",
-    "precision": "evaluations against solver error, at several tolerances of the search",
+    "robustness": "accuracy under noise and one-step attacks",
+    "precision": "evaluations against solver error, of searches at four tolerances",
 }
 
 FIGURES = {

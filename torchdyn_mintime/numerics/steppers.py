@@ -317,11 +317,14 @@ class LearnedStepper(Stepper):
             return _TensorRungeKutta(self.name, self.order, *self._solver.coefficients())
         values = free.tolist()  # a parameter can be written to in ways that leave no trace but its values
         if self._numbers is None or self._numbers[0] != values:
-            with torch.no_grad():
-                a, b, c = (v.tolist() for v in self._solver.coefficients())
-            rows = [row[:i] for i, row in enumerate(a)][1:]
-            self._numbers = values, RungeKutta(self.name, self.order, c, rows, b)
+            self._numbers = values, self.as_numbers()
         return self._numbers[1]
+
+    def as_numbers(self) -> RungeKutta:
+        """Returns the method with its coefficients as they are now, as numbers."""
+        with torch.no_grad():
+            a, b, c = (v.tolist() for v in self._solver.coefficients())
+        return RungeKutta(self.name, self.order, c, [row[:i] for i, row in enumerate(a)][1:], b)
 
 
 class _TensorRungeKutta(Stepper):
