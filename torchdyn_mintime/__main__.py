@@ -60,14 +60,14 @@ def main(
     """
 
 
-@app.command()
-def demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
-    """Vanilla, minimum-time, and the search on two moons and handwritten digits: tables and pictures. About two minutes."""
-    from torchdyn_mintime.experiments import tables
+@app.command("demo")
+def make_demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
+    """Vanilla, minimum-time, the search, and controls on two moons and digits: tables and pictures. About two minutes."""
+    from torchdyn_mintime.experiments.demo import demo
 
     store = _store(output)
     with _said(store.console, "demo"):
-        tables.demo(output / "demo", store, iterations, seed)
+        demo(output / "demo", store, iterations, seed)
 
 
 def _listing(title: str, lines: dict[str, str]) -> str:

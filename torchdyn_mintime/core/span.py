@@ -58,7 +58,10 @@ class Call:
 Solve = Callable[["LearnableSpan", Tensor, Call], tuple[Tensor, Tensor]]
 """``solve(span, x, call) -> (t_eval, sol)``: what stands in a span's place; ``call()`` is its own solve from ``x``."""
 
-LOAD_HINT = "(was wrapped by a callback: before loading, `from torchdyn_mintime import wrap; wrap(module)`)"
+LOAD_HINT = (
+    "(a callback has wrapped it: make the module, `from torchdyn_mintime import wrap; wrap(module)`, then load this "
+    "state_dict; or give the Trainer the callback)"
+)
 """The name of an empty entry in checkpoints of Lightning, which torch shows where the module that loads is a bare one."""
 
 
