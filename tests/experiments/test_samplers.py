@@ -28,7 +28,18 @@ def small(monkeypatch, tmp_path):
 
 
 def test_a_row_for_each_method_seed_and_number_of_evaluations(tmp_path):
-    words = ("--method", "euler", "--method", "midpoint", "--method", "fit-solver", "--iterations", "30", "--seeds", "2")
+    words = (
+        "--method",
+        "euler",
+        "--method",
+        "midpoint",
+        "--method",
+        "fit-solver",
+        "--iterations",
+        "30",
+        "--seeds",
+        "2",
+    )
     out = call(*words)
     rows = json.loads((tmp_path / "results/run-sampler-moons.json").read_text())
     asked = [(m, s, n) for s in (0, 1) for m in ("euler", "midpoint", "fit-solver") for n in (2, 4)]
@@ -56,7 +67,10 @@ def test_the_weights_may_move(tmp_path):
 
 @pytest.mark.parametrize(
     "words, text",
-    [(("--method", "vanilla"), "there is no method 'vanilla' for sampler-moons"), (("--weight", "1"), "has no use for")],
+    [
+        (("--method", "vanilla"), "there is no method 'vanilla' for sampler-moons"),
+        (("--weight", "1"), "has no use for"),
+    ],
 )
 def test_what_has_no_use_is_refused(words, text):
     assert text in " ".join(call(*words, code=2).split())
