@@ -23,18 +23,20 @@ from torchdyn_mintime.experiments.results import Line
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.losses import lyapunov, potentials
+from torchdyn_mintime.losses.certificate import Certificate
 
 __all__ = [
     "FIGURES",
     "FLOW_FIGURES",
     "Finished",
+    "certificate_of",
     "draw_classifier",
     "draw_flows_of",
     "draw_front_of",
     "draw_precision_of",
-    "draw_training_of",
     "finished",
     "make",
+    "verdict_of",
 ]
 
 FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
@@ -84,6 +86,29 @@ def finished(plan: Plan, store: Store, most: int | None = None) -> Finished:
     return Finished(model, store.result(plan), x, y, t_eval, sol, losses)
 
 
+@torch.no_grad()
+def certificate_of(plan: Plan, store: Store) -> Certificate | None:
+    """Returns the rate that held on the first :data:`MOST` test samples of a finished plan; None of methods without a rate."""
+    rate = TASKS[plan.task].method(plan.method).rate
+    if rate is None or math.isnan(store.result(plan)["accuracy"]):
+        return None
+    data, model = store.data(plan), store.model(plan).eval()
+    return _regularizer(model, rate).certificate(model.before(data.x_test[:MOST]), data.y_test[:MOST])
+
+
+def _regularizer(model: models.Model, rate: float) -> lyapunov.LyapunovRegularizer:
+    return lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
+
+
+def verdict_of(plan: Plan, store: Store) -> Verdict | None:
+    """Returns what a finished search found; None where the plan is no search."""
+    record = store.search(plan).get("verdict")
+    if record is None:
+        return None
+    trials = [Trial(**trial) for trial in record["trials"]]
+    return Verdict(**{**record, "best": Trial(**record["best"]), "trials": trials})
+
+
 def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
     """Draws a finished run: its training, and the loss along the flow. Of Lyapunov methods it shows the rate that held, too."""
     if math.isnan(store.result(plan)["accuracy"]):
@@ -94,41 +119,19 @@ def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
     shows_points = rate is not None and isinstance(model.node, LearnableSpan) and not model.node.adaptive
     figure, axes = plots.grid_of_axes(1, 1 + solved + 2 * shows_points)
     target = math.nan if plan.settings.target is None else plan.settings.target
-    if verdict := store.search(plan).get("verdict"):
-        trials = [Trial(**trial) for trial in verdict.pop("trials")]
-        plots.search(axes[0], Verdict(**{**verdict, "best": Trial(**verdict["best"])}, trials=trials))
+    if verdict := verdict_of(plan, store):
+        plots.search(axes[0], verdict)
     else:
         plots.growth(axes[0], history.t_f, history.loss, target, title="t_f and loss in training")
     if solved:
         title = "test loss along the flow"
         plots.curves(axes[1], {"": shown.profile}, x="time t", y="loss of z(t)", title=title, log=True)
-    if rate is not None:
-        regularizer = lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
-        with torch.no_grad():
-            certificate = regularizer.certificate(model.before(shown.x), shown.y)
-        store.console.print(str(certificate), highlight=False)
-        if shows_points:
-            plots.convergence(axes[2], certificate)
-            plots.violation(axes[3], shown.t_eval, regularizer.violation(shown.t_eval, shown.sol, shown.y))
+    if shows_points and rate is not None and (certificate := certificate_of(plan, store)):
+        plots.convergence(axes[2], certificate)
+        violation = _regularizer(model, rate).violation(shown.t_eval, shown.sol, shown.y)
+        plots.violation(axes[3], shown.t_eval, violation)
     path = folder / f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}.png".replace(":", "-")
     store.console.print(f"What it looks like: {plots.save(figure, path)}", highlight=False)
-
-
-def draw_training_of(plans: Sequence[Plan], store: Store, path: Path) -> Path:
-    """Draws up to three finished classifiers beside each other, with their losses and terminal times over training."""
-    figure, axes = plots.grid_of_axes(2, 3)
-    losses, seconds, times = {}, {}, {}
-    for axis, plan in zip(axes, plans, strict=False):
-        shown = finished(plan, store)
-        label, history = shown.result["method"], store.history(plan)
-        plots.trajectories(axis, shown.sol, shown.y, title=f"{label}: trajectories")
-        losses[label], seconds[label] = shown.profile, (history.seconds, history.loss)
-        times[label] = (range(1, len(history.t_f) + 1), history.t_f)
-    titles = ("loss along the trajectory", "loss against training time", "terminal time over training")
-    plots.curves(axes[3], losses, x="time t", y="test loss of z(t)", title=titles[0], log=True)
-    plots.curves(axes[4], seconds, x="training time, s", y="training loss", title=titles[1], log=True)
-    plots.curves(axes[5], times, x="iteration", y="$t_f$", title=titles[2])
-    return plots.save(figure, path)
 
 
 def draw_flows_of(plans: Sequence[Plan], store: Store, stem: Path) -> None:

@@ -84,7 +84,7 @@ SAMPLER_METHODS = {
 
 TABLES = {
     "1": "supervised learning: two moons and concentric annuli",
-    "2": "image classification: digits, MNIST, Fashion-MNIST, CIFAR-10",
+    "2": "image classification: digits, MNIST, Fashion-MNIST and CIFAR-10, the last three on a CPU's scale too",
     "3": "the combined method, on concentric annuli",
     "4": "against SNOpt, on concentric annuli",
     "5": "adaptive solvers, on concentric annuli",
