@@ -31,7 +31,7 @@ from torchdyn_mintime.depth.times import CoordinateDescent, GaussNewtonTime
 from torchdyn_mintime.depth.trials import Verdict
 from torchdyn_mintime.experiments.context import Context, Settings, Step
 from torchdyn_mintime.experiments.models import Model, span_of
-from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, trajectory
+from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, stiffness, trajectory
 
 __all__ = ["FLOW_METHODS", "METHODS", "Driver", "Grow", "GrowAlone", "KeepTarget", "Method", "Search", "Term"]
 
@@ -412,6 +412,7 @@ METHODS: dict[str, Method] = {
     "local-error": replace(
         _WHOLE, label="local error", terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
     ),
+    "srnode": replace(_WHOLE, label="SRNODE", terms=(_penalty(stiffness.Stiffness, weight=1e-4),)),
     "residual": replace(_WHOLE, label="one residual block", node={"solver": "euler"}, t_span=_ONE_STEP),
     "step-doubling": replace(
         _WHOLE, label="1 step, step doubling", t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)

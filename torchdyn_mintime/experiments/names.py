@@ -43,6 +43,7 @@ METHODS = {
     "taynode-3": "TayNODE: vanilla, with the third derivative of the path penalised",
     "rnode": "RNODE: vanilla, with kinetic energy and Jacobian norm penalised",
     "local-error": "the solver's local error penalised, t_f frozen",
+    "srnode": "SRNODE: vanilla, with the stiffness of the field along the path penalised",
     "residual": "one step of Euler, with no look at its error: a residual block",
     "step-doubling": "one step, with its difference to two half steps penalised",
     "shallowest": "search for the fewest evaluations at which the target is met by a true ODE",
