@@ -60,14 +60,14 @@ def main(
     """
 
 
-@app.command()
-def demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
-    """Vanilla, minimum-time, and the search on two moons and handwritten digits: tables and pictures. About two minutes."""
-    from torchdyn_mintime.experiments import tables
+@app.command("demo")
+def make_demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
+    """Vanilla, minimum-time, the search, and controls on two moons and digits: tables and pictures. About two minutes."""
+    from torchdyn_mintime.experiments.demo import demo
 
     store = _store(output)
     with _said(store.console, "demo"):
-        tables.demo(output / "demo", store, iterations, seed)
+        demo(output / "demo", store, iterations, seed)
 
 
 def _listing(title: str, lines: dict[str, str]) -> str:
@@ -80,11 +80,13 @@ RUN_HELP = f"""One task: a row for each method and seed. A finished seed is not 
 
 What is not given is as published, or the task's own.
 
-{_listing("Tasks", names.TASKS)}
+{_listing("Tasks", names.TASKS | names.SAMPLER_TASKS)}
 
 {_listing("Methods", names.METHODS)}
 
 {_listing("Methods of flow-moons and flow-circles; flow-tutorial compares vanilla and minimum-time", names.FLOW_METHODS)}
+
+{_listing("Methods of sampler-moons", names.SAMPLER_METHODS)}
 """
 
 
@@ -112,11 +114,17 @@ def run(
     device: Device = "cpu",
     output: Output = OUTPUT,
 ) -> None:
-    from torchdyn_mintime.experiments import comparison, tables
+    from torchdyn_mintime.experiments import comparison, samplers, tables
     from torchdyn_mintime.experiments.tasks import TASKS
 
+    if task in names.SAMPLER_TASKS:
+        _only(context, task, "method", "iterations", "first_seed")
+        store = _store(output)
+        with _said(store.console, task):
+            samplers.run(method or (), range(first_seed, first_seed + seeds), iterations, output, store)
+        return
     if task not in TASKS:
-        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(TASKS)}")
+        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join([*TASKS, *names.SAMPLER_TASKS])}")
     wanted = TASKS[task]
     if wanted.options is not None:
         _only(context, task, "iterations", "first_seed", *wanted.options)

@@ -91,8 +91,10 @@ def curves(
     title: str,
     log: bool = False,
     spread: Mapping[str, Sequence[float]] | None = None,
+    marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    """Draws named curves, each a pair (x, y), with a band of ``spread`` above and below where there is one by that name."""
+    """Draws named curves, each a pair (x, y), with a band of ``spread`` above and below, and a dot at the point of ``marks``,
+    where there is one by that name."""
     for i, (name, (xs, ys)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         axis.plot(xs, ys, color=colour, label=name, linewidth=1.6, linestyle=STYLES[i % len(STYLES)])
@@ -101,6 +103,8 @@ def curves(
             low = [max(value - width, 0.01 * value) for value, width in zip(ys, spread[name], strict=True)]
             high = [value + width for value, width in zip(ys, spread[name], strict=True)]
             axis.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+        if marks and name in marks:
+            axis.plot(*marks[name], "o", color=colour, markersize=7)
     axis.set(xlabel=x, ylabel=y, title=title)
     if log:
         axis.set_yscale("log")
@@ -174,30 +178,35 @@ def dimensions(axis: "Axes", t_eval: Tensor, sol: Tensor, labels: Tensor, dimens
     axis.grid(alpha=0.3)
 
 
-def trajectories(axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most: int = 80) -> None:
-    """Paths of the state in the plane; a ring where each starts, a dot where it ends.
+def trajectories(
+    axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most: int = 80, ends: Tensor | None = None
+) -> None:
+    """Draws paths of the state in the plane; a ring where each starts, a dot where it ends.
 
     Args:
         sol: ``[points, batch, n]``. The first two dimensions are drawn; above three, the two directions in which the
             last states vary most.
         labels: classes ``[batch]``.
         most: about how many paths.
+        ends: the dots, ``[batch, n]``, where the paths are those of the ODE and the model's own steps end elsewhere.
     """
     sol = sol.detach().flatten(2)
+    ends = sol[-1] if ends is None else ends.detach().flatten(1)
     names = "$z_1$", "$z_2$"
     if sol.shape[2] > 3:
-        last = sol[-1] - sol[-1].mean(0)
-        directions = torch.linalg.svd(last, full_matrices=False).Vh[:2]
-        sol, names = (sol - sol[-1].mean(0)) @ directions.T, ("first principal direction", "second")
+        middle = ends.mean(0)
+        directions = torch.linalg.svd(ends - middle, full_matrices=False).Vh[:2]
+        sol, ends = (sol - middle) @ directions.T, (ends - middle) @ directions.T
+        names = "first principal direction", "second"
     every = max(1, sol.shape[1] // most)  # evenly spread: data is often sorted by class
-    sol, labels = sol[:, ::every, :2].cpu(), labels[::every].cpu()
+    sol, ends, labels = sol[:, ::every, :2].cpu(), ends[::every, :2].cpu(), labels[::every].cpu()
     colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]
     for i, colour in enumerate(colours):
         axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
     axis.scatter(
         sol[0, :, 0].tolist(), sol[0, :, 1].tolist(), s=9, facecolors="none", edgecolors=colours, linewidths=0.7
     )
-    axis.scatter(sol[-1, :, 0].tolist(), sol[-1, :, 1].tolist(), s=9, c=colours)
+    axis.scatter(ends[:, 0].tolist(), ends[:, 1].tolist(), s=9, c=colours)
     axis.set(title=title, xlabel=names[0], ylabel=names[1])
     axis.set_aspect("equal", adjustable="datalim")
 

@@ -41,18 +41,30 @@ def call(*words: str, code: int = 0) -> str:
     return result.output
 
 
-def test_the_demo_prints_its_table_and_says_where_the_pictures_are(tmp_path):
-    out = call("demo", "--iterations", "2")
-    for text in ("t_f", "steps", "evals", "training s", "inference ms", "test %", "at 1e-7 %", "as many steps"):
+def test_the_demo_prints_its_tables_and_says_where_the_pictures_are(tmp_path):
+    out = " ".join(call("demo", "--iterations", "2").split())
+    for text in ("evals", "loss", "exact loss", "test %", "changed %", "training s", "drive x depth", "inference ms"):
+        assert text in out
+    for text in (
+        "vanilla",
+        "minimum-time",
+        "the search",
+        "control: vanilla, ",
+        "The search found nothing in 2 iterations",
+    ):
         assert text in out
     for task in ("moons", "digits"):
         assert f"results/demo/{task}.png" in out
         assert (tmp_path / f"results/demo/{task}.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "results/demo/demo.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["task"] for row in rows] == ["moons"] * 3 + ["digits"] * 3
-    # The control has as many steps as minimum-time ended with.
-    assert rows[1]["steps"] == rows[2]["steps"]
+    assert [row["task"] for row in rows] == ["moons"] * 5 + ["digits"] * 5
+    assert {row["iterations"] for row in rows} == {"2"}
+    # The controls have as many steps as minimum-time ended with, and as the search's evaluations make.
+    for _, ours, twin, search, few in (rows[:5], rows[5:]):
+        assert ours["steps"] == twin["steps"] and int(few["steps"]) == math.ceil(int(search["nfe"]) / 4)
+    page = (tmp_path / "results/demo/demo.md").read_text()
+    assert page.count("| the search |") == 2 and "paper" not in page
     assert str(tmp_path) not in out  # no path of the machine
 
 
@@ -73,7 +85,7 @@ def test_a_finished_run_says_that_it_is_done():
     words = ("run", "moons", "--method", "vanilla:2", "--iterations", "2")
     assert "already done" not in call(*words)
     out = " ".join(call(*words).split())
-    assert "two moons, seed 0: already done, not trained again: vanilla, 2 steps" in out
+    assert "two moons, seed 0: already done: vanilla, 2 steps (remove results/runs to train anew)" in out
     assert out.count("already done") == 1
 
 
@@ -262,7 +274,7 @@ def test_a_flow_tutorial_that_breaks_ends_and_says_so(monkeypatch, tmp_path, sma
     task = TASKS["flow-tutorial"]
     own = {name: replace(METHODS[name], terms=(breaks,)) for name in ("vanilla", "minimum-time")}
     monkeypatch.setitem(TASKS, "flow-tutorial", replace(task, methods=own))
-    out = " ".join(call("run", "flow-tutorial", "--iterations", "3").split())
+    out = " ".join(call("run", "flow-tutorial", "--iterations", "3", code=3).split())
     assert "failed on every seed" in out
     assert all(math.isnan(r["nll"]) for r in json.loads((tmp_path / "results/run-flow-tutorial.json").read_text()))
 

@@ -1,5 +1,6 @@
 """One task with its rows and controls: learning rates are chosen, every row is trained on every seed, medians are compared."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,18 @@ from torchdyn_mintime.experiments.results import Line, Report, frame_of
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 
-__all__ = ["BEST_OF_SWEEP", "LEARNED", "TORCHDYN_TWIN", "TWIN", "Options", "Row", "compare", "lines_of", "rank"]
+__all__ = [
+    "BEST_OF_SWEEP",
+    "LEARNED",
+    "SEARCH_TWIN",
+    "TORCHDYN_TWIN",
+    "TWIN",
+    "Options",
+    "Row",
+    "compare",
+    "lines_of",
+    "rank",
+]
 
 TRIAL_SEED = 1000
 """Learning rates are chosen on it, so that no seed of a table has had a say in them.
@@ -45,12 +57,23 @@ class Row:
     published: bool = False
 
 
-TWIN, TORCHDYN_TWIN = (Row(f"{name}, as many steps", control=True) for name in ("vanilla", "torchdyn"))
+SEARCH = "shallowest"
+"""The method whose number of evaluations its twin takes."""
+
+TWIN, TORCHDYN_TWIN = (
+    Row(f"{name}, as many steps", label=f"{name}, as many steps as {LEARNED}", control=True)
+    for name in ("vanilla", "torchdyn")
+)
+SEARCH_TWIN = Row("vanilla, as few evaluations", label="vanilla, as few evaluations as the search", control=True)
 """The controls that only a finished run can name: as many equal steps on the whole interval as the learned row ended with.
 
 They are trained after the others: by a span's rk4, and by torchdyn's own, which is another where the field depends on time
-(U1). Their learning rate is chosen for the number of steps on ``TRIAL_SEED``.
+(U1). That of the search has one step more where the evaluations are no multiple of four. Their learning rate is chosen for
+the number of steps on ``TRIAL_SEED``.
 """
+
+TWINS = {TWIN: ("vanilla", LEARNED), TORCHDYN_TWIN: ("torchdyn", LEARNED), SEARCH_TWIN: ("vanilla", SEARCH)}
+"""How each of them is trained, and the method of the row that it is beside."""
 
 BEST_OF_SWEEP = Row("best of a sweep", control=True)
 """The control with the fewest steps, among those of the options, that is as good as the baseline."""
@@ -64,12 +87,14 @@ class Options:
         seeds: of data, initialisation and batches.
         rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty is the task's own alone.
         sweep: steps of the control.
+        defaults: what is given in the place of each task's own, as in the demo.
         settings: what is given in the place of each task's and row's own; None is not given.
     """
 
     seeds: Sequence[int] = (0,)
     rates: tuple[float, ...] = ()
     sweep: tuple[int, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -94,10 +119,9 @@ def compare(
     """
     task, console = TASKS[name], store.console
     sweep = [Row(f"vanilla:{k}") for k in options.sweep] if BEST_OF_SWEEP in table else []
-    twins = {row: base for row, base in ((TWIN, "vanilla"), (TORCHDYN_TWIN, "torchdyn")) if row in table}
-    rows = [*(row for row in table if row not in (*twins, BEST_OF_SWEEP)), *sweep]
-    learned = [row for row in rows if row.method == LEARNED][-1:]  # ours stands below the paper's
-    twins = twins if learned else {}
+    rows = [*(row for row in table if row not in (*TWINS, BEST_OF_SWEEP)), *sweep]
+    lasts = {row.method: row for row in rows}  # ours stands below the paper's
+    twins = {row: lasts[beside] for row, (_, beside) in TWINS.items() if row in table and beside in lasts}
     rates = options.rates
     if rates and task.settings.optimizer == "sgd":
         console.print(f"{task.title}: trained by the paper's SGD schedule, not at the rates of a grid")
@@ -106,15 +130,17 @@ def compare(
 
     def plan(row: Row, rate: float | None, seed: int) -> Plan:
         asked = {**dict(row.settings), **{k: v for k, v in options.settings.items() if v is not None}}
-        own = task.settings.but(seed=seed, **asked)
+        own = task.settings.but(**options.defaults).but(seed=seed, **asked)
         own = own if row.published else own.but(lr=rate)
         if "iterations" not in asked:
             own = own.but(iterations=own.iterations * task.method(row.method).longer)
         return Plan(name, row.method, own)
 
-    def twin(base: str, seed: int) -> Row:
-        result = store.result(plan(learned[0], chosen[learned[0]], seed))
-        return Row(f"{base}:{result['steps'] or 1}")  # a model that cannot be solved has no steps
+    def twin(row: Row, seed: int) -> Row:
+        learned = twins[row]
+        result = store.result(plan(learned, chosen[learned], seed))
+        steps = math.ceil(result["nfe"] / 4) if learned.method == SEARCH else result["steps"]
+        return Row(f"{TWINS[row][0]}:{steps or 1}")  # a model that cannot be solved has no steps
 
     def choose(among: Sequence[Row]) -> list[float]:
         """The learning rate of each row that does best on a seed of its own."""
@@ -126,13 +152,13 @@ def compare(
         console.print(f"{task.title}: learning rates are chosen on seed {TRIAL_SEED}", highlight=False)
         free = [row for row in rows if not row.published]
         chosen.update(zip(free, choose(free), strict=True))
-        chosen.update(zip(twins, choose([twin(base, TRIAL_SEED) for base in twins.values()]), strict=True))
+        chosen.update(zip(twins, choose([twin(row, TRIAL_SEED) for row in twins]), strict=True))
     plans: dict[Row, list[Plan]] = {row: [] for row in (*rows, *twins)}
     for seed in options.seeds:
         own = {row: plan(row, chosen[row], seed) for row in rows}
         store.finish(list(own.values()))
-        for row, base in twins.items():
-            own[row] = plan(twin(base, seed), chosen[row], seed)
+        for row in twins:
+            own[row] = plan(twin(row, seed), chosen[row], seed)
             store.finish([own[row]])
         store.time_inference(dict.fromkeys(own.values()))  # the twin may be one of the sweep
         for row, made in own.items():
@@ -151,7 +177,7 @@ def lines_of(
 ) -> list[Line]:
     """Returns the lines of a table, from the results of each row and of the rows of the sweep, and the drive, if measured."""
     frames = {row: frame_of(results) for row, results in found.items()}
-    base, labels = frames[table[0]], {row: f"{row.method} as {LEARNED}" for row in (TWIN, TORCHDYN_TWIN)}
+    base, labels = frames[table[0]], {}
     good = [row for row in sweep if report.as_good(frames[row], base)]
     if good:
         best = frames[BEST_OF_SWEEP] = min((frames[row] for row in good), key=lambda frame: frame["nfe"].iloc[0])

@@ -34,9 +34,9 @@ __all__ = [
     "draw_flows_of",
     "draw_front_of",
     "draw_precision_of",
-    "draw_training_of",
     "finished",
     "make",
+    "verdict_of",
 ]
 
 FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
@@ -100,6 +100,15 @@ def _regularizer(model: models.Model, rate: float) -> lyapunov.LyapunovRegulariz
     return lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
 
 
+def verdict_of(plan: Plan, store: Store) -> Verdict | None:
+    """Returns what a finished search found; None where the plan is no search."""
+    record = store.search(plan).get("verdict")
+    if record is None:
+        return None
+    trials = [Trial(**trial) for trial in record["trials"]]
+    return Verdict(**{**record, "best": Trial(**record["best"]), "trials": trials})
+
+
 def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
     """Draws a finished run: its training, and the loss along the flow. Of Lyapunov methods it shows the rate that held, too."""
     if math.isnan(store.result(plan)["accuracy"]):
@@ -110,9 +119,8 @@ def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
     shows_points = rate is not None and isinstance(model.node, LearnableSpan) and not model.node.adaptive
     figure, axes = plots.grid_of_axes(1, 1 + solved + 2 * shows_points)
     target = math.nan if plan.settings.target is None else plan.settings.target
-    if verdict := store.search(plan).get("verdict"):
-        trials = [Trial(**trial) for trial in verdict.pop("trials")]
-        plots.search(axes[0], Verdict(**{**verdict, "best": Trial(**verdict["best"])}, trials=trials))
+    if verdict := verdict_of(plan, store):
+        plots.search(axes[0], verdict)
     else:
         plots.growth(axes[0], history.t_f, history.loss, target, title="t_f and loss in training")
     if solved:
@@ -124,23 +132,6 @@ def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
         plots.violation(axes[3], shown.t_eval, violation)
     path = folder / f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}.png".replace(":", "-")
     store.console.print(f"What it looks like: {plots.save(figure, path)}", highlight=False)
-
-
-def draw_training_of(plans: Sequence[Plan], store: Store, path: Path) -> Path:
-    """Draws up to three finished classifiers beside each other, with their losses and terminal times over training."""
-    figure, axes = plots.grid_of_axes(2, 3)
-    losses, seconds, times = {}, {}, {}
-    for axis, plan in zip(axes, plans, strict=False):
-        shown = finished(plan, store)
-        label, history = shown.result["method"], store.history(plan)
-        plots.trajectories(axis, shown.sol, shown.y, title=f"{label}: trajectories")
-        losses[label], seconds[label] = shown.profile, (history.seconds, history.loss)
-        times[label] = (range(1, len(history.t_f) + 1), history.t_f)
-    titles = ("loss along the trajectory", "loss against training time", "terminal time over training")
-    plots.curves(axes[3], losses, x="time t", y="test loss of z(t)", title=titles[0], log=True)
-    plots.curves(axes[4], seconds, x="training time, s", y="training loss", title=titles[1], log=True)
-    plots.curves(axes[5], times, x="iteration", y="$t_f$", title=titles[2])
-    return plots.save(figure, path)
 
 
 def draw_flows_of(plans: Sequence[Plan], store: Store, stem: Path) -> None:

@@ -194,12 +194,9 @@ class GrowAlone(Grow):
         return super().done or self.at_limit
 
     def finish(self) -> str:
-        met = self.growth.done or not self.at_limit
-        return (
-            ""
-            if met
-            else f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
-        )
+        if self.growth.done or not self.at_limit:
+            return ""
+        return f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
 
     def before_step(self, loss: Tensor) -> bool:
         return not self._went_back(loss.item())

@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the experiments need pandas: pip install 'torchdyn-mintime[experiments]'") from error
 
-__all__ = ["Line", "Report", "as_markdown", "cell", "factors", "frame_of", "print_table", "show", "write"]
+__all__ = ["Line", "Report", "cell", "factors", "frame_of", "markdown", "print_table", "show", "write"]
 
 WIDTH = 260
 """Tables are printed as wide as their figures need: a narrow window then wraps lines, but no figure is cut."""
@@ -229,19 +229,19 @@ def print_table(cells: pd.DataFrame, title: str, caption: str, console: Console)
     Console(width=max(console.width, WIDTH), file=console.file, quiet=console.quiet).print(table)
 
 
+def markdown(cells: pd.DataFrame) -> str:
+    """Returns cells under their heads as a table of Markdown."""
+    rows = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
+
+
 def show(title: str, heading: str, lines: Sequence[Line], report: Report, console: Console) -> str:
     """Prints a table with its sentences, and returns both as Markdown under ``heading``."""
     cells, remarks = report.frame(lines), report.remarks(lines)
     print_table(cells, title, report.caption, console)
     for remark in remarks:
         console.print(remark, highlight=False)
-    return f"## {heading}\n\n{as_markdown(cells)}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
-
-
-def as_markdown(cells: pd.DataFrame) -> str:
-    """Returns cells under their heads as a table in Markdown."""
-    rows = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
+    return f"## {heading}\n\n{markdown(cells)}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
 
 
 def write(results: pd.DataFrame, texts: Sequence[str], folder: Path, name: str, console: Console) -> None:

@@ -164,15 +164,13 @@ class Store:
     def _say_what_is_done(self, plans: Sequence[Plan]) -> None:
         """Names those plans, once, that an earlier command has finished."""
         done = [plan for plan in plans if plan not in self._spoken_of and self.has(plan)]
-        self._spoken_of.update(done)
         if done:
-            labels = ", ".join(self.result(plan)["method"] for plan in done)
-            first = done[0]
+            labels, first = ", ".join(self.result(plan)["method"] for plan in done), done[0]
+            hint = "" if self._spoken_of else f" (remove {self.folder} to train anew)"
             self.console.print(
-                f"{TASKS[first.task].title}, seed {first.settings.seed}: already done, not trained again: {labels}; to train "
-                f"anew, remove their files {self.folder}/{first.task}-*",
-                highlight=False,
+                f"{TASKS[first.task].title}, seed {first.settings.seed}: already done: {labels}{hint}", highlight=False
             )
+        self._spoken_of.update(done)
 
     def time_inference(self, plans: Iterable[Plan], calls: int = 11) -> None:
         """Times one forward pass over the test set, all models in turn, unless every one of them was timed before.

@@ -1,33 +1,29 @@
 """The paper's tables, with ours and the controls beside each of their rows: ``TABLES``, by number.
 
-``make`` makes these, ``make_all`` all of them, ``make_own`` one of any task and methods, and ``demo`` a short one with
-figures.
+``make`` makes these, ``make_all`` all of them, and ``make_own`` one of any task and methods.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from torchdyn_mintime import spans
 from torchdyn_mintime.experiments import MissingData, UsageError, figures, measure
 from torchdyn_mintime.experiments.comparison import BEST_OF_SWEEP, TORCHDYN_TWIN, TWIN, Options, Row, compare
-from torchdyn_mintime.experiments.results import Line, as_markdown, print_table, show, write
+from torchdyn_mintime.experiments.results import Line, markdown, print_table, show, write
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 
 __all__ = [
     "ALL",
-    "DEMO",
     "FIRST_SEED",
     "FLOW_SWEEP",
     "IMAGE_SWEEP",
     "SWEEP",
     "TABLES",
     "Part",
-    "demo",
     "make",
     "make_all",
     "make_own",
@@ -303,12 +299,6 @@ ALL = (
 )
 """Every table of the documentation, the quick ones first. Rows that were in an earlier one are not trained again."""
 
-# Fewer iterations than the paper's, for all models alike, and a time that moves faster: a demo is short.
-DEMO: dict[str, dict[str, Any]] = {
-    "moons": dict(iterations=100, lr=0.1, span_lr=0.02, weight=1.0),
-    "digits": dict(iterations=100, lr=0.03, span_lr=0.02, weight=0.5, decay=0.99, batch=64),
-}
-
 
 def make(number: str, options: Options, folder: Path, store: Store, only: tuple[str, ...] = ()) -> pd.DataFrame:
     """Runs a table's rows and their controls, prints it, and writes it as CSV, JSON and Markdown.
@@ -374,7 +364,7 @@ def make_all(folder: Path, store: Store) -> None:
         if part.number in SUMMARISED and not made.empty:
             lines, _ = compare(part.only, TABLES[part.number][1][part.only], part.options, store)
             done.append(_summary_of(part.only, lines))
-            (folder / "summary.md").write_text(as_markdown(pd.DataFrame(done)) + "\n", encoding="utf-8")
+            (folder / "summary.md").write_text(markdown(pd.DataFrame(done)) + "\n", encoding="utf-8")
 
 
 def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
@@ -484,34 +474,3 @@ def _beside_published(line: Line, plan: Plan) -> str:
         near = (abs(values / published - 1) <= 0.25).sum()
         text += f"; published t_f {published:g}: {near} of {len(values)} within 25 %"
     return text
-
-
-def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Trains three models on each task, prints a table for each and writes them and the pictures into ``folder``.
-
-    Args:
-        folder: for pictures, CSV, JSON and Markdown.
-        store: of the runs.
-        iterations: optimizer steps of every model, instead of the demo's own.
-        seed: of data, initialisation and batches.
-    """
-    texts, results, console = ["# Vanilla and minimum-time"], [], store.console
-    for name, own in DEMO.items():
-        settings = {**own, "iterations": iterations or own["iterations"]}
-        # The control: does the learned end matter, or only that there are fewer steps?
-        rows = (Row("vanilla"), Row("minimum-time"), TWIN)
-        lines, plans = compare(name, rows, Options((seed,), settings=settings), store)
-        task, first = TASKS[name], [own[0] for own in plans.values()]
-        vanilla, ours, twin = (line.results.iloc[0] for line in lines)
-        texts += [
-            show(f"Vanilla and minimum-time: {task.title}", task.title, lines, task.goal.report, console),
-            f"Minimum-time went from {vanilla.steps} steps to {ours.steps} in the one training. Who knew that number "
-            f"beforehand would train in {twin.training:.1f} s instead of {ours.training:.1f} s.",
-        ]
-        console.print(
-            texts[-1], f"Pictures: {figures.draw_training_of(first, store, folder / f'{name}.png')}", sep="\n"
-        )
-        results += [line.results for line in lines]
-    found = pd.concat(results)
-    write(found, texts, folder, "demo", console)
-    return found
