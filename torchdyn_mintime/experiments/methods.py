@@ -389,7 +389,15 @@ METHODS: dict[str, Method] = {
     "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
     "pretrained-longer": replace(_LYAPUNOV, label="Lyapunov on [0, .1]", t_span=_LONGER, rate=20.0),
-    "combined": Method("combined", span={"bounds": (0.01001, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    # From .035 on the Lyapunov term sees five points; it refuses fewer, between which much could happen.
+    "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    "combined-paper": Method(
+        "combined, bounds as published",
+        span={"bounds": (0.01001, 1.0)},
+        t_span=_SHORT,
+        rate=20.0,
+        terms=(_price_of_time,),
+    ),
     "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
     "lyapunov-10": replace(_LYAPUNOV, label="Lyapunov, rate 10", rate=10.0),
     "lyapunov-20": replace(_LYAPUNOV, label="Lyapunov, rate 20", rate=20.0),

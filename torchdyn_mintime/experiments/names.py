@@ -34,6 +34,7 @@ METHODS = {
     "pretrained": "the first stage of Algorithm 2 alone",
     "pretrained-longer": "the same, on [0, .1]",
     "combined": "the Lyapunov loss, the terminal loss and the price of time in one stage",
+    "combined-paper": "the same, with the paper's lower bound of t_f, where the Lyapunov term has too few points",
     "lyapunov-1": "the Lyapunov loss at the rate 1, t_f frozen",
     "lyapunov-10": "the Lyapunov loss at the rate 10, t_f frozen",
     "lyapunov-20": "the Lyapunov loss at the rate 20, t_f frozen",
