@@ -80,11 +80,13 @@ RUN_HELP = f"""One task: a row for each method and seed. A finished seed is not 
 
 What is not given is as published, or the task's own.
 
-{_listing("Tasks", names.TASKS)}
+{_listing("Tasks", names.TASKS | names.SAMPLER_TASKS)}
 
 {_listing("Methods", names.METHODS)}
 
 {_listing("Methods of flow-moons and flow-circles; flow-tutorial compares vanilla and minimum-time", names.FLOW_METHODS)}
+
+{_listing("Methods of sampler-moons", names.SAMPLER_METHODS)}
 """
 
 
@@ -112,11 +114,17 @@ def run(
     device: Device = "cpu",
     output: Output = OUTPUT,
 ) -> None:
-    from torchdyn_mintime.experiments import comparison, tables
+    from torchdyn_mintime.experiments import comparison, samplers, tables
     from torchdyn_mintime.experiments.tasks import TASKS
 
+    if task in names.SAMPLER_TASKS:
+        _only(context, task, "method", "iterations", "first_seed")
+        store = _store(output)
+        with _said(store.console, task):
+            samplers.run(method or (), range(first_seed, first_seed + seeds), iterations, output, store)
+        return
     if task not in TASKS:
-        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(TASKS)}")
+        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join([*TASKS, *names.SAMPLER_TASKS])}")
     wanted = TASKS[task]
     if wanted.options is not None:
         _only(context, task, "iterations", "first_seed", *wanted.options)
@@ -157,7 +165,7 @@ def table(
     subset: Subset = None,
     width: Width = None,
     sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
-    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 20,
+    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 200,
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",

@@ -53,23 +53,34 @@ def assert_same(network, model, *inputs):
     t_f=st.floats(0.3, 1.0),
     points=st.integers(2, 6),
     reverse=st.booleans(),
+    dense=st.booleans(),
     returns_times=st.booleans(),
     data=st.data(),
 )
-def test_the_network_gives_what_the_span_gives(kind, how, dtype, t_f, points, reverse, returns_times, data):
+def test_the_network_gives_what_the_span_gives(kind, how, dtype, t_f, points, reverse, dense, returns_times, data):
     model = random_model(kind, dtype=dtype, solver=solver(how), return_t_eval=returns_times)
     template = torch.linspace(0, 1, points, dtype=dtype)
-    span = tm.LearnableSpan(model.node, template, t_f=t_f, bounds=(0.1, 1.0)).eval()
+    span, x = tm.LearnableSpan(model.node, template, t_f=t_f, bounds=(0.1, 1.0)).eval(), model.x
     given_span = template.flip(0) if reverse else None
-    inside = [] if span.interval.one_step else [0.05, 0.1, 0.21]
+    inside = [] if span.interval.one_step and not dense else [0.05, 0.1, 0.21]
     save_at = data.draw(st.lists(st.sampled_from([0.0, *inside, span.t_f.item()]), max_size=3))
-    call = (model.x, given_span, save_at)
-    network = tm.as_network(span, *call)
+
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.span = span
+
+        def forward(self, x):
+            return self.span(x, given_span, save_at, dense=dense)
+
+    model = Caller()
+    network = tm.as_network(model, x)
     with torch.no_grad():
-        torch.testing.assert_close(network(*call), span(*call), rtol=0, atol=0)
+        torch.testing.assert_close(network(x), model(x), rtol=0, atol=0)
         if not save_at:
-            torch.testing.assert_close(network.trajectory(*call[:2]), span.trajectory(*call[:2]), rtol=0, atol=0)
-    assert network.evaluations == span.nfe
+            found, expected = (m.span.trajectory(x, given_span, dense=dense) for m in (network, model))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert network.span.evaluations == span.nfe
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import torch
 from problems import FIELDS, Counted, Decay, random_model
 from torch import nn
 from torch.distributions import MultivariateNormal
-from torchdyn.core import MultipleShootingLayer, NeuralODE
+from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
 from torchdyn.models import CNF, hutch_trace
 from torchdyn.nn import Augmenter, DataControl, DepthCat, GalLinear
 
@@ -50,6 +50,61 @@ class TwoUses(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # wrap
+
+
+class MakesItsOwn(nn.Module):
+    """A node in a closure, one in a list, an ODEProblem, and one that forward makes at every call."""
+
+    def __init__(self, *kinds):
+        super().__init__()
+        self.field = nn.Linear(2, 2)
+        if "function" in kinds:
+            node = NeuralODE(self.field)
+            self.solve = lambda x: node(x)[1][-1]
+        if "list" in kinds:
+            self.nodes = [NeuralODE(self.field)]
+        if "problem" in kinds:
+            self.problem = ODEProblem(self.field, "rk4")
+        if "child" in kinds:
+            self.child = NeuralODE(self.field)
+
+    def forward(self, x):
+        return NeuralODE(self.field)(x)[1][-1]
+
+
+@pytest.mark.parametrize(
+    "kinds, named",
+    [
+        ((), r"to wrap in MakesItsOwn\. A node .* forward makes at every call"),
+        (("function",), "out of reach are the NeuralODE in the function solve"),
+        (("list",), "out of reach are the NeuralODE in the list nodes"),
+        (("problem",), r"out of reach are problem \(ODEProblem\)\. .* Of an ODEProblem, .* make a NeuralODE"),
+        (("function", "list"), "in the function solve, the NeuralODE in the list nodes"),
+    ],
+)
+def test_nodes_that_wrap_cannot_reach_are_named(kinds, named):
+    model = MakesItsOwn(*kinds)
+    with pytest.raises(ValueError, match=f"(?s)no NeuralODE .*{named}" if kinds else named):
+        tm.wrap(model)
+    if kinds:  # beside one that it can reach they stay, and that is said
+        model = MakesItsOwn(*kinds, "child")
+        with pytest.warns(UserWarning, match="stay as they are: wrap replaces NeuralODEs that are attributes"):
+            tm.wrap(model)
+        assert isinstance(model.child, tm.LearnableSpan)
+        with pytest.raises(ValueError, match="out of reach"):
+            tm.wrap(model)
+
+
+def test_an_ode_problem_and_odeint_are_refused_in_words():
+    problem = ODEProblem(nn.Linear(2, 2), "rk4")
+    with pytest.raises(TypeError, match=r"got ODEProblem\. ODEProblem \(make it a NeuralODE\)"):
+        tm.LearnableSpan(problem)
+    with pytest.raises(ValueError, match=r"the model \(ODEProblem\)"):
+        tm.wrap(problem)
+    span = tm.wrap(_node())
+    assert not hasattr(span, "odeint")
+    with pytest.raises(AttributeError, match=r"call the span itself, .* span\.node\.odeint is torchdyn's own"):
+        span.odeint(torch.zeros(2, 3), T_SPAN)
 
 
 def test_a_node_itself_gives_its_span():

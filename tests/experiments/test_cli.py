@@ -302,7 +302,7 @@ def test_the_table_of_flows(tmp_path, small_flows):
     for label in ("over 18 min", "as in the paper", "as many steps", "best of a"):
         assert label in out
     assert (tmp_path / "results/table-flow-moons.gif").exists()
-    assert (tmp_path / "results/table-flows.md").read_text().startswith("# Flows")
+    assert (tmp_path / "results/table-flows-flow-moons.md").read_text().startswith("# Flows")
 
 
 def test_compress_can_take_away_steps_alone(tmp_path):

@@ -88,14 +88,10 @@ def takes(function: Callable, name: str, *, or_any: bool = False) -> bool:
     return any(p.name == name or (or_any and p.kind is p.VAR_KEYWORD) for p in parameters)
 
 
-def _walk(module: nn.Module, seen: dict[nn.Module, int]) -> dict[nn.Module, int]:
-    """Returns ``module.modules()``, several times faster, each with its number of attributes and buffers."""
-    if module not in seen:
-        seen[module] = len(vars(module)) + len(module._buffers)
-        for child in module._modules.values():
-            if child is not None:
-                _walk(child, seen)
-    return seen
+def _size(module: nn.Module) -> int:
+    """Returns the number of attributes and buffers of a module."""
+    own = module.__dict__
+    return len(own) + len(own["_buffers"])
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
@@ -113,12 +109,14 @@ def written_by_evaluations(modules: Iterable[nn.Module]) -> list[tuple[nn.Module
 class _Roles:
     """Which of a field's modules want what. Looking for it is most of the cost of a call, so it is kept."""
 
-    def __init__(self, modules: dict[nn.Module, int]):
-        self.seen = modules
-        self.modules: list[Any] = list(modules)
+    def __init__(self, field: nn.Module):
+        modules: list[Any] = list(field.modules())
+        self.modules = modules
+        self._seen = [(m, _size(m), tuple(m._modules.values())) for m in modules]
         self.traces: list[Any] = [m for m in modules if hasattr(m, "trace_estimator")]
         self.controlled: list[Any] = [m for m in modules if hasattr(m, "_control")]
         self.timed = [m for m in modules if hasattr(m, "t")]
+        self.stateful = [m for m in modules if isinstance(m, STATEFUL)]
         self.written = written_by_evaluations(modules)
         self.captured = [(m, name) for m in modules for name in ("_control", "noise") if hasattr(m, name)]
         self.buffers = [(m, name) for m in modules for name, b in m._buffers.items() if b is not None]
@@ -132,10 +130,18 @@ class _Roles:
             if name not in _OF_EVERY_MODULE and (id(m), name) not in of_evaluations
         ]
 
-    @property
-    def shared(self) -> bool:
-        """Whether solves keep something of their own on the modules, so that two cannot run at once."""
-        return bool(self.traces or self.captured or self.written)
+        # Whether solves keep something of their own on the modules, so that two cannot run at once.
+        self.shared = bool(self.traces or self.captured or self.written)
+
+    def fit(self, field: nn.Module) -> bool:
+        """Returns whether no module was added, removed or replaced, and none has gained or lost an attribute."""
+        if self.modules[0] is not field:
+            return False
+        for module, size, children in self._seen:
+            own = module.__dict__
+            if len(own) + len(own["_buffers"]) != size or tuple(own["_modules"].values()) != children:
+                return False
+        return True
 
 
 class Field:
@@ -149,9 +155,9 @@ class Field:
 
     def _roles(self) -> _Roles:
         """Finds the roles, anew where a module was added, removed or replaced, or has gained or lost an attribute."""
-        seen = _walk(self.node.vf, {})
-        if self._kept_roles is None or seen != self._kept_roles.seen:
-            self._kept_roles = _Roles(seen)
+        field = self.node.vf
+        if self._kept_roles is None or not self._kept_roles.fit(field):
+            self._kept_roles = _Roles(field)
         return self._kept_roles
 
     def __getstate__(self):
@@ -393,9 +399,9 @@ class BoundField:
                 return
             # A backward is no part of the solve, and counts here alone.
             vf = self.node.vf
-            vf.nfe += self.nfe
+            vars(vf)["nfe"] += self.nfe  # past torch's __setattr__, which is slow
             if isinstance(vf.vf, DEFuncBase) and not _has_hooks(vf.vf):
-                vf.vf.nfe += self.nfe
+                vars(vf.vf)["nfe"] += self.nfe
             self.release()
             self._remember()  # with what the field has set by itself in its first evaluation
         finally:
@@ -424,7 +430,7 @@ class BoundField:
 
     def random_or_stateful(self) -> list[str]:
         """Returns the kinds of modules in training mode whose evaluations do not repeat."""
-        return sorted({type(m).__name__ for m in self.modules if isinstance(m, STATEFUL) and m.training})
+        return sorted({type(m).__name__ for m in self._roles.stateful if m.training})
 
 
 def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:

@@ -18,12 +18,15 @@ from torchdyn_mintime.core.solve import Method
 from torchdyn_mintime.core.span import LearnableSpan
 from torchdyn_mintime.core.untraced import undisturbed
 from torchdyn_mintime.numerics import Grid, LearnedStepper, Stepper, evaluating_in, in_half_precision, make_stepper
+from torchdyn_mintime.numerics.dense import InsideSteps
 from torchdyn_mintime.numerics.steppers import ForeignStepper
 
 __all__ = ["StaticSolve", "as_network"]
 
-Asked = tuple[tuple[float, ...] | None, tuple[float, ...]]
-"""The times that a call asks for, as numbers: its ``t_span``, or None, and its ``save_at``."""
+Asked = tuple[tuple[float, ...] | None, tuple[float, ...], bool]
+"""The times that a call asks for: its ``t_span`` as numbers, or None, its ``save_at``, and whether they are dense."""
+
+NOTHING: Asked = (None, (), False)
 
 
 def as_network(model: nn.Module, *inputs: Any) -> nn.Module:
@@ -70,7 +73,7 @@ def as_network(model: nn.Module, *inputs: Any) -> nn.Module:
     memo: dict[int, Any] = {}
     with evaluating(model), undisturbed(model):
         for (name, module), stepper in zip(solved, steppers, strict=True):
-            times, plan = asked.get(module) or ((None, ()), _plan(module, None, ()))
+            times, plan = asked.get(module) or (NOTHING, _plan(module, None, (), False))
             memo[id(module)] = StaticSolve(module, stepper, plan, times, memo, name or type(module).__name__)
         return copy.deepcopy(model, memo).eval()
 
@@ -141,14 +144,14 @@ def _times_asked(
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("x", "t_span", "save_at"), args, strict=False)) | kwargs
         _check_state(given.get("x"))
-        t_span, save_at = given.get("t_span"), given.get("save_at", ())
-        asked = _asked(t_span, save_at)
+        t_span, save_at, dense = given.get("t_span"), given.get("save_at", ()), given.get("dense", False)
+        asked = _asked(t_span, save_at, dense)
         if module in seen and seen[module][0] != asked:
             raise ValueError(
                 f"one {type(module).__name__} is asked for {_shown(seen[module][0])} and for {_shown(asked)} in one call of "
                 "the model; a static network has one sequence of steps for it: use two spans"
             )
-        seen[module] = asked, _plan(module, t_span, save_at)
+        seen[module] = asked, _plan(module, t_span, save_at, dense)
 
     handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in solved]
     try:
@@ -160,15 +163,15 @@ def _times_asked(
     return seen
 
 
-def _asked(t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> Asked:
-    return None if t_span is None else tuple(t_span.tolist()), tuple(map(float, save_at))
+def _asked(t_span: Tensor | None, save_at: Iterable[float] | Tensor, dense: bool) -> Asked:
+    return None if t_span is None else tuple(t_span.tolist()), tuple(map(float, save_at)), dense
 
 
 def _shown(asked: Asked) -> str:
     span = (
         "no t_span" if asked[0] is None else f"t_span from {asked[0][0]:g} to {asked[0][-1]:g} ({len(asked[0])} points)"
     )
-    return span + (f" with save_at={list(asked[1])}" if asked[1] else "")
+    return span + (f" with save_at={list(asked[1])}" if asked[1] else "") + (" and dense=True" if asked[2] else "")
 
 
 def _check_state(x: Any) -> None:
@@ -176,10 +179,10 @@ def _check_state(x: Any) -> None:
         raise TypeError(f"the state of a static network is one tensor; got {type(x).__name__}")
 
 
-def _plan(module: Any, t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> Plan:
+def _plan(module: Any, t_span: Tensor | None, save_at: Iterable[float] | Tensor, dense: bool) -> Plan:
     """Returns what the solve of a span, or of a bare node, is."""
     if isinstance(module, LearnableSpan):
-        return module._plan(t_span, save_at)
+        return module._plan(t_span, save_at, dense)
     if len(tuple(save_at)):
         raise ValueError("a NeuralODE of the model is called with save_at; wrap it first: wrap(model)")
     given = module.t_span if t_span is None else t_span
@@ -221,16 +224,15 @@ class StaticSolve(nn.Module):
         else:
             self.solver: nn.Module = copy.deepcopy(node.solver, memo)  # a hypersolver has parameters
             self._stepper = make_stepper(self.solver)
+        self._grid, self._rows = Grid(plan.grid.nodes, keep=plan.grid.keep, dense=plan.grid.dense), plan.rows
         nodes = plan.grid.nodes
-        kept = [i for i in range(len(nodes)) if plan.grid.keep is None or plan.grid.keep[i]]
-        self._returned = kept if plan.rows is None else [kept[row] for row in plan.rows]
         self._sizes = [b - a for a, b in itertools.pairwise(nodes)]
         stages = [[t + c * size for c in self._stepper.nodes] for t, size in zip(nodes, self._sizes, strict=False)]
         self.evaluations = self._stepper.evaluations * len(self._sizes)
         times = module.t_f.dtype if isinstance(module, LearnableSpan) else torch.float32
         device = next((p.device for p in node.parameters()), torch.device("cpu"))
-        t_eval = torch.tensor([nodes[i] for i in self._returned], dtype=times, device=device)
-        self.register_buffer("t_eval", t_eval, persistent=False)
+        t_eval = self._grid.times(times, device)
+        self.register_buffer("t_eval", t_eval if self._rows is None else t_eval[self._rows], persistent=False)
         self.register_buffer("times", torch.tensor(stages, dtype=torch.float64, device=device), persistent=False)
         self._written = written_by_evaluations(list(self.field.modules()) if isinstance(self.field, nn.Module) else [])
 
@@ -240,30 +242,30 @@ class StaticSolve(nn.Module):
         t_span: Tensor | None = None,
         save_at: Iterable[float] | Tensor = (),
         args: Mapping[str, Any] | None = None,
+        *,
+        dense: bool = False,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Returns ``(t_eval, sol)``, or ``sol``, as the model's own solve does.
 
         Args:
             x: initial state, ``[batch, ...]``.
-            t_span, save_at: the times that the network was made for, or none.
+            t_span, save_at, dense: the times that the network was made for, or none.
             args: passed on to a field that takes ``args``.
 
         Raises:
             TypeError: ``x`` is not a tensor.
             ValueError: other times than those that the network was made for.
         """
-        sol = self._solve(x, t_span, save_at, args)
+        sol = self._solve(x, (t_span, save_at, dense), args)
         return (self.t_eval, sol) if self._return_t_eval else sol
 
-    def trajectory(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
+    def trajectory(self, x: Tensor, t_span: Tensor | None = None, *, dense: bool = False) -> Tensor:
         """Returns the states alone, as ``trajectory`` of the model's own solve does."""
-        return self._solve(x, t_span, (), None)
+        return self._solve(x, (t_span, (), dense), None)
 
-    def _solve(
-        self, x: Tensor, t_span: Tensor | None, save_at: Iterable[float] | Tensor, args: Mapping[str, Any] | None
-    ) -> Tensor:
+    def _solve(self, x: Tensor, asked: tuple, args: Mapping[str, Any] | None) -> Tensor:
         _check_state(x)
-        self._check_times(t_span, save_at)
+        self._check_times(*asked)
         kwargs = {"args": args or {}} if self._takes_args else {}
 
         def rate(t: Tensor, z: Tensor) -> Tensor:
@@ -272,14 +274,21 @@ class StaticSolve(nn.Module):
         half = in_half_precision(x, self._stepper)
         f, state = (evaluating_in(x.dtype, rate), x.float()) if half else (rate, x)
         held = [getattr(module, name) for module, name in self._written]
-        states = [state]
-        for times, size in zip(self.times.to(state).unbind(), self._sizes, strict=True):
-            state, _ = self._stepper.step(f, state, times.unbind(), size)
+        states, nodes, dense = [state], self._grid.nodes, self._grid.dense
+        inside = None if dense is None else InsideSteps(dense, self._stepper.interpolant, state, nodes)
+        for i, (times, size) in enumerate(zip(self.times.to(state).unbind(), self._sizes, strict=True)):
+            before = state
+            state, stages = self._stepper.step(f, before, times.unbind(), size)
             states.append(state)
+            if inside is not None:
+                inside.passed((nodes[i], nodes[i + 1]), nodes[i], size, before, state, stages)
         # An exported program has no attributes to write to, and a traced one would keep the times of its trace.
         for (module, name), value in zip(self._written, held, strict=True):
             setattr(module, name, value)
-        return torch.stack([states[i] for i in self._returned]).to(x.dtype)
+        keep = self._grid.keep
+        kept = [z for i, z in enumerate(states) if keep is None or keep[i]]
+        sol = torch.stack(kept) if inside is None else torch.cat(inside.states)
+        return (sol if self._rows is None else sol[self._rows]).to(x.dtype)
 
     def _rate(self, t: Tensor, z: Tensor, kwargs: dict[str, Any]) -> Tensor:
         for module, name in self._written:
@@ -298,12 +307,12 @@ class StaticSolve(nn.Module):
             dz = torch.cat([cost[:, None] if cost.dim() == 1 else cost, dz], 1)
         return dz
 
-    def _check_times(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> None:
+    def _check_times(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor, dense: bool) -> None:
         # In a trace the times are constants of the model, which are seen as tensors without values.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        asked = _asked(t_span, save_at)
-        if asked != (None, ()) and asked != self._asked:
+        asked = _asked(t_span, save_at, dense)
+        if asked != NOTHING and asked != self._asked:
             raise ValueError(
                 f"{self._name}: the network was made for {_shown(self._asked)}, and is called with {_shown(asked)}; give an "
                 "input, so that the times of the call are seen: as_network(model, x)"

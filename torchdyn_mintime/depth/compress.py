@@ -91,7 +91,7 @@ def compress(
 
 def copied(model: nn.Module) -> nn.Module:
     """Returns a copy; torchdyn's nodes keep a tensor with a graph, which cannot be copied."""
-    nodes = [module for module in model.modules() if isinstance(module, NeuralODE)]
+    nodes = [module for module in model.modules() if isinstance(module, NeuralODE) and "vf_params" in vars(module)]
     held = [node.vf_params for node in nodes]
     try:
         for node in nodes:

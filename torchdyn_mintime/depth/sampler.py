@@ -51,7 +51,7 @@ def compress_sampler(
     *,
     tol: float = 0.05,
     solver_tol: float = 0.1,
-    lr: float = 0.003,
+    lr: float = 0.001,
     args: Mapping[str, Any] | None = None,
     max_iterations: int = 20_000,
     progress: bool = True,
@@ -95,8 +95,15 @@ def compress_sampler(
             f"compress_sampler takes a NeuralODE or a LearnableSpan; got {type(model).__name__}. For one inside a larger "
             "model, pass it alone, with the states that reach it; to keep a loss on data use compress"
         )
-    tol = checks.positive(tol, "tol")
+    tol, lr = checks.positive(tol, "tol"), checks.positive(lr, "lr")
+    search = Shallowest(tol, solver_tol=solver_tol, **options)
     check_states(x0, None, 1)
+    check_states(x0[len(x0) // HELD_OUT :], None, FIRST)
+    if any(getattr(module, "noise_dist", None) is not None for module in model.vf.modules()):
+        raise ValueError(
+            "Hutchinson's trace draws new noise in every solve, so that a log-density has no end to learn; give the CNF the "
+            "exact trace (autograd_trace), or use fit_solver, which holds the noise"
+        )
     x0 = x0.detach()
     exact = _ends(model, x0, args)
     order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0)).to(x0.device)
@@ -108,7 +115,6 @@ def compress_sampler(
         return ((of_output(span, out) - batch[1]) / scale).square().mean().sqrt()
 
     batches = _pairs(x0, args, exact, fitted)
-    search = Shallowest(tol, solver_tol=solver_tol, **options)
     search.first = Depth(span.stepper.name, 1)
     verdict = search.fit(
         _Called(span),

@@ -23,11 +23,13 @@ from torchdyn_mintime.experiments.results import Line
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.losses import lyapunov, potentials
+from torchdyn_mintime.losses.certificate import Certificate
 
 __all__ = [
     "FIGURES",
     "FLOW_FIGURES",
     "Finished",
+    "certificate_of",
     "draw_classifier",
     "draw_flows_of",
     "draw_front_of",
@@ -84,6 +86,20 @@ def finished(plan: Plan, store: Store, most: int | None = None) -> Finished:
     return Finished(model, store.result(plan), x, y, t_eval, sol, losses)
 
 
+@torch.no_grad()
+def certificate_of(plan: Plan, store: Store) -> Certificate | None:
+    """Returns the rate that held on the first :data:`MOST` test samples of a finished plan; None of methods without a rate."""
+    rate = TASKS[plan.task].method(plan.method).rate
+    if rate is None or math.isnan(store.result(plan)["accuracy"]):
+        return None
+    data, model = store.data(plan), store.model(plan).eval()
+    return _regularizer(model, rate).certificate(model.before(data.x_test[:MOST]), data.y_test[:MOST])
+
+
+def _regularizer(model: models.Model, rate: float) -> lyapunov.LyapunovRegularizer:
+    return lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
+
+
 def verdict_of(plan: Plan, store: Store) -> Verdict | None:
     """Returns what a finished search found; None where the plan is no search."""
     record = store.search(plan).get("verdict")
@@ -110,14 +126,10 @@ def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
     if solved:
         title = "test loss along the flow"
         plots.curves(axes[1], {"": shown.profile}, x="time t", y="loss of z(t)", title=title, log=True)
-    if rate is not None:
-        regularizer = lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
-        with torch.no_grad():
-            certificate = regularizer.certificate(model.before(shown.x), shown.y)
-        store.console.print(str(certificate), highlight=False)
-        if shows_points:
-            plots.convergence(axes[2], certificate)
-            plots.violation(axes[3], shown.t_eval, regularizer.violation(shown.t_eval, shown.sol, shown.y))
+    if shows_points and rate is not None and (certificate := certificate_of(plan, store)):
+        plots.convergence(axes[2], certificate)
+        violation = _regularizer(model, rate).violation(shown.t_eval, shown.sol, shown.y)
+        plots.violation(axes[3], shown.t_eval, violation)
     path = folder / f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}.png".replace(":", "-")
     store.console.print(f"What it looks like: {plots.save(figure, path)}", highlight=False)
 

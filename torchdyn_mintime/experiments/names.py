@@ -1,6 +1,6 @@
 """The names of tasks and methods, with a line on each. Imports nothing, so that ``--help`` is fast."""
 
-__all__ = ["FIGURES", "FLOW_METHODS", "METHODS", "TABLES", "TASKS"]
+__all__ = ["FIGURES", "FLOW_METHODS", "METHODS", "SAMPLER_METHODS", "SAMPLER_TASKS", "TABLES", "TASKS"]
 
 TASKS = {
     "moons": "two moons",
@@ -69,6 +69,18 @@ FLOW_METHODS = {
     "default-adaptive": "vanilla with tsit5 at torchdyn's default tolerances",
 }
 """Of ``flow-moons`` and ``flow-circles``; ``flow-tutorial`` is trained with vanilla and minimum-time."""
+
+SAMPLER_TASKS = {
+    "sampler-moons": "eight gaussians carried to two moons by flow matching, and samplers of few evaluations"
+}
+
+SAMPLER_METHODS = {
+    "euler": "equal steps of Euler, the field as it is",
+    "midpoint": "equal steps of midpoint, the field as it is",
+    "fit-solver": "a solver fitted to the field, which stays as it is",
+    "compress": "a copy of the field, trained with its solver to the same ends",
+}
+"""Of ``sampler-moons``; all of them where none are named."""
 
 TABLES = {
     "1": "supervised learning: two moons and concentric annuli",
