@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants import contestants, mlp, node_of, plain_rk4, rk4_step, state, task
+from benchmarks.deployed import deployed
 from benchmarks.timing import MIB, Row, Run, compare, saved_bytes
 from torchdyn_mintime.core import LearnableSpan
 
@@ -165,6 +166,7 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "fixed": fixed,
     "adaptive": adaptive,
     "shallow": shallow,
+    "deployed": deployed,
     "memory": memory,
     "time-gradient": time_gradient,
     "scaling": scaling,

@@ -90,6 +90,27 @@ def test_a_search_that_found_nothing_can_be_drawn():
     assert left.lines[0].get_xdata().tolist() == [] and len(right.lines) == 2
 
 
+def test_dots_of_trajectories_are_where_the_steps_end_and_marks_lie_on_their_curves():
+    _, (left, right) = plots.grid_of_axes(1, 2)
+    sol, ends = torch.randn(5, 12, 2), torch.randn(12, 2) + 20
+    plots.trajectories(left, sol, torch.zeros(12, dtype=torch.int64), ends=ends, title="")
+    starts, dots = (torch.as_tensor(np.asarray(drawn.get_offsets())) for drawn in left.collections)
+    torch.testing.assert_close(starts.float(), sol[0])
+    torch.testing.assert_close(dots.float(), ends)
+    plots.curves(right, {"one": ([1, 2], [3, 4]), "two": ([1], [5])}, x="", y="", title="", marks={"two": (1, 5)})
+    (dot,) = [line for line in right.lines if line.get_marker() == "o"]
+    assert dot.get_xydata().tolist() == [[1, 5]] and dot.get_color() == plots.COLOURS[1]
+
+
+def test_wide_states_are_projected_with_their_dots():
+    _, (axis,) = plots.grid_of_axes(1, 1)
+    ends = torch.zeros(50, 6)
+    ends[:, 4] = torch.linspace(-5, 5, 50)
+    plots.trajectories(axis, torch.zeros(3, 50, 6), torch.zeros(50, dtype=torch.int64), ends=ends, title="")
+    xs = np.asarray(axis.collections[1].get_offsets())[:, 0]
+    assert xs.max() - xs.min() == pytest.approx(10, rel=1e-4)
+
+
 def strong(net: HyperNet) -> HyperNet:
     """A hypernetwork at its start moves nothing; this one moves points by about their own size."""
     with torch.no_grad():

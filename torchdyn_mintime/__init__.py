@@ -1,40 +1,25 @@
 """Neural ODEs that learn how deep they need to be: minimum-time and convergence-rate training for torchdyn."""
 
-from torchdyn_mintime.core import LearnableSpan, SpeedLimit, parameter_groups, replicate_times, spans, unwrap, wrap
-from torchdyn_mintime.depth.compress import compress
-from torchdyn_mintime.depth.early_exit import early_exit
-from torchdyn_mintime.depth.growth import DepthGrowth
-from torchdyn_mintime.depth.shallowest import Shallowest
-from torchdyn_mintime.depth.solver_fit import fit_solver
-from torchdyn_mintime.depth.target import TargetLoss
-from torchdyn_mintime.depth.trim import trim
-from torchdyn_mintime.flows import FlowModel
-from torchdyn_mintime.losses.lyapunov import LyapunovRegularizer
-from torchdyn_mintime.losses.step_count import StepCount
-from torchdyn_mintime.losses.step_doubling import StepDoubling
-from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "DepthGrowth",
-    "FlowModel",
-    "IntegrationError",
-    "LearnableSolver",
-    "LearnableSpan",
-    "LyapunovRegularizer",
-    "Shallowest",
-    "SpeedLimit",
-    "StepCount",
-    "StepDoubling",
-    "TargetLoss",
-    "compress",
-    "early_exit",
-    "fit_solver",
-    "parameter_groups",
-    "replicate_times",
-    "spans",
-    "trim",
-    "unwrap",
-    "wrap",
-]
+if TYPE_CHECKING:
+    from torchdyn_mintime._public import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and torchdyn take seconds to import: `python -m torchdyn_mintime --help` needs neither.
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module("torchdyn_mintime._public")
+    globals().update({known: getattr(public, known) for known in public.__all__}, __all__=public.__all__)
+    try:
+        return globals()[name]  # a room, such as `flows`, is among them now too
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -180,7 +180,7 @@ def test_a_state_that_does_not_fit_is_still_called_so(wrong, sensitivity):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_flow_in_inference_mode_is_told_to_use_no_grad(solver):
-    span = span_of(CNF(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))), solver)
+    span = span_of(CNF(nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 2))), solver)
     x = torch.cat([torch.zeros(4, 1, dtype=D), state()], 1)
     with torch.inference_mode(), pytest.raises(ValueError, match=r"no_grad\(\)"):
         span(x)

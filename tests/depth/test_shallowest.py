@@ -656,6 +656,21 @@ def test_where_four_steps_rest_far_from_the_bounds_eight_are_tried_from_the_star
     assert near.label == "4 x rk4"  # twice the bounds is not far
 
 
+def test_where_four_steps_left_the_ode_eight_go_on_from_what_was_learned(script):
+    one = script(penalty=6.0)
+    one.weight.data.fill_(9.0)
+    one.run(5.0)
+    assert one.label == "8 x rk4" and one.weight.item() == 9.0 and one.rate == 1.0
+    broken = script(penalty=6.0)
+    initial = broken.weight.item()
+    broken.search.batches_seen_together = 3
+    broken.search.penalty()
+    broken.search.step(5.0)
+    broken.weight.data.fill_(9.0)
+    broken.search.diverged("a solve failed")
+    assert broken.label == "8 x rk4" and broken.weight.item() == initial
+
+
 def test_a_training_that_rests_far_raises_its_rate_once_and_then_begins_again_more_slowly_three_times(script):
     one = beyond_four(script)
     assert one.run(5.0, 22) == math.inf and one.rate == 3.0 and one.restarts == 0

@@ -18,6 +18,7 @@ from torchdyn_mintime.core.evaluation import (
 )
 from torchdyn_mintime.core.field import STATEFUL, BoundField, Field, cost_columns, evaluating, takes
 from torchdyn_mintime.core.interval import Interval
+from torchdyn_mintime.core.network import as_network
 from torchdyn_mintime.core.random_span import RandomSpan
 from torchdyn_mintime.core.reference import (
     TOLERANCE,
@@ -67,6 +68,7 @@ __all__ = [
     "RandomSpan",
     "SpeedLimit",
     "as_batches",
+    "as_network",
     "as_number",
     "check_end_alone",
     "checks",

@@ -19,7 +19,9 @@ from torchdyn.core import NeuralODE
 from torchdyn.core.defunc import DEFuncBase
 from torchdyn.nn.galerkin import GalLayer
 
-__all__ = ["STATEFUL", "BoundField", "Field", "cost_columns", "evaluating", "kept", "takes"]
+from torchdyn_mintime.core import exact_trace
+
+__all__ = ["STATEFUL", "BoundField", "Field", "cost_columns", "evaluating", "kept", "takes", "written_by_evaluations"]
 
 STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 """Modules whose evaluations in training mode do not repeat, or depend on the batch."""
@@ -86,14 +88,10 @@ def takes(function: Callable, name: str, *, or_any: bool = False) -> bool:
     return any(p.name == name or (or_any and p.kind is p.VAR_KEYWORD) for p in parameters)
 
 
-def _walk(module: nn.Module, seen: dict[nn.Module, int]) -> dict[nn.Module, int]:
-    """Returns ``module.modules()``, several times faster, each with its number of attributes and buffers."""
-    if module not in seen:
-        seen[module] = len(vars(module)) + len(module._buffers)
-        for child in module._modules.values():
-            if child is not None:
-                _walk(child, seen)
-    return seen
+def _size(module: nn.Module) -> int:
+    """Returns the number of attributes and buffers of a module."""
+    own = module.__dict__
+    return len(own) + len(own["_buffers"])
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
@@ -102,17 +100,24 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _ABSENT = object()
 
 
+def written_by_evaluations(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Returns where an evaluation of torchdyn's layers leaves tensors: the time, and the Galerkin weights made of it."""
+    found = [(m, "t") for m in modules if hasattr(m, "t")]
+    return found + [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
+
+
 class _Roles:
     """Which of a field's modules want what. Looking for it is most of the cost of a call, so it is kept."""
 
-    def __init__(self, modules: dict[nn.Module, int]):
-        self.seen = modules
-        self.modules: list[Any] = list(modules)
+    def __init__(self, field: nn.Module):
+        modules: list[Any] = list(field.modules())
+        self.modules = modules
+        self._seen = [(m, _size(m), tuple(m._modules.values())) for m in modules]
         self.traces: list[Any] = [m for m in modules if hasattr(m, "trace_estimator")]
         self.controlled: list[Any] = [m for m in modules if hasattr(m, "_control")]
         self.timed = [m for m in modules if hasattr(m, "t")]
-        self.written = [(m, "t") for m in self.timed]
-        self.written += [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
+        self.stateful = [m for m in modules if isinstance(m, STATEFUL)]
+        self.written = written_by_evaluations(modules)
         self.captured = [(m, name) for m in modules for name in ("_control", "noise") if hasattr(m, name)]
         self.buffers = [(m, name) for m in modules for name, b in m._buffers.items() if b is not None]
         # What a user may set on the field between two forwards: flags, labels, conditions. Times and Galerkin weights are
@@ -125,10 +130,18 @@ class _Roles:
             if name not in _OF_EVERY_MODULE and (id(m), name) not in of_evaluations
         ]
 
-    @property
-    def shared(self) -> bool:
-        """Whether solves keep something of their own on the modules, so that two cannot run at once."""
-        return bool(self.traces or self.captured or self.written)
+        # Whether solves keep something of their own on the modules, so that two cannot run at once.
+        self.shared = bool(self.traces or self.captured or self.written)
+
+    def fit(self, field: nn.Module) -> bool:
+        """Returns whether no module was added, removed or replaced, and none has gained or lost an attribute."""
+        if self.modules[0] is not field:
+            return False
+        for module, size, children in self._seen:
+            own = module.__dict__
+            if len(own) + len(own["_buffers"]) != size or tuple(own["_modules"].values()) != children:
+                return False
+        return True
 
 
 class Field:
@@ -142,9 +155,9 @@ class Field:
 
     def _roles(self) -> _Roles:
         """Finds the roles, anew where a module was added, removed or replaced, or has gained or lost an attribute."""
-        seen = _walk(self.node.vf, {})
-        if self._kept_roles is None or seen != self._kept_roles.seen:
-            self._kept_roles = _Roles(seen)
+        field = self.node.vf
+        if self._kept_roles is None or not self._kept_roles.fit(field):
+            self._kept_roles = _Roles(field)
         return self._kept_roles
 
     def __getstate__(self):
@@ -179,8 +192,7 @@ class Field:
         _check_state(x, node)
         if args is not None and not isinstance(args, Mapping):
             raise TypeError(f"args must be a mapping, which the field gets as its `args`; got {type(args).__name__}")
-        takes_args = self._calls_with_args()
-        if args and not takes_args:
+        if args and not self._calls_with_args():
             raise ValueError(
                 f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward"
             )
@@ -197,7 +209,7 @@ class Field:
                         node.controlled = True
                         module._control = x[:, excess:].detach()
             # A copy: the caller may put other entries into the same mapping before the backward of this solve.
-            return BoundField(node, roles, takes_args, copy.copy(args) if args else {}, alone)
+            return BoundField(node, roles, self.core(), copy.copy(args) if args else {}, alone)
 
     @contextmanager
     def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
@@ -216,6 +228,18 @@ class Field:
                 yield self.bind(x, args)
             finally:
                 self.node.controlled = controlled
+
+    def core(self) -> tuple[Callable, bool, bool]:
+        """Returns the innermost callable past torchdyn's wrappers that nothing hooks into.
+
+        And whether it is called with the time, and with ``args``.
+        """
+        core = self.node.vf.vf
+        if not isinstance(core, DEFuncBase):
+            return core, True, self._calls_with_args()
+        if _has_hooks(core):
+            return core, True, True
+        return core.vf, core.has_time_arg, core.has_time_arg and self._calls_with_args()
 
     def _calls_with_args(self) -> bool:
         core = self.node.vf.vf
@@ -246,7 +270,14 @@ class BoundField:
         alone: a lock that keeps solves of other threads away, where the field's modules keep something of a solve.
     """
 
-    def __init__(self, node: Any, roles: _Roles, takes_args: bool, args: Mapping, alone: AbstractContextManager):
+    def __init__(
+        self,
+        node: Any,
+        roles: _Roles,
+        core: tuple[Callable, bool, bool],
+        args: Mapping,
+        alone: AbstractContextManager,
+    ):
         self.node = node
         self.args = args
         self.alone = alone
@@ -259,7 +290,7 @@ class BoundField:
         ]
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._count = _Count()
-        self.function = self._build(takes_args)
+        self.function = self._build(*core)
         self._attributes: list[Any] | None = None  # until the solve has ended, all is as it was
 
     @property
@@ -271,8 +302,11 @@ class BoundField:
     def nfe(self, value: int) -> None:
         self._count.nfe = value
 
-    def _build(self, takes_args: bool) -> Callable[[Any, Tensor], Tensor]:
-        own, own_timed, kwargs = self._core(takes_args, self.args)
+    def _build(self, core: Callable, own_timed: bool, takes_args: bool) -> Callable[[Any, Tensor], Tensor]:
+        kwargs = {"args": self.args} if takes_args else {}
+        own = core if own_timed else _without_time(core)
+        if self._roles.traces and not own_timed and (layers := exact_trace.layers_of(core)):
+            own = _without_time(partial(exact_trace.rate, *layers))
         timed_modules, order, count = self._roles.timed, self.node.order, self._count
         integral_loss = self.node.vf.integral_loss if self.node.vf.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
@@ -308,18 +342,6 @@ class BoundField:
 
         evaluate.timed = timed  # type: ignore[attr-defined]
         return evaluate
-
-    def _core(self, takes_args: bool, args: Mapping):
-        """Returns the innermost callable past torchdyn's wrappers that nothing hooks into, if it is timed, its keywords."""
-        vf = self.node.vf
-        core = vf.vf
-        if isinstance(core, DEFuncBase) and not _has_hooks(core):
-            if not core.has_time_arg:
-                return _without_time(core.vf), False, {}
-            core = core.vf
-        elif isinstance(core, DEFuncBase):
-            return core, True, {"args": args}
-        return core, True, ({"args": args} if takes_args else {})
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -377,9 +399,9 @@ class BoundField:
                 return
             # A backward is no part of the solve, and counts here alone.
             vf = self.node.vf
-            vf.nfe += self.nfe
+            vars(vf)["nfe"] += self.nfe  # past torch's __setattr__, which is slow
             if isinstance(vf.vf, DEFuncBase) and not _has_hooks(vf.vf):
-                vf.vf.nfe += self.nfe
+                vars(vf.vf)["nfe"] += self.nfe
             self.release()
             self._remember()  # with what the field has set by itself in its first evaluation
         finally:
@@ -408,7 +430,7 @@ class BoundField:
 
     def random_or_stateful(self) -> list[str]:
         """Returns the kinds of modules in training mode whose evaluations do not repeat."""
-        return sorted({type(m).__name__ for m in self.modules if isinstance(m, STATEFUL) and m.training})
+        return sorted({type(m).__name__ for m in self._roles.stateful if m.training})
 
 
 def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:

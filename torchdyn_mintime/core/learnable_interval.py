@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,21 @@ class Plan:
     settles: Interval | None = None
     ends: tuple[float, float] | None = None
     cut: bool = False
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """The grid of the last call without times of its own: most calls are for the same one.
+
+    Attributes:
+        interval, dtype, ends: what it follows from; the ends are those of t0 and t_f, inside their bounds.
+        plan: of such a call, where no gradient of the times is wanted.
+    """
+
+    interval: Interval
+    dtype: torch.dtype
+    ends: tuple[float, float]
+    plan: Plan
 
 
 class LearnableInterval(nn.Module):
@@ -87,6 +103,7 @@ class LearnableInterval(nn.Module):
         for name, value in self._as_tensors(interval, even=not interval.settled).items():
             self.register_buffer(name, value, persistent=False)
         self._interval, self._read = interval, self._numbers()
+        self._laid: _Laid | None = None
         self._end_shift = 0.0  # see core.random_span
         self._said: set[str] = set()
 
@@ -97,9 +114,8 @@ class LearnableInterval(nn.Module):
         """The template and the bounds, a value that never changes; assign another to change them."""
         numbers = self._numbers()
         if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
-            bounds, pinned = numbers[:2], numbers[2] > 0.5
-            template = torch.tensor(numbers[3:], dtype=torch.float64).view(self._template.shape)
-            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned)
+            bounds, pinned, template = numbers
+            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
             self._read = numbers
         return self._interval
 
@@ -122,12 +138,15 @@ class LearnableInterval(nn.Module):
         # On the processor, whatever the default device is: they follow the module, not the call.
         return {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in values.items()}
 
-    def _numbers(self) -> list[float]:
-        """Returns the buffers as numbers."""
-        parts = self._bounds, self._pinned, self._template.view(-1)
-        if self._bounds.is_cpu:
-            return [number for part in parts for number in part.tolist()]
-        return torch.cat(parts).tolist()  # in one piece: on a GPU each reading waits for all work before it
+    def _numbers(self) -> list[list]:
+        """Returns the buffers as numbers: bounds, pinned, template."""
+        buffers = self._buffers  # at every call of a span: torch's way to an attribute is a slow one
+        parts: list[Any] = [buffers["_bounds"], buffers["_pinned"], buffers["_template"]]
+        if not parts[0].is_cpu:  # in one piece: on a GPU each reading waits for all work before it
+            sizes, shapes = [part.numel() for part in parts], [part.shape for part in parts]
+            whole = torch.cat([part.flatten() for part in parts]).cpu().split(sizes)
+            parts = [part.view(shape) for part, shape in zip(whole, shapes, strict=True)]
+        return [part.tolist() for part in parts]
 
     @property
     def t_span(self) -> Tensor:
@@ -247,7 +266,12 @@ class LearnableInterval(nn.Module):
         t0: Tensor = self.t0
         t_f: Tensor = self.t_f
         now = _number(t0, "t0"), _number(t_f, "t_f")
-        value = self._clipped(interval or self.interval, *now) if ends is None else ends
+        if ends is not None:
+            value = ends
+        elif self._is_laid(interval, now, t_f.dtype):
+            value = now
+        else:
+            value = self._clipped(interval or self.interval, *now)
         if value != now:
             if ends is None and self.training and isinstance(t_f, nn.Parameter):
                 self.clip_()
@@ -260,6 +284,10 @@ class LearnableInterval(nn.Module):
             t_f = t_f + self._end_shift
             value = value[0], t_f.item()
         return t0, t_f, *value
+
+    def _is_laid(self, interval: Interval | None, ends: tuple[float, float], dtype: torch.dtype) -> bool:
+        laid = self._laid
+        return laid is not None and laid.interval is interval and laid.ends == ends and laid.dtype is dtype
 
     # ---------------------------------------------------------------------------------------------------- the grid
 
@@ -279,9 +307,15 @@ class LearnableInterval(nn.Module):
         """The points of :meth:`grid` as numbers."""
         return list(self._plan(None, ()).grid.nodes)
 
-    def _plan(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor) -> Plan:
-        """Returns what a call is to solve. Nothing is changed, but t_f clipped in training."""
+    def _plan(self, t_span: Tensor | None, save_at: Iterable[float] | Tensor, dense: bool = False) -> Plan:
+        """Returns what a call is to solve. Nothing is changed, but t_f clipped in training.
+
+        Args:
+            t_span, save_at, dense: as they are passed to the span.
+        """
         interval, settles, descending, cut = self.interval, None, False, False
+        if t_span is None and isinstance(save_at, tuple) and not save_at and interval.settled:
+            return self._plan_of_template(interval)
         span: Sequence[float] | None = None
         ends = None
         asked = _as_numbers(save_at)
@@ -297,7 +331,7 @@ class LearnableInterval(nn.Module):
                 interval = settles = interval.settle(span, own)
                 first, last = interval.template[0], interval.template[-1]
                 ends = interval.clipped(first, last, own, self.learn_t0)  # to bounds that were given
-            if settles is not None or interval.pinned:
+            if settles is not None or (interval.pinned and not dense):  # dense keeps to the template's steps anyway
                 span = None
         elif not interval.settled:
             settles = replace(interval, settled=True)
@@ -313,32 +347,63 @@ class LearnableInterval(nn.Module):
             nodes, from_t0, to_t_f = interval.part(span, first, last, self.learn_t0, rounding)
             start, end = t0 if from_t0 else None, t_f if to_t_f else None
             cut = span[-1] > nodes[-1] + 4 * rounding
-            self._warn_of_a_cut(span, nodes, interval)
+            if not interval.pinned:
+                self._warn_of_a_cut(span, nodes, interval)
+        keep = rows = inside = None
+        if dense:
+            inside = nodes if span is not None and not asked else None
+            nodes = self._steps_between(interval, nodes[0], nodes[-1], own)
         if interval.one_step:
             nodes = [nodes[0], nodes[-1]]
         start = start if start is not None and _differentiated(start) else None
         end = end if end is not None and _differentiated(end) else None
-        keep = rows = None
         if asked:
             if not all(nodes[0] - rounding <= t <= nodes[-1] + rounding for t in asked):
                 raise ValueError(
                     f"save_at={_short(asked)} must lie within the interval solved, from {nodes[0]:.6g} to {nodes[-1]:.6g}"
                     f" (t_f = {last:.6g})"
                 )
-            if interval.one_step and not all(min(t - nodes[0], nodes[-1] - t) <= rounding for t in asked):
-                raise ValueError(
-                    f"save_at={_short(asked)} asks for times between {nodes[0]:.6g} and {nodes[-1]:.6g}, but "
-                    f"{interval.solver} takes the whole interval in one step; ask for its ends, or use another solver"
-                )
-            nodes, keep, rows = merge(nodes, asked, rounding=rounding)
+            if dense:
+                near = (nodes[0], nodes[-1])
+                asked = [next((end for end in near if abs(t - end) <= rounding), t) for t in asked]
+                inside = sorted(set(asked))
+                place = {t: i for i, t in enumerate(inside)}
+                rows = [place[t] for t in asked]
+            else:
+                if interval.one_step and not all(min(t - nodes[0], nodes[-1] - t) <= rounding for t in asked):
+                    raise ValueError(
+                        f"save_at={_short(asked)} asks for times between {nodes[0]:.6g} and {nodes[-1]:.6g}, but "
+                        f"{interval.solver} takes the whole interval in one step; ask for its ends, give dense=True for "
+                        "states inside the step, or use another solver"
+                    )
+                nodes, keep, rows = merge(nodes, asked, rounding=rounding)
         if descending:
             nodes, start, end = nodes[::-1], end, start
-            if keep is not None and rows is not None:
-                keep, count = keep[::-1], sum(keep)
+            if rows is not None:
+                count = len(inside) if inside is not None else sum(keep or ())
                 rows = [count - 1 - row for row in rows]
+            keep, inside = keep and keep[::-1], inside and inside[::-1]
         if rows is not None and rows == list(range(len(rows))):
             rows = None
-        return Plan(Grid(nodes, start, end, keep), rows, settles, ends, cut)
+        return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut)
+
+    def _steps_between(self, interval: Interval, begin: float, end: float, dtype: torch.dtype) -> list[float]:
+        """Returns the ends, and the points of the template between them."""
+        # A span that starts before the template is entered in its steps, not in one long one.
+        return interval.nodes(begin, end, not interval.adaptive or self.learn_t0, dtype)
+
+    def _plan_of_template(self, interval: Interval) -> Plan:
+        """Returns what a call without times of its own is to solve."""
+        t0, t_f, *numbers = self._times(interval)
+        ends, dtype = (numbers[0], numbers[1]), t_f.dtype
+        if not self._is_laid(interval, ends, dtype):
+            nodes = interval.nodes(*ends, self.learn_t0, self.t_f.dtype)
+            plan = Plan(Grid([nodes[0], nodes[-1]] if interval.one_step else nodes))
+            self.__dict__["_laid"] = _Laid(interval, dtype, ends, plan)
+        assert self._laid is not None
+        plan = self._laid.plan
+        start, end = t0 if _differentiated(t0) else None, t_f if _differentiated(t_f) else None
+        return plan if start is None and end is None else Plan(Grid(plan.grid.nodes, start, end))
 
     def _at_rest(self, interval: Interval, t0: float, t_f: float) -> bool:
         """Returns whether there is no time to honour: t_f is frozen where the template ends, so that it cuts nothing.

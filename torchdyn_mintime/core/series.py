@@ -56,7 +56,7 @@ class Series:
             return
         if self._compares is None and "states" in self._seen:
             self._compares = self._seen["states"] and "times" not in self._seen
-        if not self._compares or len(plan.grid.nodes) != len(t_span):
+        if not self._compares or len(plan.grid.returned) != len(t_span):
             return
         raise ValueError(
             f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its last state "

@@ -37,6 +37,9 @@ __all__ = ["SENSITIVITIES", "LastSolve", "Method", "interpolator_of"]
 P = TypeVar("P", bound=Problem)
 T = TypeVar("T")
 
+FEW = 4
+"""Up to so many states the record of a forward without gradient holds them all; of a longer trajectory it holds the last."""
+
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
 
 
@@ -65,7 +68,8 @@ class LastSolve:
     def states(self) -> Tensor:
         """The states ``[points, *x.shape]``, with their graph.
 
-        Those of a forward without gradient are held as long as its caller holds them, and solved for again after that.
+        Those of a forward without gradient, where there are more than four, are held as long as its caller holds them, and
+        solved for again after that.
 
         Raises:
             RuntimeError: they would be solved for again, but the model or ``x`` has changed since.
@@ -89,7 +93,7 @@ class LastSolve:
     @property
     def reaches_end(self) -> bool:
         """Whether the last of the states is that at the end of the solve: ``save_at`` may have left it out."""
-        return self.grid.keep is None or self.grid.keep[-1]
+        return self.grid.returns_end
 
 
 class Method:
@@ -158,6 +162,8 @@ class Method:
         checkpoint = learning and checkpoint and sensitivity == "autograd"
         # An adjoint counts the running cost beside the state, with or without a gradient.
         adjoint = sensitivity != "autograd" and (learning or node.integral_loss is not None)
+        if grid.dense is not None:
+            self._check_dense(sensitivity if adjoint else "checkpoint" if checkpoint else None)
         cost = None
         f, start, running_cost = bound.function, x, node.integral_loss
         if half := in_half_precision(x, self.stepper):
@@ -196,9 +202,23 @@ class Method:
             return rounded(found, x.dtype, grid, self.stepper).states if half else found.states
 
         states = finished(solution)
-        repeats = not (learning or bound.random_or_stateful())
+        repeats = len(states) > FEW and not (learning or bound.random_or_stateful())
         again = (lambda: finished(integrate(f, start, grid, **settings))) if repeats else None
         return LastSolve(bound, x, grid, solution.steps, cost, lambda: states, again)
+
+    def _check_dense(self, own_gradient: str | None) -> None:
+        """Raises where no states inside the steps can be given."""
+        if self.stepper.interpolant is None:
+            raise ValueError(
+                f"{self.stepper.name} has no interpolant, which dense=True needs; leave it out, so that the solver lands on "
+                "each time, or take 'rk4', 'dopri5' or 'tsit5'"
+            )
+        if own_gradient is not None:
+            how = "checkpoint=True" if own_gradient == "checkpoint" else f"sensitivity={own_gradient!r}"
+            raise ValueError(
+                f"dense=True has the gradients of autograd alone, and the span has {how}; call it under torch.no_grad(), or "
+                "leave dense out"
+            )
 
     def _check_repeats(self, bound: BoundField, checkpoint: bool) -> None:
         """Raises where a second evaluation of the field would give something else."""

@@ -96,4 +96,4 @@ def refine(steps: Sequence[float], start: Tensor | None, end: Tensor | None, par
     """
     nodes = [a + (b - a) * (k / parts) for a, b in pairwise(steps) for k in range(parts)]
     nodes.append(steps[-1])
-    return RefinedGrid(nodes, start, end, [False] * (len(nodes) - 1) + [True], parts)
+    return RefinedGrid(nodes, start, end, [False] * (len(nodes) - 1) + [True], parts=parts)

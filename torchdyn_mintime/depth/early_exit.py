@@ -96,9 +96,9 @@ def early_exit(
             if value.dim() == 0:
                 raise ValueError(f"{type(module).__name__}.{name} has no batch dimension to follow the samples")
         grid = call.grid()
-        nodes = list(grid.nodes)
-        if grid.keep is not None:  # the model sees no state after the last one that it asks for
-            nodes = nodes[: 1 + max(i for i, kept in enumerate(grid.keep) if kept)]
+        # The model sees no state after the last one that it asks for.
+        last, forwards = grid.returned[-1], grid.nodes[-1] > grid.nodes[0]
+        nodes = [*(t for t in grid.nodes if (t < last if forwards else t > last)), last]
         times = torch.full((len(x),), float(nodes[0]), dtype=torch.float64, device=x.device)
         nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
         met = _holds(criterion, output, len(x))

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
 from torchdyn_mintime.core import (
     Interval,
@@ -67,7 +68,7 @@ class _Kept:
 
     span: LearnableSpan
     interval: Interval
-    solvers: tuple[nn.Module, nn.Module]
+    solvers: tuple[str | nn.Module, nn.Module]
     by_autograd: bool
     times: tuple[float, float]
 
@@ -171,6 +172,13 @@ class SearchedModel:
         self._lay(depths)
         self._hold_coefficients()
         if state is not None:
+            for i, before in enumerate(state.get("before", ())):
+                interval, kept = Interval(**before["interval"]), self._kept[i]
+                solver = interval.solver if interval.solver in SOLVER_DICT else kept.solvers[0]
+                self._kept[i] = replace(
+                    kept, interval=interval, times=before["times"], solvers=(solver, kept.solvers[1])
+                )
+            self._rates_before = state.get("rates", self._rates_before)
             self._warm, self._unfitted = state["warm"], state["unfitted"]
             if self._coefficients is not None and state["coefficients"] is not None:
                 self._coefficients.load_state_dict(copy.deepcopy(state["coefficients"]))
@@ -179,7 +187,13 @@ class SearchedModel:
     def state(self) -> dict[str, Any]:
         """What a search needs to go on in the middle of a depth, beside the model and its optimizers."""
         coefficients = None if self._coefficients is None else copy.deepcopy(self._coefficients.state_dict())
-        return {"warm": self._warm, "unfitted": self._unfitted, "coefficients": coefficients}
+        return {
+            "warm": self._warm,
+            "unfitted": self._unfitted,
+            "coefficients": coefficients,
+            "before": [{"interval": asdict(kept.interval), "times": kept.times} for kept in self._kept],
+            "rates": self._rates_before,
+        }
 
     def begin_anew(self) -> None:
         """Lets the optimizers forget what came before, and take short steps for a while.

@@ -141,6 +141,7 @@ class Shallowest:
         judge: a function that returns a figure, such as the loss on other data; lower is better. If it is set before the
             start, this figure is held against the target in the place of the training loss.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
+        first: the depth of every span to begin with, set before the start by who knows of a model that is nearly true there.
 
     Raises:
         ValueError: a bound that cannot be used, or an unknown solver.
@@ -192,6 +193,7 @@ class Shallowest:
         self.reduce: Callable[[float], float] = float
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
         self.judge: Callable[[], float] | None = None
+        self.first: Depth | None = None
         self._judged: tuple[float, float] | None = None
         self.batches_seen_together = 1
         self.trials: list[Trial] = []
@@ -227,7 +229,7 @@ class Shallowest:
             searched.resume(self.trials[-1].every, self._resumed)
         else:
             self._rates, self._own = searched.rates, searched.own
-            self._enter([first_depth(name, self.solvers) for name in searched.own])
+            self._enter([self.first or first_depth(name, self.solvers) for name in searched.own])
             self._initial.take(model)
             if self.judge is not None:
                 with torch.no_grad():
@@ -440,7 +442,7 @@ class Shallowest:
         """
         searched = self._require_start()
         if self.trials[-1].iterations < self.batches_seen_together and not self._found:
-            self._failed = True
+            self._failed, self._stage.short = True, False
             _log.info("%s", why)
             self._next()
         elif self._slower(why):
@@ -650,10 +652,11 @@ class Shallowest:
         if depths is None:
             self.done = True
             return
-        # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
         best = fewest(self.trials)
         if best is None:
-            searched.go_back(self._initial)
+            # Where the steps left the ODE, the loss at the reference was learned all the same. Else the model is stuck.
+            if searched.adaptive or not self._stage.short:
+                searched.go_back(self._initial)
         elif not trial.passed:
             searched.go_back(self._found[self.trials.index(best)])
         self._enter(depths)

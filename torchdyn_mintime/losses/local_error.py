@@ -68,7 +68,7 @@ class LocalError(Penalty):
         grid = Grid(last.steps, last.grid.start, last.grid.end)
         # Under an adjoint the states carry the ODE's gradient, not that of the steps.
         exact = span.sensitivity == "autograd" or not torch.is_grad_enabled()
-        kept = exact and not stepper.adaptive and last.grid.keep is None
+        kept = exact and not stepper.adaptive and last.grid.keep is None and last.grid.dense is None
 
         def end(z: Tensor, i: int, parts: int) -> Tensor:
             ends = None if i else grid.start, grid.end if i == steps - 1 else None

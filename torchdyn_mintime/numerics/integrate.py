@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdyn_mintime.numerics.dense import InsideSteps
 from torchdyn_mintime.numerics.step_control import error_norm, factor, first_step
 from torchdyn_mintime.numerics.steppers import Stepper
 
@@ -47,19 +48,33 @@ class Grid:
         nodes: the times as numbers.
         start, end: the first and the last time as tensors, where their gradient is wanted.
         keep: which points are returned; None is all.
+        dense: the times to return instead, without landing on them: strictly monotone, from the first point to the last at
+            most. Those that are equal to an end are that end.
     """
 
     nodes: Sequence[float]
     start: Tensor | None = None
     end: Tensor | None = None
     keep: Sequence[bool] | None = None
+    dense: Sequence[float] | None = None
+
+    @property
+    def returned(self) -> Sequence[float]:
+        """The times of the returned states, as numbers."""
+        if self.dense is not None:
+            return self.dense
+        return self.nodes if self.keep is None else [t for t, k in zip(self.nodes, self.keep, strict=True) if k]
+
+    @property
+    def returns_end(self) -> bool:
+        """Whether the state at the last point is returned, as the last one."""
+        return bool(self.returned) and self.returned[-1] == self.nodes[-1]
 
     def times(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns the returned points as one tensor, which carries the gradient of ``start`` and ``end``."""
-        keep = self.keep
-        kept = list(self.nodes) if keep is None else [t for t, k in zip(self.nodes, keep, strict=True) if k]
-        head = [self.start.reshape(1)] if self.start is not None and (keep is None or keep[0]) else []
-        tail = [self.end.reshape(1)] if self.end is not None and (keep is None or keep[-1]) else []
+        kept = self.returned
+        head = [self.start.reshape(1)] if self.start is not None and kept[0] == self.nodes[0] else []
+        tail = [self.end.reshape(1)] if self.end is not None and kept[-1] == self.nodes[-1] else []
         plain = torch.tensor(kept[len(head) : len(kept) - len(tail)], dtype=dtype, device=device)
         if not head and not tail:
             return plain
@@ -73,6 +88,8 @@ class Grid:
         if i == 0 and self.start is not None:
             a = self.start.double()
         if i == len(self.nodes) - 2 and self.end is not None:
+            if isinstance(a, float) and a == 0.0:  # one step from 0: no difference, and nothing to round
+                return self.end
             b = self.end.double()
         return b - a
 
@@ -119,7 +136,7 @@ def integrate(
         f: the field; an attribute ``timed = False`` says that it ignores t, which is then None.
         x: initial state, any shape.
         grid: the points; a fixed-step stepper takes one step between any two, an adaptive one lands on each.
-        stepper: the method.
+        stepper: the method; for a ``grid.dense`` one that has an interpolant.
         atol, rtol: tolerances (adaptive steppers).
         interpolator: torchdyn's interpolator, which gives the interior points without landing on them (dopri5).
         error_size: how many entries of a flat state the error norm sees; None is all.
@@ -188,7 +205,8 @@ def rounded(solution: Solution, dtype: torch.dtype, grid: Grid, stepper: Stepper
 
 def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool) -> Solution:
     n = len(grid.nodes) - 1
-    keep = grid.keep
+    keep = grid.keep if grid.dense is None else [False] * (n + 1)
+    inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant, x, grid.nodes)
     sizes = [_cast(grid.size(i), x) for i in range(n)]
     times = _stage_times(f, grid, stepper, x)
     x0, states, path, k1 = x, [], [], None
@@ -200,6 +218,9 @@ def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool
             k1 = stages[-1]
         if i == 0:
             _check_shape(x, stages)
+        if inside is not None:
+            ends = grid.nodes[i], grid.nodes[i + 1]
+            inside.passed(ends, grid.left(i), grid.size(i), x, x_new, stages)
         if record:
             path.append((grid.nodes[i], x, stages[0] if stepper.nodes[0] == 0.0 and stages else None))
         x = x_new
@@ -209,7 +230,7 @@ def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool
         path.append((grid.nodes[n], x, None))
     if not _is_finite(x):
         _raise_at_first_failure(f, x0, grid, stepper)
-    return Solution(torch.stack(states), list(grid.nodes), path)
+    return Solution(torch.stack(states) if inside is None else torch.cat(inside.states), list(grid.nodes), path)
 
 
 def _cast(dt: float | Tensor, x: Tensor) -> float | Tensor:
@@ -277,7 +298,8 @@ def _raise_at_first_failure(f: VectorField, x: Tensor, grid: Grid, stepper: Step
 
 def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record) -> Solution:
     nodes, n = grid.nodes, len(grid.nodes) - 1
-    keep = grid.keep or [True] * (n + 1)
+    keep = (grid.keep or [True] * (n + 1)) if grid.dense is None else [False] * (n + 1)
+    inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant, x)
     direction = 1.0 if nodes[-1] > nodes[0] else -1.0
     timed = getattr(f, "timed", True) or stepper.timed
     t = nodes[0]
@@ -327,6 +349,8 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
         if ratio <= 1.0:
             if record:
                 path.append((t, x, k1))
+            if inside is not None:
+                inside.passed((t, t_new), step_grid.left(0), step_grid.size(0), x, x_new, stages)
             if interpolator is not None:
                 passed = _interpolate(interpolator, passed, nodes, keep, states, step_grid, x, x_new, stages)
             t, x, accepted = t_new, x_new, accepted + 1
@@ -347,7 +371,7 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
         path.append((t, x, k1))
     if not _is_finite(x):
         raise _failure("the state is not finite", t, accepted, stepper, grid)
-    return Solution(torch.stack(states), steps, path)
+    return Solution(torch.stack(states) if inside is None else torch.cat(inside.states), steps, path)
 
 
 def _failure(what: str, t: float, step: int, stepper: Stepper, grid: Grid) -> IntegrationError:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnableSolver", "weighted_step"]
+__all__ = ["LearnableSolver", "interpolant_of", "weighted_step"]
 
 _BASE: dict[str, tuple[list[list[float]], list[float]]] = {
     "euler": ([[]], [1.0]),
@@ -123,8 +123,9 @@ class LearnableSolver(nn.Module):
             direction = c - mean
             b = torch.addcmul(b, direction, (0.5 - (mean + b @ direction)) / (direction @ direction))
         b = torch.add(b, 1.0 - b.sum(), alpha=1 / s)
-        # The rounding of a sum of entries of both signs is more than that of 1: the last one takes what is left of it.
-        return a, torch.addcmul(b, self._last, 1.0 - b.sum()), c
+        # The rounding of a sum of entries of both signs is more than that of 1: the last one takes what is left of it, which
+        # has no gradient.
+        return a, b + self._last * (1.0 - b.detach().sum()), c
 
     @property
     def a(self) -> Tensor:
@@ -212,6 +213,24 @@ def weighted_step(
         if i < n:
             stages.append(k1 if i == 0 and k1 is not None else f(times[i], state))
     return state, stages
+
+
+def interpolant_of(order: int, b: Tensor, c: Tensor) -> Tensor:
+    """Returns the weights of the state at a share of the step, as polynomials: ``[stages, degree]``.
+
+    Those of least change that keep the conditions of the order 1 or 2 at every share s of the step: b(s) = s b, and for the
+    order 2 b(s) = s b - s (1 - s) w with sum_i w_i = 0, sum_i w_i c_i = 1/2. Of two stages that start as midpoint it is
+    midpoint's own.
+
+    Args:
+        order: 1 or 2.
+        b, c: weights and nodes, ``[stages]``.
+    """
+    if order == 1:
+        return b[:, None]
+    direction = c - c.mean()
+    w = direction / (2 * direction @ direction)
+    return torch.stack([b - w, w], 1)
 
 
 def _start(stages: int, like: Any) -> list[list[float]]:

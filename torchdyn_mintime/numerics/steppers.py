@@ -17,7 +17,7 @@ from torchdyn.numerics.solvers import hyper, ode
 from torchdyn.numerics.solvers._constants import construct_dopri5, construct_rk4, construct_tsit5
 from torchdyn.numerics.solvers.templates import MultipleShootingDiffeqSolver
 
-from torchdyn_mintime.numerics.learned import LearnableSolver, weighted_step
+from torchdyn_mintime.numerics.learned import LearnableSolver, interpolant_of, weighted_step
 
 __all__ = [
     "AsynchronousLeapfrog",
@@ -46,6 +46,8 @@ class Stepper:
         evaluations: evaluations of f in a step (the first one of an adaptive step is the last of the step before).
         timed: whether the stepper itself needs times, even if f does not.
         first_same_as_last: whether the last stage is f at the new state.
+        interpolant: what gives states inside a step (:mod:`~torchdyn_mintime.numerics.dense`), ``[stages, degree]``; None
+            where the method has none.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Stepper:
     evaluations = 1
     timed = False
     first_same_as_last = False
+    interpolant: Any = None
 
     def prepare(self, x: Tensor) -> "Stepper":
         """Returns the stepper of one solve from the initial state ``x``. Called once before it."""
@@ -126,7 +129,9 @@ class RungeKutta(Stepper):
         a: Sequence[Sequence[float]],
         b: Sequence[float],
         e: Sequence[float] | None = None,
+        interpolant: Sequence[Sequence[float]] | None = None,
     ):
+        self.interpolant = interpolant
         self.name, self.order, self.nodes = name, order, tuple(c)
         self.adaptive = e is not None
         self.first_same_as_last = self.adaptive
@@ -150,17 +155,20 @@ class RungeKutta(Stepper):
 
 
 def _euler() -> RungeKutta:
-    return RungeKutta("euler", 1, [0.0], [], [1.0])
+    return RungeKutta("euler", 1, [0.0], [], [1.0], interpolant=[[1.0]])
 
 
 def _midpoint() -> RungeKutta:
-    return RungeKutta("midpoint", 2, [0.0, 0.5], [[0.5]], [0.0, 1.0])
+    return RungeKutta("midpoint", 2, [0.0, 0.5], [[0.5]], [0.0, 1.0], interpolant=[[1.0, -1.0], [0.0, 1.0]])
 
 
 def _rk4() -> RungeKutta:
     # torchdyn reads c = (0, 1/2, 1/2) for the stages 2 to 4, which is first order for a field that depends on t.
     a = [[1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0]]
-    return RungeKutta("rk4", 4, [0.0, 1 / 2, 1 / 2, 1.0], a, [1 / 6, 1 / 3, 1 / 3, 1 / 6])
+    # The cubic with an error of the order h^4 (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.6).
+    middle = [0.0, 1.0, -2 / 3]
+    inside = [[1.0, -3 / 2, 2 / 3], middle, middle, [0.0, -1 / 2, 2 / 3]]
+    return RungeKutta("rk4", 4, [0.0, 1 / 2, 1 / 2, 1.0], a, [1 / 6, 1 / 3, 1 / 3, 1 / 6], interpolant=inside)
 
 
 def _dopri5() -> RungeKutta:
@@ -176,7 +184,23 @@ def _dopri5() -> RungeKutta:
         b[:6],
     ]
     e = [u - v for u, v in zip(b, b_hat, strict=True)]
-    return RungeKutta("dopri5", 5, [0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0], a, b, e)
+    # Shampine's interpolant of order 4, in the form of Hairer, Norsett and Wanner (II.6):
+    # b(s) = s b + s (1 - s) (e_1 - b) + s^2 (1 - s) (2 b - e_1 - e_7) + s^2 (1 - s)^2 d.
+    d = [
+        -12715105075 / 11282082432,
+        0.0,
+        87487479700 / 32700410799,
+        -10690763975 / 1880347072,
+        701980252875 / 199316789632,
+        -1453857185 / 822651844,
+        69997945 / 29380423,
+    ]
+    inside = []
+    for i, (w, v) in enumerate(zip(b, d, strict=True)):
+        first, last = float(i == 0), float(i == 6)
+        two, three = first - w, 2 * w - first - last
+        inside.append([w + two, -two + three + v, -three - 2 * v, v])
+    return RungeKutta("dopri5", 5, [0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0], a, b, e, inside)
 
 
 def _tsit5() -> RungeKutta:
@@ -227,7 +251,18 @@ def _tsit5() -> RungeKutta:
     ]
     c = [0.0, 0.161, 0.327, 0.9, 0.9800255409045096857298102862870245954942137979563024768854764293221, 1.0, 1.0]
     e = [u - v for u, v in zip(b, b_hat, strict=True)]
-    return RungeKutta("tsit5", 5, c, a, b, e)
+    # The interpolant of order 4 of the same paper, with the products of its factors written out.
+    r = [-1.0530884977290216, 0.1017, 2.490627285651252793, -16.54810288924490272]
+    r += [47.37952196281928122, -34.87065786149660974, 2.5]
+    pairs = [(1.21712927295533244, 0.61620406037800089), (1.203071208372362603, 0.658047292653547382)]
+    pairs += [(1.2, 0.666666666666666667), (1.0, 0.6)]
+    # r s (s - 1.33) (s^2 - 1.436 s + 0.714)
+    u, v, w = 1.3299890189751412, 1.4364028541716351, 0.7139816917074209
+    inside = [[-r[0] * u * w, r[0] * (w + u * v), -r[0] * (u + v), r[0]]]
+    inside.append([0.0, r[1] * 1.2949852507374631, -r[1] * 2.1966568338249754, r[1]])
+    inside.append([0.0, r[2] * 1.57803468208092486, -r[2] * 2.38535645472061657, r[2]])
+    inside += [[0.0, f * p * q, -f * (p + q), f] for f, (p, q) in zip(r[3:], pairs, strict=True)]
+    return RungeKutta("tsit5", 5, c, a, b, e, inside)
 
 
 class Hypersolver(Stepper):
@@ -317,11 +352,20 @@ class LearnedStepper(Stepper):
             return _TensorRungeKutta(self.name, self.order, *self._solver.coefficients())
         values = free.tolist()  # a parameter can be written to in ways that leave no trace but its values
         if self._numbers is None or self._numbers[0] != values:
-            with torch.no_grad():
-                a, b, c = (v.tolist() for v in self._solver.coefficients())
-            rows = [row[:i] for i, row in enumerate(a)][1:]
-            self._numbers = values, RungeKutta(self.name, self.order, c, rows, b)
+            self._numbers = values, self.as_numbers()
         return self._numbers[1]
+
+    def as_numbers(self) -> RungeKutta:
+        """Returns the method with its coefficients as they are now, as numbers."""
+        with torch.no_grad():
+            coefficients = self._solver.coefficients()
+            inside = interpolant_of(self.order, *coefficients[1:]).tolist()
+        a, b, c = (v.tolist() for v in coefficients)
+        return RungeKutta(self.name, self.order, c, [row[:i] for i, row in enumerate(a)][1:], b, interpolant=inside)
+
+    @property
+    def interpolant(self):
+        return interpolant_of(self.order, self._solver.b, self._solver.c)
 
 
 class _TensorRungeKutta(Stepper):
@@ -330,6 +374,11 @@ class _TensorRungeKutta(Stepper):
     def __init__(self, name: str, order: int, a: Tensor, b: Tensor, c: Tensor):
         self.name, self.order, self.evaluations = name, order, len(b)
         self.nodes, self._weights = c.unbind(), torch.cat([a, b[None]])
+        self._b, self._c = b, c
+
+    @property
+    def interpolant(self):
+        return interpolant_of(self.order, self._b, self._c)
 
     def step(self, f, x, times, dt, k1=None):
         return weighted_step(f, x, times, dt * self._weights, k1)

@@ -1,0 +1,84 @@
+"""A model of few evaluations as it is deployed: its static network in ONNX Runtime, beside the span and a jitted JAX scan.
+
+Each row needs what it is named after, and is left out where that is not installed: ``pip install onnxscript onnxruntime jax``.
+"""
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contestants import mlp, node_of, state
+from benchmarks.timing import Row, Run, compare
+from torchdyn_mintime.core import LearnableSpan, as_network
+from torchdyn_mintime.numerics import LearnableSolver
+
+__all__ = ["deployed", "in_jax", "in_onnx_runtime"]
+
+
+def deployed(rounds: int) -> Iterator[Row]:
+    """Inference at 1 to 8 evaluations, in the time of the span; the field's own evaluations alone are the limit."""
+    for size, width, batch in ((2, 64, 64), (16, 64, 64)):
+        for evaluations in (1, 2, 4, 8):
+            net, x = mlp(size, width), state(batch, size)
+            if evaluations < 4:
+                node, grid = node_of(net, solver=LearnableSolver(evaluations)), torch.tensor([0.0, 1.0])
+            else:
+                node, grid = node_of(net), torch.linspace(0, 1, evaluations // 4 + 1)
+            span = LearnableSpan(node, grid).eval()
+            network = as_network(span)
+            runs: dict[str, Run] = {
+                "LearnableSpan": torch.no_grad()(lambda span=span, x=x: span(x)),
+                "as_network": torch.no_grad()(lambda network=network, x=x: network(x)),
+                "the field alone": torch.no_grad()(lambda net=net, x=x, n=evaluations: [net(x) for _ in range(n)]),
+            }
+            if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+                runs["ONNX Runtime"] = in_onnx_runtime(network, x)
+            if importlib.util.find_spec("jax") and evaluations >= 4:
+                runs["JAX"] = in_jax(net, x, evaluations // 4)
+            case = f"{evaluations} evaluations, {size}-{width}-{size}, batch {batch}"
+            yield from compare("deployed", case, runs, rounds)
+
+
+def in_onnx_runtime(network: nn.Module, x: Tensor) -> Run:
+    """Returns the run of an exported network, from and to NumPy, on one thread."""
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it says that t_eval is an output
+        file = io.BytesIO()
+        torch.onnx.export(network, (x,), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, given)
+
+
+def in_jax(net: nn.Sequential, x: Tensor, steps: int) -> Run:
+    """Returns the run of so many steps of rk4 from 0 to 1 as a jitted scan, with the weights of ``net``."""
+    import jax
+    import jax.numpy as jnp
+
+    w1, b1, w2, b2 = (jnp.asarray(p.detach().numpy()) for p in net.parameters())
+    h = 1 / steps
+
+    def field(z):
+        return jnp.tanh(z @ w1.T + b1) @ w2.T + b2
+
+    def step(z, _):
+        k1 = field(z)
+        k2 = field(z + h / 2 * k1)
+        k3 = field(z + h / 2 * k2)
+        k4 = field(z + h * k3)
+        z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return z, z
+
+    solve = jax.jit(lambda z: jax.lax.scan(step, z, None, length=steps))
+    given = jnp.asarray(x.numpy())
+    return lambda: jax.block_until_ready(solve(given))
