@@ -1,6 +1,6 @@
 # Every command of the project, on a machine with Python 3.11 or newer and nothing else:
 #
-#   make demo     train vanilla and minimum-time models, print a table for each task, draw the pictures
+#   make demo     train vanilla, minimum-time, the search and controls, print a table for each task, draw the pictures
 #   make test     all tests, doctests included        make test ARGS="-k span -x"
 #   make coverage lines and branches that the tests reach, an error below 95 %; a quarter of an hour
 #   make mutation small defects in the core that the tests must find; two hours on one core
@@ -9,6 +9,9 @@
 #   make docs     the documentation, warnings are errors: docs/_build/html/index.html
 #   make bench    the cost beside a plain NeuralODE and a plain loop
 #   make gpu      the same and more on a GPU, in eight minutes       make gpu ARGS="--tiny" rehearses on the CPU
+#   make upstream the patches for torchdyn, tried on a copy of it: a table of its faults, without and with them
+#   make span-patch  the learnable span and solver as a patch of torchdyn: torchdyn-span.patch
+#   make release  sdist and wheel in dist/, each tried in a new environment; nothing is uploaded
 #   make clean    removes caches and built pages      make distclean   the environment too
 #
 # The environment is made once, and installed again when pyproject.toml or constraints.txt changes.
@@ -19,7 +22,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test coverage mutation lint format types docs bench gpu clean distclean
+.PHONY: demo test coverage mutation lint format types docs bench gpu upstream span-patch release clean distclean
 
 demo: $(VENV)/.test-installed
 	$(BIN)/python -m torchdyn_mintime demo $(ARGS)
@@ -55,8 +58,18 @@ bench: $(VENV)/.test-installed
 gpu: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
+upstream: $(VENV)/.test-installed
+	$(BIN)/python tests/upstream/series.py $(ARGS)
+
+span-patch: $(VENV)/.test-installed
+	$(BIN)/python tests/upstream/branch.py $(ARGS)
+
+release: $(VENV)/.test-installed
+	$(PIP_INSTALL) -e '.[release]'
+	.ci/release $(BIN)/python
+
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage .coverage.* htmlcov build dist docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage .coverage.* htmlcov build dist docs/_build torchdyn-span.patch
 	find torchdyn_mintime tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -1,7 +1,8 @@
-"""Fields of flow matching, frozen, and solvers fitted to them: ``python -m benchmarks.samplers planes,digits,densities 1``.
+"""Fields of flow matching, and samplers of few evaluations: ``python -m benchmarks.samplers planes,digits,densities 1``.
 
 Each field carries one distribution of the plane to another along straight lines between independent draws. Printed are
 the error of the end relative to the displacement, on fresh states, and its share of midpoint's with as many evaluations.
+``distances`` prints the distance W2 of samples to the data, of fitted solvers and with the weights free (``compress_sampler``).
 """
 
 import math
@@ -17,23 +18,10 @@ from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import CNF
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.experiments.samplers import Velocity, distance, eight_gaussians, exact_ends, matched, moons
 from torchdyn_mintime.flows import Gaussian
 
 EVALUATIONS = (4, 6, 8, 10)
-
-
-def eight_gaussians(n: int) -> Tensor:
-    """Returns draws from eight clouds on a circle of radius 5, as torchcfm draws them, ``[n, 2]``."""
-    angle = torch.randint(8, (n,)) * (math.pi / 4)
-    return 5 * torch.stack([angle.cos(), angle.sin()], 1) + math.sqrt(0.1) * torch.randn(n, 2)
-
-
-def moons(n: int) -> Tensor:
-    """Returns draws from two half circles, as torchcfm draws them, ``[n, 2]``."""
-    angle, second = math.pi * torch.rand(n), torch.rand(n) < 0.5
-    x = torch.where(second, 1 - angle.cos(), angle.cos())
-    y = torch.where(second, 0.5 - angle.sin(), angle.sin())
-    return 3 * (torch.stack([x, y], 1) + 0.2 * torch.randn(n, 2)) - 1
 
 
 def rings(n: int) -> Tensor:
@@ -70,48 +58,6 @@ TASKS: dict[str, tuple[Callable[[int], Tensor], Callable[[int], Tensor]]] = {
 }
 
 
-class Velocity(nn.Module):
-    """A network of the state and the time.
-
-    Args:
-        dim: of the state.
-        width: of its three hidden layers.
-    """
-
-    def __init__(self, dim: int = 2, width: int = 64):
-        super().__init__()
-        layers: list[nn.Module] = [nn.Linear(dim + 1, width), nn.SELU()]
-        for _ in range(2):
-            layers += [nn.Linear(width, width), nn.SELU()]
-        self.net = nn.Sequential(*layers, nn.Linear(width, dim))
-
-    def forward(self, t, x, args=None):
-        """Returns the velocity, ``[n, *shape]``."""
-        column = torch.as_tensor(t).to(x).expand(len(x))[:, None]
-        return self.net(torch.cat([x.flatten(1), column], 1)).view_as(x)
-
-
-def train(
-    start: Callable[[int], Tensor],
-    end: Callable[[int], Tensor],
-    field: nn.Module,
-    iterations: int = 3000,
-    batch: int = 256,
-) -> nn.Module:
-    """Trains a field by flow matching with independent draws, and returns it."""
-    optimizer = torch.optim.Adam(field.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        x0, x1, t = start(batch), end(batch), torch.rand(batch)
-        share = t.view(-1, *[1] * (x0.dim() - 1))
-        loss = (field(t, (1 - share) * x0 + share * x1) - (x1 - x0)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return field.eval()
-
-
 def fresh_error(solver: str | nn.Module, field: nn.Module, x0: Tensor, exact: Tensor, steps: int = 1) -> float:
     """Returns the error of ends relative to the displacement."""
     node = NeuralODE(field, solver=solver)
@@ -121,13 +67,6 @@ def fresh_error(solver: str | nn.Module, field: nn.Module, x0: Tensor, exact: Te
     return ((end - exact).square().mean() / (exact - x0).square().mean()).sqrt().item()
 
 
-def exact_ends(field: nn.Module, x0: Tensor) -> Tensor:
-    """Returns the ends by dopri5 at 1e-6."""
-    node = NeuralODE(field, solver="dopri5", atol=1e-6, rtol=1e-6)
-    with torch.no_grad():
-        return tm.LearnableSpan(node, torch.tensor([0.0, 1.0]))(x0)[1][-1]
-
-
 def planes(seeds: int) -> None:
     """Prints the table of the fields of the plane."""
     ratios: dict[int, list[float]] = {n: [] for n in EVALUATIONS}
@@ -135,7 +74,7 @@ def planes(seeds: int) -> None:
         for seed in range(seeds):
             torch.manual_seed(seed)
             begun = time.perf_counter()
-            field = train(start, end, Velocity())
+            field = matched(start, end, Velocity())
             trained = time.perf_counter() - begun
             states, fresh = start(1280), start(4096)
             exact = exact_ends(field, fresh)
@@ -165,7 +104,7 @@ def digits(seeds: int) -> None:
     for seed in range(seeds):
         torch.manual_seed(seed)
         begin = lambda n: torch.randn(n, 1, 8, 8)  # noqa: E731
-        field = train(begin, lambda n: images[torch.randint(len(images), (n,))], Velocity(64, 256))
+        field = matched(begin, lambda n: images[torch.randint(len(images), (n,))], Velocity(64, 256))
         states, fresh = begin(512), begin(1024)
         exact = exact_ends(field, fresh)
         for n in (4, 8):
@@ -215,7 +154,42 @@ def densities(seeds: int) -> None:
                 )
 
 
-TABLES = {"planes": planes, "digits": digits, "densities": densities}
+def distances(seeds: int, draws: int = 5, points: int = 1000) -> None:
+    """Prints W2 to the data: means over draws, and how far the exact sampler's own draws are apart."""
+    for name, (start, end) in TASKS.items():
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            field = matched(start, end, Velocity())
+            node, states = NeuralODE(field), start(4096)
+            fresh, data = start(draws * points), end(draws * points)
+
+            def mean(ends: Tensor, data: Tensor = data) -> tuple[float, float]:
+                found = [distance(a, b) for a, b in zip(ends.split(points), data.split(points), strict=True)]
+                return statistics.mean(found), statistics.stdev(found)
+
+            def ends(solver: str | nn.Module, steps: int = 1, field: nn.Module = field, x: Tensor = fresh) -> Tensor:
+                with torch.no_grad():
+                    return tm.LearnableSpan(NeuralODE(field, solver=solver), torch.linspace(0, 1, steps + 1))(x)[1][-1]
+
+            exact, noise = mean(exact_ends(field, fresh))
+            print(f"{name}, seed {seed}: exact {exact:.3f}, within {exact + 2 * noise:.3f}", flush=True)
+            for n in (4, 6, 8, 16):
+                print(f"  midpoint, {n} evaluations: {mean(ends('midpoint', n // 2))[0]:.3f}", flush=True)
+            for n in (3, 4, 5, 6):
+                fit = tm.fit_solver(node, states[:1280], evaluations=n, progress=False)
+                print(f"  frozen, {n} evaluations: {mean(ends(fit.node.solver))[0]:.3f}", flush=True)
+            begun = time.process_time()
+            sampler, verdict = tm.compress_sampler(node, states, tol=0.1, progress=False)
+            with torch.no_grad():
+                moved = mean(sampler(fresh)[1][-1])[0]
+            print(
+                f"  weights moving, {verdict.best.evaluations} evaluations: {moved:.3f}, solver error "
+                f"{verdict.best.solver_error:.3f}, {time.process_time() - begun:.0f} s of CPU time",
+                flush=True,
+            )
+
+
+TABLES = {"distances": distances, "planes": planes, "digits": digits, "densities": densities}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

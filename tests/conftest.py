@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from profiles import PROFILE
 
-collect_ignore = ["mutation.py"]  # a command of its own, which needs cosmic-ray
+collect_ignore = ["mutation.py", "upstream/branch.py"]  # commands of their own: one needs cosmic-ray
 
 # Two threads on two shared cores are slower than one for the small networks used here, and noisier.
 torch.set_num_threads(1)

@@ -21,6 +21,8 @@ from torchdyn_mintime.diagnostics import (
     skipped,
     solved_exactly,
     solver_error,
+    stationarity,
+    turnpike,
 )
 
 QUIET = Console(quiet=True)
@@ -336,3 +338,93 @@ def test_report_says_what_a_batch_is():
         report(decay_model(), [], lambda z: z.mean(), console=QUIET)
     with pytest.raises(ValueError, match="take its mean"):
         report(decay_model(), [torch.randn(3, 2).double()], lambda z: z.square().sum(1), console=QUIET)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. (24) and the turnpike
+
+
+class Constant(nn.Module):
+    """z' = a z + u with the same u at all times."""
+
+    def __init__(self, a, u):
+        super().__init__()
+        self.a, self.u = a, nn.Parameter(torch.tensor(u, dtype=torch.float64))
+
+    def forward(self, t, z):
+        return self.a * z + self.u
+
+
+def constant_control(a, c, x, t_f, u):
+    """Minimise c z(t_f)^2 / 2 + int u^2 / 2 dt over one u for all times: (the span, its start, its loss)."""
+    field = Constant(a, u)
+    node = NeuralODE(
+        field, solver="rk4", sensitivity="adjoint", integral_loss=lambda t, z: field.u**2 / 2 + 0 * z[:, 0]
+    )
+    span = tm.LearnableSpan(node, torch.linspace(0, t_f, 41, dtype=torch.float64))
+    return span, torch.tensor([[x]], dtype=torch.float64), lambda z: c * z.square().sum() / 2
+
+
+@pytest.mark.parametrize("a", [0.0, 0.7, -1.1])
+def test_the_best_constant_control_meets_eq_24_only_where_the_costate_is_constant(a):
+    """dH/du = p + u with p = c z(t_f) exp(a (t_f - t)). At the best u its integral is 0; itself it is 0 for a = 0 alone."""
+    c, x, t_f = 3.0, 1.5, 0.9
+    growth, reach = math.exp(a * t_f), t_f if a == 0 else math.expm1(a * t_f) / a
+    best = -c * growth * x * reach / (t_f + c * reach**2)  # c (growth x + reach u) reach + t_f u = 0
+    span, start, loss = constant_control(a, c, x, t_f, best)
+    found = stationarity(span, start, loss)
+    end = growth * x + reach * best
+    expected = c * end * torch.exp(a * (t_f - found.times)) + best
+    # rk4 with 40 steps has an error of 1e-8, its interpolation by trapezoids one of 1e-4.
+    assert torch.allclose(found.gradient[:, 0], expected, atol=1e-6)
+    assert found.total == pytest.approx(0, abs=1e-3)
+    if a == 0:
+        assert found.norms.max() < 1e-6  # so that eq. (24) holds at every time
+    else:
+        assert found.norms.max() > 0.1 and found.imbalance == pytest.approx(1, abs=1e-2)
+
+
+def test_the_integral_of_the_hamiltonians_derivative_is_the_gradient_of_the_loss():
+    model = random_model("mlp", solver="rk4")
+    span = tm.LearnableSpan(model.node, torch.linspace(0, 1, 81, dtype=torch.float64))
+
+    def loss(z):
+        return torch.tanh(z).sum()
+
+    found = stationarity(span, model.x, loss)
+    loss(span(model.x)[1][-1]).backward()
+    expected = torch.cat([p.grad.flatten() for p in span.vf.parameters()])
+    integral = torch.trapezoid(found.gradient, found.times, dim=0)
+    assert torch.allclose(integral, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())  # trapezoids
+    assert found.total == pytest.approx(expected.norm().item(), rel=1e-3)
+
+
+def test_stationarity_needs_parameters_and_leaves_no_gradients():
+    span = decay_model()
+    stationarity(span, torch.ones(2, 2).double(), lambda z: z.sum())
+    assert all(p.grad is None for p in span.parameters())
+    for p in span.vf.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"eq. \(24\)"):
+        stationarity(span, torch.ones(2, 2).double(), lambda z: z.sum())
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.01])
+def test_the_turnpike_of_a_decay_is_known(tolerance):
+    """The speed falls as exp(-rate t), below the tolerance from log(1 / tolerance) / rate on."""
+    end, rate = 8.0, 1.5
+    node, _, _ = closed_form("decay", solver="rk4")
+    node.vf.vf.rate.data.fill_(rate)
+    span = tm.LearnableSpan(node, torch.linspace(0, end, 41, dtype=torch.float64))
+    x = torch.randn(5, 2, dtype=torch.float64)
+    found = turnpike(span, x)
+    assert torch.allclose(found.speed, found.speed[0] * torch.exp(-rate * found.times), rtol=1e-5)
+    # 101 points; between them the speed is linear.
+    assert found.share(tolerance) == pytest.approx(1 + math.log(tolerance) / (rate * end), abs=2e-3)
+
+
+def test_what_turns_in_a_circle_never_rests():
+    node, _, _ = closed_form("oscillator", solver="rk4")
+    node.vf.vf.frequency.data.fill_(1.0)
+    span = tm.LearnableSpan(node, torch.linspace(0, 6.0, 41, dtype=torch.float64))
+    assert turnpike(span, torch.randn(4, 2).double()).share(0.9) == 0

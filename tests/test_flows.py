@@ -15,7 +15,7 @@ from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.experiments.datasets import density_moons
-from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
+from torchdyn_mintime.flows import ContextCat, FlowModel, Gaussian, HyperCNF, HyperNet
 from torchdyn_mintime.lightning import MinimumTime
 from torchdyn_mintime.losses.step_doubling import StepDoubling
 from torchdyn_mintime.losses.trajectory import JacobianNorm, KineticEnergy
@@ -362,6 +362,223 @@ def test_a_torch_distribution_as_the_base():
     assert torch.allclose(FlowModel(span, base)(x), FlowModel(span, Gaussian(2, variance=0.1))(x), atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------ conditions
+
+
+def conditional_net(width=3):
+    return nn.Sequential(ContextCat(), nn.Linear(2 + width, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+class Held(nn.Module):
+    """The conditional net for one context, as its first layer's bias: the field that a context must amount to."""
+
+    def __init__(self, net, context):
+        super().__init__()
+        first = nn.Linear(2, 8)
+        first.weight = nn.Parameter(net[1].weight[:, :2].detach().clone())
+        first.bias = nn.Parameter((net[1].bias + net[1].weight[:, 2:] @ context).detach())
+        self.net = nn.Sequential(first, *net[2:])
+
+    def forward(self, z):
+        return self.net(z)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_a_context_makes_the_field_of_each_row(trace, sensitivity, x):
+    more = (hutch_trace, HeldNoise()) if trace == "hutchinson" else ()
+    net = conditional_net().double()
+    model = flow(CNF(net, *more), sensitivity=sensitivity)
+    assert model.conditional and not flow(CNF(mlp())).conditional
+    context = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    found = model.log_prob(x, context)
+    for i in range(2):
+        alone = flow(CNF(Held(net, context[i].detach()), *more)).log_prob(x)[i]
+        assert torch.allclose(found[i], alone, rtol=1e-12)
+    assert torch.allclose(model.log_prob(x, context[:1]), model.log_prob(x, context[:1].expand(6, 3)))
+    z, change = model.encode(x, context)
+    back, other = model.decode(z, context)
+    # Ten steps of rk4 there and back.
+    assert torch.allclose(back, x, atol=1e-5) and torch.allclose(other, change, atol=1e-5)
+    gradients = torch.autograd.grad(found.sum(), [context, model.span.t_f])
+    assert all(g.abs().sum() > 0 for g in gradients)
+    direction = torch.randn(6, 3, dtype=torch.float64)
+    if sensitivity == "autograd":
+        found = (gradients[0] * direction).sum().item()
+        assert_close(
+            found, difference(lambda: model.log_prob(x, context).sum(), [context], [direction]), 1.0, 1e-7, trace
+        )
+    assert net[0].context is None  # it is there for the length of a solve alone
+
+
+def test_samples_of_a_context_and_regularizers_of_the_last_solve():
+    model = flow(CNF(conditional_net()))
+    model.base.sample = lambda shape: torch.ones(*shape, 2, dtype=torch.float64)
+    one, two = torch.randn(2, 1, 3, dtype=torch.float64)
+    samples = model.sample(4, torch.cat([one, two, one, two]))
+    assert torch.allclose(samples[0], samples[2]) and not torch.allclose(samples[0], samples[1])
+    assert torch.allclose(model.sample(2, one), samples[[0, 2]])
+    doubling = StepDoubling(model)
+    model.nll(samples, one)
+    assert doubling.penalty().item() >= 0  # solved again, with the context that is no longer set
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_a_flow_is_made_whatever_context_is_set_on_its_field(rows):
+    class Set(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.labels = nn.Linear(3, 2), torch.ones(rows, 1)
+
+        def forward(self, z):
+            return self.layer(torch.cat([z, self.labels], 1))
+
+    model = FlowModel(tm.LearnableSpan(NeuralODE(CNF(Set()), solver="rk4"), torch.linspace(0, 1, 5)), Gaussian(2))
+    assert model.log_prob(torch.randn(rows, 2)).shape == (rows,)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+def test_lightning_trains_a_conditional_flow():
+    x, context = torch.randn(32, 2), torch.randn(32, 3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, context), batch_size=16)
+    model = FlowModel(NeuralODE(CNF(conditional_net()), solver="rk4"), Gaussian(2), lr=0.01)
+    model.span.step_size = 0.25
+    first = model.nll(x, context).item()
+    trainer(5).fit(model, loader, loader)
+    assert model.nll(x, context).item() < first
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda m, x: m.log_prob(x), ValueError, "conditional and has no context; pass context="),
+        (lambda m, x: m.log_prob(x, [1.0]), TypeError, "context must be a tensor .* got list"),
+        (lambda m, x: m.log_prob(x, torch.zeros(4, 3)), ValueError, r"a row for each of the 6 samples.*\(4, 3\)"),
+        (lambda m, x: m.sample(2, torch.zeros(())), ValueError, r"a row for each of the 2 samples.*\(\)"),
+        (lambda m, x: flow(CNF(mlp())).nll(x, x), ValueError, "no module of the field has an attribute `context`"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused(call, error, text, x):
+    model = flow(CNF(conditional_net()))
+    before = model.span.vf.nfe
+    with pytest.raises(error, match=text):
+        call(model, x)
+    assert model.span.vf.nfe == before and model.span.vf.vf.vf.net[0].context is None
+
+
+# ------------------------------------------------------------------------------------------ other layouts and directions
+
+
+class LastDensity(nn.Module):
+    """[f, Tr(df/dz)] for a state [z, l], as the wrapper in torchcfm's examples has it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, x, *args, **kwargs):
+        def velocity(z):
+            return self.net(z[None])[0]
+
+        z = x[..., :-1]
+        trace = torch.vmap(lambda z: torch.trace(torch.func.jacrev(velocity)(z)))(z)
+        return torch.cat([self.net(z), trace[:, None]], 1)
+
+
+@pytest.mark.parametrize("base_at", ["start", "end"])
+@pytest.mark.parametrize("costly", [False, True])
+def test_the_log_density_may_come_last(base_at, costly, x):
+    net = mlp().double()
+    cost = {"integral_loss": lambda t, z: z.square().sum(1)} if costly else {}
+
+    def made(field, **options):
+        node = NeuralODE(field, solver="rk4", **cost)
+        span = tm.LearnableSpan(node, torch.linspace(0, 1, 11, dtype=torch.float64), t_f=0.73)
+        return FlowModel(span, Gaussian(2).double(), base_at=base_at, **options)
+
+    first, last = made(CNF(net)), made(LastDensity(net), log_density="last")
+    assert torch.allclose(first.log_prob(x), last.log_prob(x), rtol=1e-12)
+    for one, other in zip(first.decode(x), last.decode(x), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_the_base_at_the_start_is_the_flow_the_other_way(x):
+    """z' = f from the base to data is z' = -f from data to the base."""
+
+    class Turned(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, z):
+            return -self.net(z)
+
+    net = mlp().double()
+    node = NeuralODE(CNF(net), solver="rk4")
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, 11, dtype=torch.float64))
+    matched = FlowModel(span, Gaussian(2).double(), base_at="start")
+    other = flow(CNF(Turned(net)), t_f=1.0)
+    assert torch.allclose(matched.log_prob(x), other.log_prob(x), rtol=1e-12)
+    assert torch.allclose(matched.decode(x)[0], other.decode(x)[0], rtol=1e-12)
+
+
+class Sampler(nn.Module):
+    """A flow for densities, and a second node over its net, for samples alone."""
+
+    def __init__(self, over, **options):
+        super().__init__()
+        cnf = CNF(mlp())
+        self.flow = NeuralODE(cnf, solver="rk4")
+        self.sampler = NeuralODE(cnf if over == "flow" else cnf.net, solver="midpoint", **options)
+
+
+@pytest.mark.parametrize("over", ["flow", "net"])
+def test_two_nodes_over_one_flow_share_their_times(over):
+    model = tm.wrap(Sampler(over), learn_t0=over == "flow")
+    assert model.flow.t_f is model.sampler.t_f and (model.flow.t0 is model.sampler.t0) == (over == "flow")
+    with torch.no_grad():
+        model.flow.t_f.fill_(0.4)
+    assert model.sampler.grid()[-1].item() == pytest.approx(0.4)
+    assert len(tm.parameter_groups(model, lr=0.1)[1]["params"]) == 1 + (over == "flow")
+    made = copy.deepcopy(model)
+    assert made.flow.t_f is made.sampler.t_f is not model.flow.t_f
+    made.load_state_dict(model.state_dict())
+    for span, width in ((model.flow, 3), (model.sampler, 3 if over == "flow" else 2)):
+        span(torch.zeros(2, width))  # unwrap checks with a state of this shape
+    unwrapped = tm.unwrap(model)
+    assert unwrapped.sampler.t_span[-1].item() == pytest.approx(0.4, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+def test_times_that_are_shared_are_priced_once():
+    ends = []
+    for two in (False, True):
+        torch.manual_seed(0)
+        cnf = CNF(mlp())
+        model = FlowModel(tm.LearnableSpan(NeuralODE(cnf, solver="rk4"), torch.linspace(0, 1, 5)), Gaussian(2))
+        if two:
+            model.sampler = NeuralODE(cnf.net, solver="rk4")
+            model.sampler.t_span = torch.linspace(0, 1, 5)
+            tm.wrap(model)
+            assert model.sampler.t_f is model.span.t_f
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(tm.parameter_groups(model, lr=1e-4))
+        x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+        loader = torch.utils.data.DataLoader(x, batch_size=8)
+        trainer(1, MinimumTime(weight=1000.0)).fit(model, loader, loader)
+        ends.append(model.span.t_f.item())
+    assert ends[0] == ends[1] == pytest.approx(0.9, abs=1e-2)
+
+
+def test_layers_of_shared_weights_and_other_intervals_keep_times_of_their_own():
+    net = mlp()
+    layers = tm.wrap(nn.Sequential(NeuralODE(net, return_t_eval=False), NeuralODE(net, return_t_eval=False)))
+    assert layers[0].t_f is not layers[1].t_f
+    model = Sampler("net")
+    model.sampler.t_span = torch.linspace(0, 2, 5)
+    model = tm.wrap(model)
+    assert model.flow.t_f is not model.sampler.t_f
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 
@@ -382,6 +599,21 @@ def wide_noise() -> NeuralODE:
 CONSTRUCTION = {
     "no node": (lambda: FlowModel(mlp(), Gaussian(2)), TypeError, "NeuralODE over a CNF.*Sequential"),
     "no flow": (lambda: FlowModel(node_of(mlp(3)), Gaussian(2)), TypeError, "no trace.*CNF"),
+    "two layouts": (
+        lambda: FlowModel(node_of(CNF(mlp())), Gaussian(2), log_density="last"),
+        ValueError,
+        r"fields of a state \[z, l\]; CNF has \[l, z\]",
+    ),
+    "layout": (
+        lambda: FlowModel(node_of(CNF(mlp())), Gaussian(2), log_density="middle"),
+        ValueError,
+        "log_density must be one of .* got 'middle'",
+    ),
+    "direction": (
+        lambda: FlowModel(node_of(CNF(mlp())), Gaussian(2), base_at="top"),
+        ValueError,
+        "base_at must be one of .* got 'top'",
+    ),
     "no base": (lambda: FlowModel(node_of(CNF(mlp())), None), TypeError, "NoneType has no log_prob"),
     "base of another dimension": (lambda: FlowModel(node_of(CNF(mlp())), Gaussian(3)), ValueError, "dimension 3"),
     "base of many": (
@@ -458,7 +690,7 @@ def test_an_unwrapped_flow_says_so():
     model = FlowModel(tm.LearnableSpan(node_of(CNF(mlp())), torch.linspace(0, 1, 5)), Gaussian(2))
     x = torch.randn(4, 2)
     expected = model.log_prob(x)
-    tm.unwrap(model, torch.randn(4, 3))
+    tm.unwrap(model, x)
     with pytest.raises(TypeError, match="wrap"):
         model.log_prob(x)
     assert torch.allclose(tm.wrap(model).log_prob(x), expected)

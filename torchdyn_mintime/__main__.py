@@ -34,6 +34,9 @@ Device: TypeAlias = Annotated[str, typer.Option("--device", help="cpu, cuda, ...
 Output: TypeAlias = Annotated[Path, typer.Option("--output", help="Folder for tables, figures and pictures.")]
 DATA, OUTPUT = Path("data"), Path("results")
 
+NO_DATA, NOT_FOUND, STOPPED = 1, 3, 130
+"""Exit statuses beside 0 and 2, which click takes for a wrong use."""
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -49,16 +52,22 @@ def main(
 ) -> None:
     """Neural ODEs that learn how deep they need to be: the paper's experiments, with the controls beside them.
 
-    `run --help` names tasks and methods, with a line on each.
+    Begin with `demo`. `run --help` names tasks and methods, `table --help` and `figure --help` the paper's, with a line on
+    each. Models are kept: Ctrl-C saves what was trained so far, and the same command goes on from there.
+
+    Exit status: 0 done; 1 data is missing; 2 wrong use; 3 a model was trained and missed its target, as a search that found
+    nothing; 130 stopped by Ctrl-C.
     """
 
 
-@app.command()
-def demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
-    """Vanilla and minimum-time on two moons and handwritten digits: one table, with pictures. About two minutes."""
-    from torchdyn_mintime.experiments import tables
+@app.command("demo")
+def make_demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
+    """Vanilla, minimum-time, the search, and controls on two moons and digits: tables and pictures. About two minutes."""
+    from torchdyn_mintime.experiments.demo import demo
 
-    tables.demo(output / "demo", _store(output), iterations, seed)
+    store = _store(output)
+    with _said(store.console, "demo"):
+        demo(output / "demo", store, iterations, seed)
 
 
 def _listing(title: str, lines: dict[str, str]) -> str:
@@ -71,18 +80,20 @@ RUN_HELP = f"""One task: a row for each method and seed. A finished seed is not 
 
 What is not given is as published, or the task's own.
 
-{_listing("Tasks", names.TASKS)}
+{_listing("Tasks", names.TASKS | names.SAMPLER_TASKS)}
 
 {_listing("Methods", names.METHODS)}
 
 {_listing("Methods of flow-moons and flow-circles; flow-tutorial compares vanilla and minimum-time", names.FLOW_METHODS)}
+
+{_listing("Methods of sampler-moons", names.SAMPLER_METHODS)}
 """
 
 
 @app.command(help=RUN_HELP)
 def run(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="One of the tasks below.")],
+    task: Annotated[str, typer.Argument(help="By its name in the list.")],
     method: Annotated[
         list[str] | None,
         typer.Option(help="May be given several times. Default: minimum-time; of flows those of their table."),
@@ -103,11 +114,17 @@ def run(
     device: Device = "cpu",
     output: Output = OUTPUT,
 ) -> None:
-    from torchdyn_mintime.experiments import comparison, tables
+    from torchdyn_mintime.experiments import comparison, samplers, tables
     from torchdyn_mintime.experiments.tasks import TASKS
 
+    if task in names.SAMPLER_TASKS:
+        _only(context, task, "method", "iterations", "first_seed")
+        store = _store(output)
+        with _said(store.console, task):
+            samplers.run(method or (), range(first_seed, first_seed + seeds), iterations, output, store)
+        return
     if task not in TASKS:
-        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join(TASKS)}")
+        raise typer.BadParameter(f"there is no task {task!r}; choose among {', '.join([*TASKS, *names.SAMPLER_TASKS])}")
     wanted = TASKS[task]
     if wanted.options is not None:
         _only(context, task, "iterations", "first_seed", *wanted.options)
@@ -124,13 +141,21 @@ def run(
             range(first_seed, first_seed + seeds), settings={**given, "iterations": iterations}
         )
         own_methods = wanted.options is None or "method" in wanted.options
-        tables.make_own(task, methods, options, output, store, "" if own_methods else f"run-{task}")
+        found = tables.make_own(task, methods, options, output, store, "" if own_methods else f"run-{task}")
+        if (found["failure"] != "").any():
+            raise typer.Exit(NOT_FOUND)
 
 
-@app.command()
+TABLE_HELP = f"""A table of the paper: its rows, ours, and the controls, in one run. What was finished is not run again.
+
+{_listing("Tables", names.TABLES)}
+"""
+
+
+@app.command(help=TABLE_HELP)
 def table(
     context: typer.Context,
-    number: Annotated[str, typer.Argument(help="1 to 6, as in the paper; 'flows' for section 4.2's.")],
+    number: Annotated[str, typer.Argument(help="By its name in the list.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
     lrs: Annotated[
         str, typer.Option(help="Learning rates to try every method with, on a seed of its own; 'own': the task's.")
@@ -140,32 +165,56 @@ def table(
     subset: Subset = None,
     width: Width = None,
     sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
+    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 200,
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
     output: Output = OUTPUT,
 ) -> None:
-    """A table of the paper: its rows, ours, and the controls, in one run. What was finished is not run again."""
     from torchdyn_mintime.experiments import comparison, tables
 
     if number not in tables.TABLES:
         raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}")
     settings = dict(iterations=iterations, subset=subset, width=width)
     rates = () if lrs == "own" else _numbers(lrs, float)
-    options = comparison.Options(range(seeds), rates, _numbers(sweep, int), settings)
+    numbers = range(first_seed, first_seed + seeds)
+    options = comparison.Options(numbers, rates, _numbers(sweep, int), settings)
     if number == "flows":
-        _only(context, "table flows", "only", "iterations")
-        first = tables.FLOWS_FIRST_SEED
-        options = comparison.Options(range(first, first + seeds), (), tables.FLOW_SWEEP, settings)
+        _only(context, "table flows", "only", "iterations", "first_seed")
+        options = comparison.Options(numbers, (), tables.FLOW_SWEEP, settings)
     store = _store(output, data, download, device)
     with _said(store.console, f"table {number}"):
         tables.make(number, options, output, store, tuple(only or ()))
 
 
-@app.command()
+@app.command("tables")
+def all_tables(
+    which: Annotated[str, typer.Argument(help="all")],
+    data: Data = DATA,
+    download: Download = False,
+    device: Device = "cpu",
+    output: Output = OUTPUT,
+) -> None:
+    """Every table of the documentation, one after another: hours, which it says first. What was finished is not run again."""
+    from torchdyn_mintime.experiments import tables
+
+    if which != "all":
+        raise typer.BadParameter(f"there is no {which!r}; write 'tables all', or 'table NUMBER' for one of them")
+    store = _store(output, data, download, device)
+    with _said(store.console, "tables"):
+        tables.make_all(output, store)
+
+
+FIGURE_HELP = f"""A figure of the paper, from models trained here. What was trained before is not trained again.
+
+{_listing("Figures", names.FIGURES)}
+"""
+
+
+@app.command(help=FIGURE_HELP)
 def figure(
     context: typer.Context,
-    number: Annotated[str, typer.Argument(help="1, 3 to 12, as in the paper; 2 is a drawing, in the docs.")],
+    number: Annotated[str, typer.Argument(help="By its number in the list.")],
     iterations: Iterations = None,
     seed: Seed = 0,
     subset: Subset = None,
@@ -175,7 +224,6 @@ def figure(
     device: Device = "cpu",
     output: Output = OUTPUT,
 ) -> None:
-    """A figure of the paper, from models trained here. What was trained before is not trained again."""
     from torchdyn_mintime.experiments import comparison, figures, tables
 
     known = sorted([*figures.FIGURES, *figures.FLOW_FIGURES], key=int)
@@ -212,7 +260,9 @@ def compress(
 
     store, folder = _store(output, data, download, device), output / "compressed"
     with _said(store.console, "compress"):
-        compress(checkpoint, folder, store, target=target, lr=lr, iterations=iterations, only_trim=trim)
+        path = compress(checkpoint, folder, store, target=target, lr=lr, iterations=iterations, only_trim=trim)
+        if path is None:
+            raise typer.Exit(NOT_FOUND)
 
 
 @app.command(
@@ -237,14 +287,16 @@ def _store(output: Path, data: Path = DATA, download: bool = False, device: str 
 
 @contextmanager
 def _said(console: Console, what: str, usage: bool = True) -> Iterator[None]:
-    """Shows what a user can mend as a message alone; every other error is a defect and keeps its traceback."""
+    """Shows what a user can mend, and an end by Ctrl-C, without a traceback; every other error is a defect and keeps its."""
     try:
         yield
     except (MissingData, UsageError) as error:
         if usage and isinstance(error, UsageError):
             raise typer.BadParameter(str(error)) from error
         console.print(f"{what}: not run: {error}")
-        raise typer.Exit(1) from error
+        raise typer.Exit(NO_DATA) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(STOPPED) from None
 
 
 def _only(context: typer.Context, what: str, *names: str) -> None:

@@ -13,6 +13,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.depth.compress import compress
 from torchdyn_mintime.depth.early_exit import early_exit
 from torchdyn_mintime.depth.growth import DepthGrowth
+from torchdyn_mintime.depth.sampler import compress_sampler
 from torchdyn_mintime.depth.shallowest import Shallowest
 from torchdyn_mintime.depth.solver_fit import fit_solver
 from torchdyn_mintime.depth.target import TargetLoss
@@ -37,6 +38,7 @@ __all__ = [
     "TargetLoss",
     "as_network",
     "compress",
+    "compress_sampler",
     "early_exit",
     "fit_solver",
     "parameter_groups",

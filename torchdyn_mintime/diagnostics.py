@@ -5,11 +5,13 @@ The Hamiltonian, with Phi the loss as a function of z(t_f), w the price of time,
     H(t) = p(t) f(t, z(t)) + L(t, z(t)) + w,        p = d(Phi + int L dt)/dz,                     eq. (21)
 
 is constant along the path of every autonomous field, whether its parameters are optimal or not, and 0 where t_f is
-optimal, since H(t_f) is the derivative of Phi + int L dt + w t_f in t_f: eq. (27).
+optimal, since H(t_f) is the derivative of Phi + int L dt + w t_f in t_f: eq. (27). Its derivative in the parameters is 0 at
+every time where parameters that may change with time are optimal: eq. (24).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,8 @@ __all__ = [
     "Profile",
     "Report",
     "SpanReport",
+    "Stationarity",
+    "Turnpike",
     "evaluate_with_reference",
     "evaluate_without_ode",
     "hamiltonian",
@@ -55,6 +59,8 @@ __all__ = [
     "skipped",
     "solved_exactly",
     "solver_error",
+    "stationarity",
+    "turnpike",
 ]
 
 solved_exactly, skipped = evaluate_with_reference, evaluate_without_ode  # the names of older versions
@@ -235,6 +241,34 @@ def hamiltonian(
         >>> round(h.at_end, 4), h.drift < 1e-6
         (-0.1353, True)
     """
+    with _costates(model, x, loss, *target, span=span) as path, torch.no_grad():
+        values = [path.sign * float((p * path.field(y.new_tensor(t), y)).sum().double()) for t, y, p in path.points]
+    times, order = torch.tensor([t for t, _, _ in path.points], dtype=torch.float64).sort()
+    return Hamiltonian(times, torch.tensor(values, dtype=torch.float64)[order] + weight)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """A solve with its costates.
+
+    Attributes:
+        field: f(t, y) of the states below, which hold a running cost where an adjoint counts one.
+        points: (t, y, p) at the model's own steps, from the end of the solve to its start.
+        sign: of dz per unit of the interval's length.
+        parameters: of the field, those that require gradients.
+    """
+
+    field: Callable[[Tensor, Tensor], Tensor]
+    points: list[tuple[float, Tensor, Tensor]]
+    sign: float
+    parameters: list[nn.Parameter]
+
+
+@contextmanager
+def _costates(
+    model: nn.Module, x: Tensor, loss: Loss, *target: Any, span: LearnableSpan | None = None
+) -> Iterator[_Path]:
+    """Gives the states and the discrete costates along the model's own steps, in eval mode; the field is for use inside."""
     chosen = only_span(model, span)
     if isinstance(chosen.stepper, AsynchronousLeapfrog):
         raise ValueError(
@@ -250,7 +284,6 @@ def hamiltonian(
                 f"the model looks at z(t) up to a time before the end {last.steps[-1]:g} of the solve alone, so that its loss "
                 "does not depend on t_f; ask for the end too"
             )
-        sign = 1.0 if last.steps[-1] > last.steps[0] else -1.0  # of dz per unit of the interval's length
         with untraced(last.bound), torch.enable_grad():
             running_cost = chosen.node.integral_loss if chosen.sensitivity != "autograd" else None
             f, start = with_running_cost(last.bound.function, running_cost, last.x.detach(), last.steps[0])
@@ -258,22 +291,155 @@ def hamiltonian(
             def solve(y: Tensor, steps: list[float]) -> Tensor:
                 return integrate(f, y, Grid(steps), chosen.stepper, adapt=False).states
 
-            @torch.no_grad()
-            def rate(t: float, y: Tensor, p: Tensor) -> float:
-                return sign * float((p * f(y.new_tensor(t), y.detach())).sum().double())
-
             with torch.no_grad():
                 states = solve(start, last.steps)
             end, size = states[-1].requires_grad_(), last.x.numel()
             value = torch.as_tensor(loss(rest_of(model, chosen, end[:size].view_as(last.x), x), *target))
             (p,) = torch.autograd.grad((value, end[size:].sum()), end)
-            values = [rate(last.steps[-1], end, p)]
+            points = [(last.steps[-1], end.detach(), p)]
             for i in range(len(states) - 2, -1, -1):
                 z = states[i].requires_grad_()
                 (p,) = torch.autograd.grad(solve(z, last.steps[i : i + 2])[-1], z, p)
-                values.append(rate(last.steps[i], z, p))
-    times, order = torch.tensor(last.steps, dtype=torch.float64).sort()
-    return Hamiltonian(times, torch.tensor(values[::-1], dtype=torch.float64)[order] + weight)
+                points.append((last.steps[i], z.detach(), p))
+            parameters = [each for each in chosen.vf.parameters() if each.requires_grad]
+            yield _Path(f, points, 1.0 if last.steps[-1] > last.steps[0] else -1.0, parameters)
+
+
+@dataclass(frozen=True)
+class Stationarity:
+    r"""How far the field's parameters are from a minimum of the Hamiltonian at each time: eq. (24), to first order.
+
+    The derivative of H(t) in the parameters is 0 at every time where parameters that could change with time are optimal.
+    The parameters of a neural ODE are the same at all times, and at their optimum only the integral is 0: it is the gradient
+    of the loss. What is left of the derivative then is what parameters that change with time could gain.
+
+    Attributes:
+        times: ``[points]``, ascending.
+        gradient: dH/dtheta at these times, ``[points, parameters]``: loss per unit of time and of parameter.
+    """
+
+    times: Tensor
+    gradient: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """The norm of dH/dtheta at each time, ``[points]``."""
+        return self.gradient.norm(dim=1)
+
+    @property
+    def total(self) -> float:
+        """The norm of the integral of dH/dtheta over time, by trapezoids: that of the loss's gradient in the parameters."""
+        return torch.trapezoid(self.gradient, self.times, dim=0).norm().item()
+
+    @property
+    def imbalance(self) -> float:
+        """The integral of the norm less :attr:`total`, over the integral: 0 where dH/dtheta is the same at all times, 1 where
+        the parameters are optimal as they are, shared over time, and would be better if they changed with it. NaN where
+        dH/dtheta is 0 everywhere, as eq. (24) asks."""
+        whole = torch.trapezoid(self.norms, self.times).item()
+        return math.nan if whole == 0 else 1 - self.total / whole
+
+
+def stationarity(
+    model: nn.Module, x: Tensor, loss: Loss, *target: Any, span: LearnableSpan | None = None
+) -> Stationarity:
+    """Returns the derivative of the Hamiltonian in the field's parameters along the model's own steps, in eval mode.
+
+    The costate is that of :func:`hamiltonian`, and so are the arguments and the errors. A running cost counts as there.
+
+    Args:
+        model: a LearnableSpan, or a module that holds some.
+        x: what it is called with.
+        loss: ``loss(output, *target)``; of a span itself the output is z(t_f).
+        target: further arguments of the loss.
+        span: which one, if the model has several.
+
+    Raises:
+        ValueError: as :func:`hamiltonian`, or no parameter of the field requires a gradient.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> span = LearnableSpan(NeuralODE(nn.Linear(1, 1), solver="rk4"), torch.linspace(0, 1, 21))
+        Your vector field ...
+        >>> found = stationarity(span, torch.ones(8, 1), lambda z: z.square().mean())
+        >>> found.gradient.shape, bool(found.total > 0)
+        (torch.Size([21, 2]), True)
+    """
+    with _costates(model, x, loss, *target, span=span) as path, torch.enable_grad():
+        if not path.parameters:
+            raise ValueError("no parameter of the field requires a gradient, so that eq. (24) says nothing of it")
+        rows = []
+        for t, y, p in path.points:
+            value = path.sign * (p * path.field(y.new_tensor(t), y)).sum()
+            found = torch.autograd.grad(value, path.parameters, allow_unused=True)
+            parts = zip(found, path.parameters, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(q) if g is None else g).flatten().double() for g, q in parts]))
+    times, order = torch.tensor([t for t, _, _ in path.points], dtype=torch.float64).sort()
+    return Stationarity(times, torch.stack(rows)[order])
+
+
+@dataclass(frozen=True)
+class Turnpike:
+    """How long the states rest on their way.
+
+    On a turnpike the solution of an optimal control problem spends most of a long interval near a point where nothing moves:
+    what comes after is depth that does nothing.
+
+    Attributes:
+        times: ``[points]``, in the order of the solve.
+        speed: the root of the mean square of f over all entries of the state, at these times, ``[points]``.
+    """
+
+    times: Tensor
+    speed: Tensor
+
+    def share(self, tolerance: float = 0.1) -> float:
+        """Returns the share of the interval on which the speed is below ``tolerance`` times its largest value.
+
+        Between two points the speed is taken as linear in time.
+        """
+        bound = tolerance * self.speed.max()
+        first, second = self.speed[:-1], self.speed[1:]
+        low, high = torch.minimum(first, second), torch.maximum(first, second)
+        below = ((bound - low) / (high - low).clamp_min(torch.finfo(high.dtype).tiny)).clamp(0, 1)
+        below = torch.where(high <= bound, torch.ones_like(below), below)
+        lengths = self.times.diff().abs()
+        return float((below * lengths).sum() / lengths.sum())
+
+
+@torch.no_grad()
+def turnpike(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None, points: int = 101) -> Turnpike:
+    """Returns the speed of the states along the ODE's own solution, in eval mode: :meth:`Turnpike.share` is the measure.
+
+    Args:
+        model: a LearnableSpan, or a module that holds some.
+        x: what it is called with.
+        span: which one, if the model has several.
+        points: at how many times, evenly spread.
+
+    Raises:
+        ValueError: there is no such span.
+
+    Example:
+        >>> from torchdyn.core import NeuralODE
+        >>> span = LearnableSpan(NeuralODE(lambda t, z: -z, solver="rk4"), torch.linspace(0, 10, 41))
+        Your vector field ...
+        >>> round(turnpike(span, torch.ones(4, 2)).share(0.1), 2)  # the speed exp(-t) is below a tenth from t = log(10) on
+        0.77
+    """
+    target_span = only_span(model, span)
+    with evaluating(model), undisturbed(model):
+        model(x)
+        last = last_solve(target_span)
+        times = _even(last.steps, points)
+        start = position(target_span, last.x)
+        with untraced(last.bound):
+            states = reference_solution(last.bound, start, times)
+            speeds = [
+                last.bound.function(start.new_tensor(t), z.to(start)).double().square().mean().sqrt()
+                for t, z in zip(times, states, strict=True)
+            ]
+    return Turnpike(torch.tensor(times, dtype=torch.float64), torch.stack(speeds))
 
 
 # ------------------------------------------------------------------------------------------------------ all in one

@@ -6,12 +6,14 @@ A flow carries data x at t0 to a base distribution at t_f, with the change of lo
     log p(x) = log p_base(z(t_f)) - l(t_f),
 
 and is trained on the mean negative log-likelihood, eq. (6). Samples start from the base at t_f and run back to t0. The
-state is torchdyn's own, ``[batch, 1 + dim]`` with l in the first column, so that ``torchdyn.models.CNF`` fits as it is.
+state is torchdyn's own, ``[batch, 1 + dim]`` with l in the first column, so that ``torchdyn.models.CNF`` fits as it is. Fields
+that were trained by flow matching run the other way, from the base at t0 to data at t_f.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +26,7 @@ from torchdyn.models.cnf import REQUIRES_NOISE
 
 from torchdyn_mintime.core import LearnableSpan, checks, cost_columns, evaluating, parameter_groups, undisturbed
 
-__all__ = ["FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
+__all__ = ["ContextCat", "FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
 
 
 class Gaussian(nn.Module):
@@ -169,6 +171,35 @@ class HyperCNF(nn.Module):
         return torch.cat([-trace[:, None], value], 1)
 
 
+class ContextCat(nn.Module):
+    """Appends the context of a conditional flow to the state, as torchdyn's ``DepthCat`` appends the time.
+
+    :class:`FlowModel` sets ``context`` for the length of a solve, here and on every other module of the field that has an
+    attribute of this name.
+
+    Attributes:
+        context: ``[batch, n]``, or None.
+
+    Example:
+        >>> cat = ContextCat()
+        >>> cat.context = torch.ones(4, 3)
+        >>> cat(torch.zeros(4, 2)).shape
+        torch.Size([4, 5])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context: Tensor | None = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Returns [z, context], ``[batch, dim] -> [batch, dim + n]``."""
+        if self.context is None:
+            raise RuntimeError(
+                "ContextCat has no context yet: pass it to the FlowModel, or set its `context` to a tensor"
+            )
+        return torch.cat([z, self.context.to(z)], 1)
+
+
 class FlowModel(pl.LightningModule):
     r"""A continuous normalizing flow with a learned interval, ready to train with Lightning or by hand.
 
@@ -181,6 +212,12 @@ class FlowModel(pl.LightningModule):
             and of its dtype.
         lr: Adam's learning rate of the field.
         span_lr: that of the times, in units of time a step; default ``lr``.
+        log_density: where the state has it: "first", [l, z] with dl/dt = -Tr(df/dz), as ``torchdyn.models.CNF``; or "last",
+            [z, l] with dl/dt = +Tr(df/dz), as the wrapper in torchcfm's examples.
+        base_at: "end", data at t0 and the base at t_f as above; or "start", as for a field of flow matching.
+
+    A flow is conditional if some module of its field has an attribute ``context`` (:class:`ContextCat`); methods then take a
+    context: ``[batch, ...]`` with a row for each sample, or ``[1, ...]`` for all.
 
     The price of time is not set here: add ``weight * model.span.duration`` to ``model.nll(x)`` (eq. 13), or give the
     trainer ``torchdyn_mintime.lightning.MinimumTime(weight)``. Under Hutchinson's trace :meth:`log_prob` is an unbiased
@@ -209,17 +246,26 @@ class FlowModel(pl.LightningModule):
         *,
         lr: float = 1e-3,
         span_lr: float | None = None,
+        log_density: str = "first",
+        base_at: str = "end",
     ):
         super().__init__()
+        for name, choice, known in (
+            ("log_density", log_density, ("first", "last")),
+            ("base_at", base_at, ("start", "end")),
+        ):
+            if choice not in known:
+                raise ValueError(f"{name} must be one of {known}; got {choice!r}")
         for name, value in {"lr": lr, "span_lr": lr if span_lr is None else span_lr}.items():
             checks.number(value, name, least=0)
         dim = _check_base(base)
         if not isinstance(flow, NeuralODE | LearnableSpan):
             raise TypeError(f"flow must be a NeuralODE over a CNF, or its LearnableSpan; got {type(flow).__name__}")
         self.flow = flow if isinstance(flow, LearnableSpan) else LearnableSpan(flow)
-        _check_field(self.flow, dim)
+        _check_field(self.flow, dim, log_density)
         self.base: Any = base
         self.dim, self.lr, self.span_lr = dim, lr, span_lr
+        self.log_density, self.base_at = log_density, base_at
         self._said_ignored = False
 
     # ------------------------------------------------------------------------------------------ the two directions
@@ -233,77 +279,119 @@ class FlowModel(pl.LightningModule):
             )
         return self.flow
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Carries data to the base, from t0 to t_f.
+    @property
+    def conditional(self) -> bool:
+        """Whether the field has a place for a context."""
+        return any(_has_context(module) for module in self.span.vf.modules())
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Carries data to the base, from t0 to t_f (from t_f to t0 where the base is at the start).
 
         Args:
             x: ``[batch, dim]``.
+            context: ``[batch, ...]`` or ``[1, ...]``, of a conditional flow.
 
         Returns:
-            z(t_f) ``[batch, dim]``, and l(t_f) = -int Tr(df/dz) dt ``[batch]`` of eq. (5), in nats.
+            The base point z ``[batch, dim]``, and l = -int Tr(df/dz) dt along the way there ``[batch]`` of eq. (5), in nats.
         """
         self._check(x, "data x")
-        return self._run(x)
+        return self._run(x, self.base_at == "start", context)
 
-    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Carries the base to data, from t_f back to t0 over the same grid.
+    def decode(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Carries the base to data, the other way over the same grid.
 
         Args:
             z: ``[batch, dim]``.
+            context: ``[batch, ...]`` or ``[1, ...]``, of a conditional flow.
 
         Returns:
-            x ``[batch, dim]``, and l(t_f) of the same path ``[batch]``, so that log p(x) = log p_base(z) - l.
+            x ``[batch, dim]``, and l of the same path ``[batch]``, so that log p(x) = log p_base(z) - l.
         """
         self._check(z, "base points z")
-        x, change = self._run(z, reverse=True)
+        x, change = self._run(z, self.base_at == "end", context)
         return x, -change
 
-    def _run(self, start: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def _run(self, start: Tensor, reverse: bool, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if torch.is_inference_mode_enabled():
             # Lightning validates in inference mode, where no trace can be taken by autograd.
             with torch.inference_mode(False), torch.no_grad():
-                return self._run(start.clone(), reverse)
+                return self._run(start.clone(), reverse, None if context is None else context.clone())
         span = self.span
-        extra = 1 + cost_columns(span.node)
-        state = torch.cat([start.new_zeros(len(start), extra), start], 1)
+        costs, last = cost_columns(span.node), self.log_density == "last"
+        zero = start.new_zeros(len(start), 1)
+        state = torch.cat([zero.expand(-1, costs), *((start, zero) if last else (zero, start))], 1)
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
         if not span.interval.settled:
             span.interval = replace(span.interval, settled=True)
-        end = span.trajectory(state, span.t_span.flip(0) if reverse else None)[-1]
-        return end[:, extra:], end[:, extra - 1]
+        # A solver of one step has no states at the points of a template that was made for another.
+        points = span.t_span[[0, -1]] if span.interval.one_step else span.t_span
+        with self._given(context, len(start)):
+            end = span.trajectory(state, points.flip(0) if reverse else None)[-1, :, costs:]
+        return (end[:, :-1], -end[:, -1]) if last else (end[:, 1:], end[:, 0])
+
+    @contextmanager
+    def _given(self, context: Tensor | None, n: int) -> Iterator[None]:
+        """Sets the context on the modules of the field that have a place for it."""
+        places: list[Any] = [module for module in self.span.vf.modules() if _has_context(module)]
+        if context is None:
+            if any(module.context is None for module in places):
+                raise ValueError("this flow is conditional and has no context; pass context=, a tensor [batch, ...]")
+            yield
+            return
+        if not isinstance(context, Tensor):
+            raise TypeError(f"context must be a tensor [batch, ...]; got {type(context).__name__}")
+        if not places:
+            raise ValueError(
+                "a context was given, but no module of the field has an attribute `context` to take it; put "
+                "torchdyn_mintime.flows.ContextCat() before its first layer"
+            )
+        if context.dim() == 0 or len(context) not in (1, n):
+            raise ValueError(
+                f"context must have a row for each of the {n} samples, or one for all; got the shape {tuple(context.shape)}"
+            )
+        rows = context if len(context) == n else context.expand(n, *context.shape[1:])
+        held = [(module, module.context) for module in places]
+        try:
+            for module in places:
+                module.context = rows
+            yield
+        finally:
+            for module, before in held:
+                module.context = before
 
     # ------------------------------------------------------------------------------------------ densities and samples
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log p(x) = log p_base(z(t_f)) - l(t_f), eq. (5), differentiable in x, the field and the times.
 
         Args:
             x: ``[batch, dim]``.
+            context: ``[batch, ...]`` or ``[1, ...]``, of a conditional flow.
 
         Returns:
             ``[batch]``, nats.
 
         Raises:
-            TypeError, ValueError: x is not a finite floating-point tensor of the base's dimension.
+            TypeError, ValueError: x is not a finite floating-point tensor of the base's dimension, or the context does not fit.
             IntegrationError: the solve failed.
         """
-        z, change = self.encode(x)
+        z, change = self.encode(x, context)
         return self.base.log_prob(z) - change
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns :meth:`log_prob`."""
-        return self.log_prob(x)
+        return self.log_prob(x, context)
 
-    def nll(self, x: Tensor) -> Tensor:
+    def nll(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the mean negative log-likelihood, eq. (6), in nats: the terminal loss."""
-        return -self.log_prob(x).mean()
+        return -self.log_prob(x, context).mean()
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
         """Returns ``n`` draws from the flow as it is, ``[n, dim]``: trained or not, they follow its :meth:`log_prob`, within
-        the solver's error."""
+        the solver's error. Of a conditional flow, a context ``[n, ...]``, or ``[1, ...]`` for all."""
         n = checks.count(n, "n, the number of draws,", 1)
-        return self.decode(self.base.sample((n,)).to(_like(self.span)))[0]
+        return self.decode(self.base.sample((n,)).to(_like(self.span)), context)[0]
 
     def _check(self, x: Any, what: str) -> None:
         if not isinstance(x, Tensor):
@@ -330,7 +418,7 @@ class FlowModel(pl.LightningModule):
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Returns the loss of a batch ``[batch, dim]``, or of the first entry of a tuple; logs ``nll``."""
+        """Returns the loss of a batch ``[batch, dim]``, or of a tuple that begins with it and the context; logs ``nll``."""
         return self._step(batch, "nll")
 
     def validation_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -342,15 +430,16 @@ class FlowModel(pl.LightningModule):
         return self._step(batch, "test_nll")
 
     def _step(self, batch: Any, name: str) -> Tensor:
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        if isinstance(batch, tuple | list) and len(batch) > 1 and not self._said_ignored:
+        x, *others = batch if isinstance(batch, tuple | list) else (batch,)
+        context = others.pop(0) if others and self.conditional else None
+        if others and not self._said_ignored:
             self._said_ignored = True
             warnings.warn(
-                f"FlowModel learns p(x) and uses the first entry of a batch alone: the labels are ignored (the batch has "
-                f"{len(batch)} entries). For p(x | label) override training_step and set the label on the vector field",
+                f"FlowModel learns p(x), or p(x | context) if its field has a place for one (flows.ContextCat): of a batch of "
+                f"{len(batch)} entries the last {len(others)} are ignored",
                 stacklevel=3,
             )
-        loss = self.nll(x)
+        loss = self.nll(x, context)
         self.log(name, loss.detach(), prog_bar=True, batch_size=len(x))
         return loss
 
@@ -375,15 +464,18 @@ def _check_base(base: Any) -> int:
     return event[0]
 
 
-def _check_field(span: LearnableSpan, dim: int) -> None:
+def _check_field(span: LearnableSpan, dim: int, log_density: str) -> None:
     """Raises where the field is not a flow's, of the base's dimension, or its noise does not fit."""
     modules = list(span.node.vf.modules())
     flows = [m for m in modules if hasattr(m, "trace_estimator")]
-    if not flows:
+    if not flows and log_density == "first":
         raise TypeError(
             "the NeuralODE's field has no trace: it must give [-Tr(df/dz), f] for a state [l, z]; "
-            "put the net in torchdyn.models.CNF(net), or use HyperCNF"
+            "put the net in torchdyn.models.CNF(net), or use HyperCNF; a field that gives [f, Tr(df/dz)] for [z, l] needs "
+            "log_density='last'"
         )
+    if flows and log_density == "last":
+        raise ValueError(f"log_density='last' is for fields of a state [z, l]; {type(flows[0]).__name__} has [l, z]")
     if span.order > 1:
         raise ValueError(f"a flow's ODE is of order 1; this NeuralODE has order={span.order}")
     if any(hasattr(m, "_control") for m in modules):
@@ -408,15 +500,31 @@ def _like(span: LearnableSpan) -> Tensor:
     return next(span.node.vf.parameters(), span.t_f)
 
 
+def _has_context(module: nn.Module) -> bool:
+    return hasattr(module, "context")
+
+
 @torch.no_grad()
 def _probe(span: LearnableSpan, dim: int) -> None:
-    """Evaluates once, without a trace, to see that the field takes the base's dimension."""
-    x = torch.zeros(2, 1 + cost_columns(span.node) + dim).to(_like(span))
-    with undisturbed(span), evaluating(span), torch.random.fork_rng(devices=[]):
-        bound = span.field.bind(x)
-        try:
-            out = bound.function(span.t0.detach().to(x), x)
-        except RuntimeError as error:
-            raise ValueError(f"the field does not accept data of the base's dimension {dim}: {error}") from error
-    if out.shape != x.shape:
-        raise ValueError(f"the field gave the shape {tuple(out.shape)} for a state of shape {tuple(x.shape)}")
+    """Evaluates once, without a trace, to see that the field takes the base's dimension.
+
+    With as many rows as conditions have that are set on the field already; one that waits for its context is seen later.
+    """
+    modules = list(span.vf.modules())
+    if any(_has_context(module) and module.context is None for module in modules):
+        return
+    set_before = [v for m in modules for v in vars(m).values() if isinstance(v, Tensor) and v.dim()]
+    refused: RuntimeError | None = None
+    for rows in dict.fromkeys([2, *map(len, set_before)]):
+        x = torch.zeros(rows, 1 + cost_columns(span.node) + dim).to(_like(span))
+        with undisturbed(span), evaluating(span), torch.random.fork_rng(devices=[]):
+            bound = span.field.bind(x)
+            try:
+                out = bound.function(span.t0.detach().to(x), x)
+            except RuntimeError as error:
+                refused = refused or error
+                continue
+        if out.shape != x.shape:
+            raise ValueError(f"the field gave the shape {tuple(out.shape)} for a state of shape {tuple(x.shape)}")
+        return
+    raise ValueError(f"the field does not accept data of the base's dimension {dim}: {refused}") from refused

@@ -23,8 +23,10 @@ __all__ = [
     "COLOURS",
     "FlowFrames",
     "bars",
+    "column_of_axes",
     "convergence",
     "curves",
+    "dimensions",
     "flow_frames",
     "flows",
     "front",
@@ -36,6 +38,7 @@ __all__ = [
     "regions",
     "save",
     "search",
+    "trade_off",
     "trajectories",
     "violation",
 ]
@@ -54,10 +57,28 @@ def grid_of_axes(rows: int, columns: int, width: float = 4.0, height: float = 3.
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def save(figure: "Figure", path: Path) -> Path:
-    """Writes the figure, and the folders that it needs."""
+COLUMN = 3.4
+"""Inches: the width of one column of a paper."""
+
+
+def column_of_axes(rows: int, columns: int = 1, height: float = 2.4) -> "tuple[Figure, list[Axes]]":
+    """Returns a new figure as wide as one column of a paper, and its axes row by row; :func:`save` it with ``small``."""
+    return grid_of_axes(rows, columns, COLUMN / columns, height)
+
+
+def save(figure: "Figure", path: Path, small: bool = False) -> Path:
+    """Writes the figure, and the folders that it needs; with ``small`` with letters and lines for one column of a paper."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    if small:
+        for axis in figure.axes:
+            axis.title.set_fontsize(8)
+            for text in (axis.xaxis.label, axis.yaxis.label):
+                text.set_fontsize(7)
+            axis.tick_params(which="both", labelsize=6)
+            if (legend := axis.get_legend()) is not None:
+                for text in legend.get_texts():
+                    text.set_fontsize(6)
+    figure.savefig(path, dpi=300 if small else 130)
     return path
 
 
@@ -69,10 +90,21 @@ def curves(
     y: str,
     title: str,
     log: bool = False,
+    spread: Mapping[str, Sequence[float]] | None = None,
+    marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    """Draws named curves, each a pair (x, y)."""
+    """Draws named curves, each a pair (x, y), with a band of ``spread`` above and below, and a dot at the point of ``marks``,
+    where there is one by that name."""
     for i, (name, (xs, ys)) in enumerate(lines.items()):
-        axis.plot(xs, ys, color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.6, linestyle=STYLES[i % len(STYLES)])
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(xs, ys, color=colour, label=name, linewidth=1.6, linestyle=STYLES[i % len(STYLES)])
+        if spread and name in spread:
+            # On a log scale a band that reaches 0 ends at a hundredth of the curve.
+            low = [max(value - width, 0.01 * value) for value, width in zip(ys, spread[name], strict=True)]
+            high = [value + width for value, width in zip(ys, spread[name], strict=True)]
+            axis.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+        if marks and name in marks:
+            axis.plot(*marks[name], "o", color=colour, markersize=7)
     axis.set(xlabel=x, ylabel=y, title=title)
     if log:
         axis.set_yscale("log")
@@ -90,6 +122,38 @@ def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> No
     axis.margins(x=0.15)
 
 
+EVALUATIONS = (0, *(2**k for k in range(10)))
+"""Ticks of an axis of evaluations."""
+
+
+def trade_off(
+    axis: "Axes",
+    lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    *,
+    y: str,
+    title: str,
+    log: bool = False,
+) -> None:
+    """Draws values against evaluations: of each name some lines of points (evaluations, value); one point is a marker alone."""
+    for i, (name, own) in enumerate(lines.items()):
+        marker, colour = "osDv^<>Pxp*h"[i % 12], COLOURS[i % len(COLOURS)]
+        for k, line in enumerate(own):
+            xs, ys = zip(*sorted(line), strict=True)
+            style = "-" if len(line) > 1 else ""
+            label = None if k else name
+            axis.plot(xs, ys, label=label, color=colour, marker=marker, markersize=4, linewidth=1, linestyle=style)
+    # Evaluations begin at 0, where an ODE is skipped, and end at some hundred.
+    axis.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
+    low, high = axis.get_xlim()
+    axis.set_xticks([tick for tick in EVALUATIONS if low <= tick <= high])
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set(xlabel="evaluations of the field", ylabel=y, title=title)
+    if log:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+
+
 def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:
     """Draws points of the plane ``[n, 2]``, coloured by class."""
     for c in labels.unique().tolist():
@@ -100,35 +164,58 @@ def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:
             color=COLOURS[c % len(COLOURS)],
             label=f"class {c}",
         )
-    axis.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
+    axis.set(title=title, xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     axis.legend(fontsize=8)
 
 
-def trajectories(axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most: int = 80) -> None:
-    """Paths of the state in the plane; a ring where each starts, a dot where it ends.
+def dimensions(axis: "Axes", t_eval: Tensor, sol: Tensor, labels: Tensor, dimension: int, *, most: int = 80) -> None:
+    """Draws one dimension of the state against time, a line for each sample.
+
+    Args:
+        t_eval, sol: ``[points]`` and ``[points, batch, n]``.
+        labels: classes ``[batch]``.
+        dimension: counted from 0.
+        most: about how many samples.
+    """
+    every = max(1, sol.shape[1] // most)
+    states, times = sol.detach()[:, ::every, dimension].cpu(), t_eval.detach().tolist()
+    for path, c in zip(states.T.tolist(), labels[::every].tolist(), strict=True):
+        axis.plot(times, path, color=COLOURS[c % len(COLOURS)], linewidth=0.6, alpha=0.6)
+    axis.set(xlabel="time t", ylabel=f"$z_{dimension + 1}(t)$")
+    axis.grid(alpha=0.3)
+
+
+def trajectories(
+    axis: "Axes", sol: Tensor, labels: Tensor, *, title: str, most: int = 80, ends: Tensor | None = None
+) -> None:
+    """Draws paths of the state in the plane; a ring where each starts, a dot where it ends.
 
     Args:
         sol: ``[points, batch, n]``. The first two dimensions are drawn; above three, the two directions in which the
             last states vary most.
         labels: classes ``[batch]``.
         most: about how many paths.
+        ends: the dots, ``[batch, n]``, where the paths are those of the ODE and the model's own steps end elsewhere.
     """
     sol = sol.detach().flatten(2)
+    ends = sol[-1] if ends is None else ends.detach().flatten(1)
     names = "$z_1$", "$z_2$"
     if sol.shape[2] > 3:
-        last = sol[-1] - sol[-1].mean(0)
-        directions = torch.linalg.svd(last, full_matrices=False).Vh[:2]
-        sol, names = (sol - sol[-1].mean(0)) @ directions.T, ("first principal direction", "second")
+        middle = ends.mean(0)
+        directions = torch.linalg.svd(ends - middle, full_matrices=False).Vh[:2]
+        sol, ends = (sol - middle) @ directions.T, (ends - middle) @ directions.T
+        names = "first principal direction", "second"
     every = max(1, sol.shape[1] // most)  # evenly spread: data is often sorted by class
-    sol, labels = sol[:, ::every, :2].cpu(), labels[::every].cpu()
+    sol, ends, labels = sol[:, ::every, :2].cpu(), ends[::every, :2].cpu(), labels[::every].cpu()
     colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]
     for i, colour in enumerate(colours):
         axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
     axis.scatter(
         sol[0, :, 0].tolist(), sol[0, :, 1].tolist(), s=9, facecolors="none", edgecolors=colours, linewidths=0.7
     )
-    axis.scatter(sol[-1, :, 0].tolist(), sol[-1, :, 1].tolist(), s=9, c=colours)
+    axis.scatter(ends[:, 0].tolist(), ends[:, 1].tolist(), s=9, c=colours)
     axis.set(title=title, xlabel=names[0], ylabel=names[1])
+    axis.set_aspect("equal", adjustable="datalim")
 
 
 def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tensor, *, title: str) -> None:
@@ -142,9 +229,14 @@ def regions(axis: "Axes", ticks: Tensor, share: Tensor, x: Tensor, labels: Tenso
     from matplotlib.colors import LinearSegmentedColormap
 
     classes = LinearSegmentedColormap.from_list("classes", [COLOURS[0], "white", COLOURS[1]])
-    axis.contourf(ticks.tolist(), ticks.tolist(), share.tolist(), levels=20, cmap=classes, alpha=0.5, vmin=0, vmax=1)
+    # One image: contours have seams between their levels.
+    first, last = ticks[0].item(), ticks[-1].item()
+    where = (first, last, first, last)
+    picture = share.cpu().numpy()
+    axis.imshow(
+        picture, extent=where, origin="lower", cmap=classes, alpha=0.5, vmin=0, vmax=1, interpolation="bilinear"
+    )
     points(axis, x, labels, title=title)
-    axis.set_aspect("equal")
 
 
 def convergence(axis: "Axes", certificate: "Certificate", *, title: str = "V along the flow", most: int = 60) -> None:

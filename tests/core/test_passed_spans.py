@@ -132,6 +132,80 @@ def test_a_pinned_span_takes_its_own_steps_whatever_is_passed(solver):
     assert span(X, linspace(1, 0))[0].tolist() == pytest.approx([0.8, 0.3, 0.0])
 
 
+# --------------------------------------------------------------------------------- points of steps that were laid
+
+
+@given(st.lists(st.floats(0.01, 0.79), max_size=5, unique=True), st.booleans(), st.sampled_from([0.8, 1.0, 2.0]))
+def test_a_trajectory_of_laid_steps_has_a_state_for_each_time_asked_for(inner, descending, end):
+    """z' = -z along four steps of rk4 over [0, 0.8], and the points between."""
+    span = make(linspace(0, 0.8, 9))
+    span.lay([0.0, 0.2, 0.4, 0.6, 0.8], "rk4")
+    times = [0.0, *sorted(t for t in set(inner) if all(abs(t - u) > 1e-6 for u in inner if u != t)), end]
+    asked = torch.tensor(times, dtype=torch.float64).unique()
+    sol = span.trajectory(X, asked.flip(0) if descending else asked)
+    reached = asked.clamp_max(0.8)
+    factors = torch.exp(0.8 - reached.flip(0)) if descending else torch.exp(-reached)
+    assert sol.shape == (len(asked), *X.shape)
+    # Steps of 0.2 of fourth order err by about 1e-5.
+    torch.testing.assert_close(sol, factors[:, None, None].to(X) * X, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trajectory_that_has_no_states_to_give_is_refused_in_words():
+    span = make(linspace(0, 0.8, 9))
+    span.lay([0.0, 0.4, 0.8], "rk4")
+    with pytest.raises(ValueError, match=r"the span passed starts at 0\.25, .* from 0 to 0\.8; start there"):
+        span.trajectory(X, linspace(0.25, 0.8))
+    span.lay([0.0, 0.8], tm.LearnableSolver(3))
+    assert span.trajectory(X, linspace(0, 0.8, 2)).shape[0] == 2
+    assert torch.equal(span.trajectory(X), span.trajectory(X, linspace(0, 5, 2)))
+    with pytest.raises(
+        ValueError, match=r"asks for times between 0 and 0\.8, but learned-3 takes the whole interval in one"
+    ):
+        span.trajectory(X, linspace(0, 0.8, 100))
+
+
+# -------------------------------------------------------------------------------- points that cut an adaptive solve
+
+
+@pytest.mark.parametrize("solver", ["tsit5", "dopri5"])
+@pytest.mark.parametrize("way", ["span", "save_at", "trajectory"])
+def test_an_adaptive_solve_in_many_pieces_says_so_once(solver, way):
+    span, many = make(linspace(0, 1, 2), solver=solver), linspace(0, 1, 101)
+    calls = {
+        "span": lambda: span(X, many),
+        "save_at": lambda: span(X, save_at=many),
+        "trajectory": lambda: span.trajectory(X, many),
+    }
+    with pytest.warns(
+        UserWarning, match=rf"the 101 times asked for have cut .* {solver} .* 100 steps .* dense=True"
+    ) as said:
+        calls[way]()
+    quiet = make(linspace(0, 1, 2), solver=solver)
+    quiet(X, many, dense=True)
+    assert quiet.steps < span.steps / 2
+    if way != "trajectory":
+        assert said[0].filename == __file__
+    calls[way]()  # a second warning would be an error
+
+
+@pytest.mark.parametrize(
+    "span, points",
+    [
+        (lambda: make(linspace(0, 1, 2), solver="dopri5"), 21),  # few pieces
+        (lambda: make(linspace(0, 1, 101), solver="rk4"), 101),  # its own steps
+    ],
+)
+def test_few_pieces_and_fixed_steps_are_not_worth_a_warning(span, points):
+    span()(X, linspace(0, 1, points))
+
+
+def test_steps_that_the_tolerance_asks_for_are_not_worth_a_warning():
+    node = NeuralODE(lambda t, x, args=None: 40 * torch.cos(400 * t) * x, solver="dopri5", atol=1e-6, rtol=1e-6)
+    span = tm.LearnableSpan(node, linspace(0, 1, 2))
+    span(X, linspace(0, 1, 61))
+    assert span.steps >= 120
+
+
 # ------------------------------------------------------------------------------------------------------ a frozen one
 
 

@@ -9,7 +9,7 @@ import torch
 from problems import FIELDS, Counted, Decay, random_model
 from torch import nn
 from torch.distributions import MultivariateNormal
-from torchdyn.core import MultipleShootingLayer, NeuralODE
+from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
 from torchdyn.models import CNF, hutch_trace
 from torchdyn.nn import Augmenter, DataControl, DepthCat, GalLinear
 
@@ -50,6 +50,61 @@ class TwoUses(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # wrap
+
+
+class MakesItsOwn(nn.Module):
+    """A node in a closure, one in a list, an ODEProblem, and one that forward makes at every call."""
+
+    def __init__(self, *kinds):
+        super().__init__()
+        self.field = nn.Linear(2, 2)
+        if "function" in kinds:
+            node = NeuralODE(self.field)
+            self.solve = lambda x: node(x)[1][-1]
+        if "list" in kinds:
+            self.nodes = [NeuralODE(self.field)]
+        if "problem" in kinds:
+            self.problem = ODEProblem(self.field, "rk4")
+        if "child" in kinds:
+            self.child = NeuralODE(self.field)
+
+    def forward(self, x):
+        return NeuralODE(self.field)(x)[1][-1]
+
+
+@pytest.mark.parametrize(
+    "kinds, named",
+    [
+        ((), r"to wrap in MakesItsOwn\. A node .* forward makes at every call"),
+        (("function",), "out of reach are the NeuralODE in the function solve"),
+        (("list",), "out of reach are the NeuralODE in the list nodes"),
+        (("problem",), r"out of reach are problem \(ODEProblem\)\. .* Of an ODEProblem, .* make a NeuralODE"),
+        (("function", "list"), "in the function solve, the NeuralODE in the list nodes"),
+    ],
+)
+def test_nodes_that_wrap_cannot_reach_are_named(kinds, named):
+    model = MakesItsOwn(*kinds)
+    with pytest.raises(ValueError, match=f"(?s)no NeuralODE .*{named}" if kinds else named):
+        tm.wrap(model)
+    if kinds:  # beside one that it can reach they stay, and that is said
+        model = MakesItsOwn(*kinds, "child")
+        with pytest.warns(UserWarning, match="stay as they are: wrap replaces NeuralODEs that are attributes"):
+            tm.wrap(model)
+        assert isinstance(model.child, tm.LearnableSpan)
+        with pytest.raises(ValueError, match="out of reach"):
+            tm.wrap(model)
+
+
+def test_an_ode_problem_and_odeint_are_refused_in_words():
+    problem = ODEProblem(nn.Linear(2, 2), "rk4")
+    with pytest.raises(TypeError, match=r"got ODEProblem\. ODEProblem \(make it a NeuralODE\)"):
+        tm.LearnableSpan(problem)
+    with pytest.raises(ValueError, match=r"the model \(ODEProblem\)"):
+        tm.wrap(problem)
+    span = tm.wrap(_node())
+    assert not hasattr(span, "odeint")
+    with pytest.raises(AttributeError, match=r"call the span itself, .* span\.node\.odeint is torchdyn's own"):
+        span.odeint(torch.zeros(2, 3), T_SPAN)
 
 
 def test_a_node_itself_gives_its_span():
@@ -311,6 +366,25 @@ def test_rk4_without_time_is_not_warned_about_it():
         warnings.simplefilter("always")
         tm.unwrap(span, model.x)
     assert not [w for w in caught if "order" in str(w.message).lower() or "U1" in str(w.message)]
+
+
+def test_the_way_back_takes_the_input_of_the_model_and_leaves_no_trace():
+    field = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.Dropout())
+    model.append(NeuralODE(field, solver="rk4", return_t_eval=False))
+    tm.wrap(model, T_SPAN)
+    images, span = torch.randn(6, 1, 4, 4), model[5]
+    model(images)
+    last, state = span.last, {name: value.clone() for name, value in model.state_dict().items() if "batches" in name}
+    drawn = torch.random.get_rng_state()
+    starts = []
+    span.node.register_forward_pre_hook(lambda node, args: starts.append(args[0]))
+    tm.unwrap(model, images)
+    assert torch.equal(torch.random.get_rng_state(), drawn) and span.last is last and model.training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    with torch.no_grad():  # torchdyn was checked from the state that the model's own layers make of the images
+        torch.testing.assert_close(starts[0], model[:5].eval()(images))
+    assert model(images).shape == (len(T_SPAN), 6, 5)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "model"], ids=["Linear", "None", "str"])

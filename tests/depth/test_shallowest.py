@@ -151,6 +151,27 @@ def test_only_the_solvers_that_may_be_taken_are(solvers, allowed):
     assert {t.solver for t in verdict.trials} == allowed and verdict.best.evaluations == 4 - 2 * bool(solvers)
 
 
+@pytest.mark.parametrize(
+    ("solvers", "taken"), [(["rk4", "midpoint"], {"rk4", "midpoint"}), (["learned"], {"rk4", "learned"})]
+)
+def test_solvers_that_are_named_take_the_place_of_an_adaptive_one(solvers, taken):
+    span = span_of("tsit5", steps=1)
+    verdict = Shallowest(target=0.3, solvers=solvers).fit(span, criterion, [annuli()], progress=False)
+    assert verdict.feasible and verdict.best.evaluations <= 4
+    assert {trial.solver.split("-")[0] for trial in verdict.trials} <= taken
+    span(annuli()[0])
+    assert not span.adaptive and span.nfe == verdict.best.evaluations
+
+
+def test_where_nothing_is_found_an_adaptive_solver_is_there_again():
+    span = span_of("tsit5", steps=1)
+    before = span.interval
+    verdict = Shallowest(target=1e-6, solvers=["rk4"]).fit(
+        span, criterion, [annuli()], max_iterations=3, progress=False
+    )
+    assert not verdict.feasible and span.stepper.name == "tsit5" and span.interval == before
+
+
 def test_the_search_ends_with_its_budget_and_what_it_has():
     search = Shallowest(1e-9, budget=0.2)
     verdict = search.fit(span_of(), square, [X], progress=False)
@@ -654,6 +675,21 @@ def test_where_four_steps_rest_far_from_the_bounds_eight_are_tried_from_the_star
     near = script()
     near.run(1.9, 50)
     assert near.label == "4 x rk4"  # twice the bounds is not far
+
+
+def test_where_four_steps_left_the_ode_eight_go_on_from_what_was_learned(script):
+    one = script(penalty=6.0)
+    one.weight.data.fill_(9.0)
+    one.run(5.0)
+    assert one.label == "8 x rk4" and one.weight.item() == 9.0 and one.rate == 1.0
+    broken = script(penalty=6.0)
+    initial = broken.weight.item()
+    broken.search.batches_seen_together = 3
+    broken.search.penalty()
+    broken.search.step(5.0)
+    broken.weight.data.fill_(9.0)
+    broken.search.diverged("a solve failed")
+    assert broken.label == "8 x rk4" and broken.weight.item() == initial
 
 
 def test_a_training_that_rests_far_raises_its_rate_once_and_then_begins_again_more_slowly_three_times(script):

@@ -141,12 +141,21 @@ def test_near_is_below_ten_times_the_bounds():
     assert stage(best=math.log(9.9)).near and not stage(best=math.log(10.1)).near
 
 
+@pytest.mark.parametrize(("loss", "penalty", "short"), [(3.0, 3.1, True), (3.0, 2.9, False)])
+def test_the_steps_are_short_where_the_solver_error_is_the_further_constraint(loss, penalty, short):
+    one = stage()
+    observe(one, loss, penalty)
+    assert one.short is short
+
+
 def test_back_at_the_beginning_everything_but_the_cost_is_forgotten():
     one = stage(reference=8, drops=1, next_check=30)
     until(lambda: False, one, 0.5, 2.0, 50)
     one.trial.solver_error = 0.15
     assert not one.misled(0.02, 0.1)
+    assert one.short
     one.restart(7.0)
+    assert not one.short
     assert (one.weight, one.failed_looks, one.smooth, one.best, one.since, one.mean_loss) == (
         7,
         0,

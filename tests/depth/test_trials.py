@@ -52,9 +52,15 @@ def test_a_verdict_shows_its_front_and_says_everything_in_words():
         "found 3 evaluations (learned-3): loss 0.12 and 0.13 solved exactly (target 0.15), solver error 0.05 of the "
         "displacement (tolerance 0.1), 1.0% of predictions change when solved exactly, 321 iterations",
         "  learned-3: passed after 0 iterations, 0.0 s, loss 0.12 / 0.13, solver error 0.05",
-        "  learned-2: failed after 0 iterations, 0.0 s, loss inf / inf, solver error inf",
+        "  learned-2: failed after 0 iterations, 0.0 s, loss not measured",
         "  4 x rk4: passed after 50 iterations, 1.2 s, loss 0.1 / 0.11, solver error 0.001",
     ]
     nothing = Verdict(False, failed, [failed], None, 0.1, 0)
-    assert str(nothing).startswith("NOT found: the last trial was 2 evaluations (learned-2): loss inf")
+    assert str(nothing).startswith("NOT found: the last trial was 2 evaluations (learned-2): loss not measured (target")
+    half = Verdict(False, Trial("rk4", 4, 16, loss=0.5), [Trial("rk4", 4, 16, 7, loss=0.5)], 0.1, 0.1, 7)
+    assert str(half).splitlines() == [
+        "NOT found: the last trial was 16 evaluations (4 x rk4): loss 0.5 (target 0.1), solver error not measured "
+        "(tolerance 0.1), 7 iterations",
+        "  4 x rk4: failed after 7 iterations, 0.0 s, loss 0.5",
+    ]
     assert "(target none)" in str(nothing) and "predictions" not in str(nothing) and nothing.front == []

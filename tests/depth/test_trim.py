@@ -57,13 +57,88 @@ def test_trim_takes_fewer_steps_and_says_what_it_saved():
     assert result.loss[0] == pytest.approx(math.exp(-4), rel=1e-6)
     assert result.loss[1] == pytest.approx(size(sol[-1]).item())
     assert result.loss[1] <= 0.2
-    assert t_eval[-1].item() <= 1.02 * (math.log(5) / 2 + 0.02)
+    assert t_eval[-1].item() == 2  # an earlier end would save nothing
     assert "evaluations" in str(result)
     assert span.training
     # It can be trained on: t_f is a parameter with a gradient and bounds around it.
     span(ONES)[1][-1].sum().backward()
     assert span.t_f.grad is not None
     assert span.bounds[0] < span.t_f.item() <= span.bounds[1]
+
+
+def test_trim_with_slack_takes_a_short_interval():
+    span = decay()
+    result = trim(span, [ONES], size, 0.2, slack=0.02)
+    assert result.spans[0].nfe[1] == 4
+    assert math.log(5) / 2 <= span.t_f.item() <= 1.02 * (math.log(5) / 2 + 0.02)
+
+
+@settings(max_examples=10)
+@given(threshold=st.floats(0.02, 0.9), solver=st.sampled_from(["euler", "midpoint", "rk4", "tsit5"]))
+def test_an_earlier_end_saves_evaluations_or_is_not_taken(threshold, solver):
+    span = decay(points=2 if solver == "tsit5" else 21, solver=solver)
+    (found,) = trim(span, [ONES], size, threshold).spans
+    assert found.t_f[1] == found.t_f[0] or found.nfe[1] < found.nfe[0]
+    if solver != "tsit5" and found.steps[1] > 1:  # nor does a later one with as few steps keep the loss
+        (row,) = [row for row in found.tried if row.steps == found.steps[1]]
+        assert row.t_f == pytest.approx(found.t_f[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"slack": 0.02}, {"keep_step": True}])
+def test_trim_says_what_each_number_of_steps_would_have_cost(options):
+    """(1 - h)^(2 n) is the loss of n steps of Euler of the size h."""
+    span = decay(points=21, solver="euler")
+    result = trim(span, [ONES], size, 0.1, **options)
+    (found,) = result.spans
+    rows = {row.steps: row for row in found.tried}
+    assert list(rows) == sorted(rows) and {1, found.steps[1], 20} <= set(rows)
+    for row in found.tried:
+        assert row.loss == pytest.approx((1 - row.t_f / row.steps) ** (2 * row.steps), rel=1e-9, abs=1e-12)
+    assert rows[20].t_f == 2
+    assert rows[found.steps[1]].loss == pytest.approx(result.loss[1])
+    assert result.loss[1] <= 0.1
+    assert f"{found.steps[1]:4d} steps: loss {result.loss[1]:.4g}" in str(result)
+
+
+class Series(nn.Module):
+    """An ODE whose states at some times are all that a loss is about."""
+
+    def __init__(self, span, **asks):
+        super().__init__()
+        self.span, self.asks = span, asks
+
+    def forward(self, x):
+        return self.span(x, **self.asks)[1]
+
+
+@pytest.mark.parametrize("asked", [(0.5, 2.0), (0.31, 1.1, 1.9), ()])
+def test_trim_keeps_the_end_of_a_loss_on_a_trajectory(asked):
+    times = torch.tensor(asked or (2.0,), dtype=torch.float64)
+    model = Series(decay(points=41), **({"save_at": asked} if asked else {}))
+
+    def distance(sol, *_):
+        exact = torch.exp(-times)[:, None, None] * ONES
+        return (sol[-len(times) :] - exact).square().mean() + 0.0 * sol.sum()
+
+    result = trim(model, [ONES], distance, 1e-6)
+    (found,) = result.spans
+    assert found.t_f == (2.0, 2.0) and found.steps[1] < found.steps[0] == 40 + sum(t * 20 % 1 > 1e-9 for t in asked)
+    assert result.loss[1] <= 1e-6 and distance(model(ONES)).item() == pytest.approx(result.loss[1])
+    assert [row.t_f for row in found.tried] == [2.0] * len(found.tried)
+
+
+def test_trim_refuses_a_loss_on_the_points_of_a_span_that_the_model_passes():
+    model = Series(decay(points=41), t_span=torch.linspace(0, 2, 41, dtype=torch.float64))
+    before = model.span.interval, model.span.vf.nfe
+    with pytest.raises(
+        ValueError, match=r"span of 41 points, which are the steps too, .* ask for these times by save_at="
+    ):
+        trim(model, [ONES], lambda sol: sol.square().mean(), 1.0)
+    assert (model.span.interval, model.span.vf.nfe) == before
+    # Of an adaptive solver the points are no steps, and neither they nor the end are taken away.
+    model = Series(decay(points=2, solver="tsit5"), t_span=torch.linspace(0, 2, 41, dtype=torch.float64))
+    result = trim(model, [ONES], lambda sol: sol.square().mean(), 1.0)
+    assert result.saved == 1 and model(ONES).shape[0] == 41
 
 
 @settings(max_examples=10)
@@ -96,8 +171,11 @@ def test_trim_with_a_solver_tolerance_takes_the_steps_that_it_needs():
 def test_trim_of_an_adaptive_solver_moves_t_f():
     span = decay(points=2, solver="tsit5")
     result = trim(span, [ONES], size, 0.2)
-    assert span.t_f.item() == pytest.approx(math.log(5) / 2, abs=0.02)
-    assert result.spans[0].nfe[1] <= result.spans[0].nfe[0]
+    assert math.log(5) / 2 <= span.t_f.item() < 2
+    assert result.spans[0].nfe[1] < result.spans[0].nfe[0]
+    short = decay(points=2, solver="tsit5")
+    trim(short, [ONES], size, 0.2, slack=0.0)
+    assert short.t_f.item() == pytest.approx(math.log(5) / 2, abs=0.02)
 
 
 def test_trim_respects_given_bounds():
@@ -158,7 +236,7 @@ def test_trim_leaves_a_model_that_needs_all_it_has():
         ({"threshold": "low"}, TypeError, "threshold must be a number; got 'low'"),
         ({"slack": math.nan}, ValueError, "slack must be a share of the duration, .* got nan"),
         ({"slack": -0.1}, ValueError, "slack must be a share of the duration, .* got -0.1"),
-        ({"slack": None}, TypeError, "slack must be a number; got None"),
+        ({"slack": "long"}, TypeError, "slack must be a number; got 'long'"),
         ({"solver_tol": 0.0}, ValueError, "solver_tol must be positive and finite; got 0"),
         ({"solver_tol": math.nan}, ValueError, "solver_tol must be positive and finite; got nan"),
         ({"solver_tol": "1"}, TypeError, "solver_tol must be a number; got '1'"),
@@ -212,7 +290,7 @@ def test_trim_and_early_exit_of_a_trained_model():
     exits = early_exit(span, x, lambda z: z[:, :2].softmax(1).amax(1) > 0.9)
     result = trim(span, [(x, y)], cross_entropy, 1e-2)
     assert result.saved >= 8
-    assert result.spans[0].t_f[1] < 1
+    assert result.spans[0].t_f[1] == 1
     assert (span(x)[1][-1][:, :2].argmax(1) == y).all()
     assert exits.mean_nfe < 0.7 * result.spans[0].nfe[0]
     assert (exits.output[:, :2].argmax(1) == y).double().mean() > 0.95

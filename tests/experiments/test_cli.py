@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from torchdyn_mintime import __version__
 from torchdyn_mintime.__main__ import app
-from torchdyn_mintime.experiments import MissingData, datasets, tables
+from torchdyn_mintime.experiments import MissingData, datasets, names, tables
 from torchdyn_mintime.experiments.datasets import Source
 from torchdyn_mintime.experiments.methods import METHODS, Method
 from torchdyn_mintime.experiments.models import span_of
@@ -39,18 +41,30 @@ def call(*words: str, code: int = 0) -> str:
     return result.output
 
 
-def test_the_demo_prints_its_table_and_says_where_the_pictures_are(tmp_path):
-    out = call("demo", "--iterations", "2")
-    for text in ("t_f", "steps", "evals", "training s", "inference ms", "test %", "at 1e-7 %", "as many steps"):
+def test_the_demo_prints_its_tables_and_says_where_the_pictures_are(tmp_path):
+    out = " ".join(call("demo", "--iterations", "2").split())
+    for text in ("evals", "loss", "exact loss", "test %", "changed %", "training s", "drive x depth", "inference ms"):
+        assert text in out
+    for text in (
+        "vanilla",
+        "minimum-time",
+        "the search",
+        "control: vanilla, ",
+        "The search found nothing in 2 iterations",
+    ):
         assert text in out
     for task in ("moons", "digits"):
         assert f"results/demo/{task}.png" in out
         assert (tmp_path / f"results/demo/{task}.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "results/demo/demo.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["task"] for row in rows] == ["moons"] * 3 + ["digits"] * 3
-    # The control has as many steps as minimum-time ended with.
-    assert rows[1]["steps"] == rows[2]["steps"]
+    assert [row["task"] for row in rows] == ["moons"] * 5 + ["digits"] * 5
+    assert {row["iterations"] for row in rows} == {"2"}
+    # The controls have as many steps as minimum-time ended with, and as the search's evaluations make.
+    for _, ours, twin, search, few in (rows[:5], rows[5:]):
+        assert ours["steps"] == twin["steps"] and int(few["steps"]) == math.ceil(int(search["nfe"]) / 4)
+    page = (tmp_path / "results/demo/demo.md").read_text()
+    assert page.count("| the search |") == 2 and "paper" not in page
     assert str(tmp_path) not in out  # no path of the machine
 
 
@@ -65,6 +79,71 @@ def test_run_shows_a_row_for_each_seed_and_does_not_train_twice(monkeypatch):
 
     monkeypatch.setattr(Run, "step", never)
     assert "published t_f 0.0904: 0 of 2 within 25 %" in call(*words)
+
+
+def test_a_finished_run_says_that_it_is_done():
+    words = ("run", "moons", "--method", "vanilla:2", "--iterations", "2")
+    assert "already done" not in call(*words)
+    out = " ".join(call(*words).split())
+    assert "two moons, seed 0: already done: vanilla, 2 steps (remove results/runs to train anew)" in out
+    assert out.count("already done") == 1
+
+
+@pytest.mark.parametrize("method", ["vanilla:2", "shallowest", "growth", "minimum-time"])
+def test_iterations_means_iterations_for_every_method(tmp_path, method):
+    result = CliRunner().invoke(app, ["run", "moons", "--method", method, "--iterations", "7"])
+    assert result.exit_code in (0, 3)
+    (record,) = json.loads((tmp_path / f"results/run-moons-{method.replace(':', '-')}.json").read_text())
+    assert record["iterations"] == 7
+
+
+def test_a_search_that_found_nothing_has_an_exit_status_of_its_own_and_no_infinite_figure(caplog):
+    out = call("run", "moons", "--method", "shallowest", "--iterations", "3", code=3)
+    assert "no number of steps met the target" in " ".join(out.split())
+    said = out + caplog.text
+    assert "NOT found" in said and not re.search(r"\b(inf|nan)\b", said)
+
+
+def test_ctrl_c_saves_what_was_trained_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    words = ("run", "moons", "--method", "vanilla:2", "--method", "shallowest", "--iterations", "40")
+    step, taken = Run.step, []
+
+    def pressed(run):
+        if len(taken) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(run)
+        taken.append(run)
+
+    monkeypatch.setattr(Run, "step", pressed)
+    out = " ".join(call(*words, code=130).split())
+    assert "Stopped. Saved in results/runs: vanilla, 2 steps after 5 iterations; shallowest true ODE after 5" in out
+    assert "The same command goes on" in out and len(taken) == 10
+    monkeypatch.setattr(Run, "step", step)
+    result = CliRunner().invoke(app, words)
+    assert "vanilla, 2 steps: goes on after 5 iterations" in result.output
+    stopped = json.loads((tmp_path / "results/run-moons-vanilla-2-shallowest.json").read_text())
+    whole = CliRunner().invoke(app, [*words, "--output", "whole"])
+    assert whole.exit_code == result.exit_code
+    as_one = json.loads((tmp_path / "whole/run-moons-vanilla-2-shallowest.json").read_text())
+    times = {"training", "inference", "to_target"}
+    for one, other in zip(stopped, as_one, strict=True):
+        assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in other.items() if k not in times}
+
+
+def test_ctrl_c_ends_compress_with_the_best_model_so_far(tmp_path, monkeypatch):
+    call("run", "digits", "--method", "vanilla:4", "--iterations", "60")
+    (checkpoint,) = (tmp_path / "results/runs").glob("*.pt")
+    step = Run.step
+
+    def pressed(run):
+        if run.driver.search.best is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(run)
+
+    monkeypatch.setattr(Run, "step", pressed)
+    out = " ".join(call("compress", str(checkpoint), "--target", "1.0", "--iterations", "400").split())
+    assert "Stopped: this is the best model so far" in out and "times fewer" in out
+    assert list((tmp_path / "results/compressed").glob("*.pt"))
 
 
 def test_run_shows_that_t_f_is_at_its_bound():
@@ -119,6 +198,14 @@ def test_the_help_of_run_has_a_line_on_each_task_and_method():
         assert any(line.startswith(f"{name} ") and len(line) > len(name) + 5 for line in lines)
 
 
+@pytest.mark.parametrize(("command", "listed"), [("table", names.TABLES), ("figure", names.FIGURES)])
+def test_the_help_of_tables_and_figures_has_a_line_on_each(command, listed):
+    lines = [line.strip() for line in call(command, "--help").splitlines()]
+    assert all(
+        any(re.fullmatch(rf"{name} +{re.escape(text)}", line) for line in lines) for name, text in listed.items()
+    )
+
+
 def test_the_version_is_printed():
     assert call("--version").strip() == __version__
 
@@ -155,7 +242,8 @@ def test_compress_says_what_it_cannot_take(tmp_path):
     assert "has no ODE" in call("compress", str(checkpoint), code=2)
     call("run", "moons", "--method", "vanilla:2", "--iterations", "1")
     (checkpoint,) = (tmp_path / "results/runs").glob("*vanilla*.pt")
-    assert "Nothing was written" in call("compress", str(checkpoint), "--target", "1e-6", "--iterations", "1")
+    words = ("compress", str(checkpoint), "--target", "1e-6", "--iterations", "1")
+    assert "Nothing was written" in call(*words, code=3)
 
 
 @pytest.fixture
@@ -186,7 +274,7 @@ def test_a_flow_tutorial_that_breaks_ends_and_says_so(monkeypatch, tmp_path, sma
     task = TASKS["flow-tutorial"]
     own = {name: replace(METHODS[name], terms=(breaks,)) for name in ("vanilla", "minimum-time")}
     monkeypatch.setitem(TASKS, "flow-tutorial", replace(task, methods=own))
-    out = " ".join(call("run", "flow-tutorial", "--iterations", "3").split())
+    out = " ".join(call("run", "flow-tutorial", "--iterations", "3", code=3).split())
     assert "failed on every seed" in out
     assert all(math.isnan(r["nll"]) for r in json.loads((tmp_path / "results/run-flow-tutorial.json").read_text()))
 
@@ -214,7 +302,7 @@ def test_the_table_of_flows(tmp_path, small_flows):
     for label in ("over 18 min", "as in the paper", "as many steps", "best of a"):
         assert label in out
     assert (tmp_path / "results/table-flow-moons.gif").exists()
-    assert (tmp_path / "results/table-flows.md").read_text().startswith("# Flows")
+    assert (tmp_path / "results/table-flows-flow-moons.md").read_text().startswith("# Flows")
 
 
 def test_compress_can_take_away_steps_alone(tmp_path):
@@ -225,7 +313,7 @@ def test_compress_can_take_away_steps_alone(tmp_path):
     assert int(after) < int(before) == 40
     (share,) = re.findall(r"in the mean \(([.\d]+) of them\)", " ".join(out.split()))
     assert 0 <= float(share) <= 1
-    assert "error" not in out and "above threshold" in call(
+    assert "Nothing was written" not in out and "above threshold" in call(
         "compress", str(checkpoint), "--trim", "--target", "1e-9", code=2
     )
 

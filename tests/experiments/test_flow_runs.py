@@ -47,14 +47,18 @@ def test_flows_run_beside_their_controls_and_are_not_run_twice(tmp_path, drawn):
     for label in ("minimum-time", "control: vanilla, default tsit5", "control: vanilla, as many steps"):
         assert label in text
     rows = json.loads((tmp_path / "flows.json").read_text())
-    vanilla, ours, _, control = rows[::2]
-    assert [r["seed"] for r in rows] == [0, 1] * 4
-    assert vanilla["steps"] == 100 and control["steps"] == ours["steps"] < 100
+    vanilla, ours, _, control, torchdyns = rows[::2]
+    assert [r["seed"] for r in rows] == [0, 1] * 5
+    assert vanilla["steps"] == 100 and control["steps"] == torchdyns["steps"] == ours["steps"] < 100
+    assert [r["wrapped"] for r in rows[::2]] == [True, True, True, True, False]
+    assert control["nll"] != torchdyns["nll"]  # torchdyn's rk4 is another where the field depends on time (U1)
     assert all(math.isfinite(r["reference"]) and r["iterations"] == 2 for r in rows)
     assert (tmp_path / "flows.md").read_text().count("\n| ") >= 5
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Run, "step", lambda run: pytest.fail("trained again"))
-        assert text.endswith(printed(*words))
+        again = printed(*words)
+        assert again.startswith("a flow on two circles, seed 0: already done: vanilla, minimum-time")
+        assert text.endswith(again[again.index("a flow on two circles, seed by seed") :])
 
 
 def test_flows_have_the_best_of_a_sweep_beside_them(tmp_path):
@@ -126,9 +130,9 @@ def test_a_flow_that_breaks_says_so_and_ends_no_table(tmp_path, monkeypatch, dra
     monkeypatch.setitem(FLOW_METHODS, "minimum-time", replace(FLOW_METHODS["minimum-time"], **breaks))
     text = printed("flow-moons", ("vanilla", "minimum-time"), tmp_path)
     assert f"1 of 1 failed: {said}" in text and "minimum-time failed on every seed" in text
-    assert drawn == ["vanilla"]
+    assert drawn == ["vanilla", "vanilla, 1 steps"]  # with the control
     rows = json.loads((tmp_path / "flows.json").read_text())
-    assert [math.isnan(r["nll"]) for r in rows] == [False, True, False]
+    assert [math.isnan(r["nll"]) for r in rows] == [False, True, False, False]
 
 
 def test_the_best_of_a_sweep_is_as_good_solved_exactly_too():

@@ -1,12 +1,13 @@
-"""Checkpoints that version 0.1.0 wrote in the middle of a training load, and the training ends as it did there."""
+"""Checkpoints load: those of 0.1.0 in the middle of a training, and those of a training that has ended, in every way."""
 
 import gzip
 from pathlib import Path
 
 import pytest
 import torch
-from learners import Learner, loader, make_node, points, trainer
+from learners import Learner, halves, loader, make_node, points, trainer
 
+import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import GrowDepth, MinimumTime, Shallowest
 
 CALLBACKS = {
@@ -48,3 +49,57 @@ def test_a_checkpoint_of_version_0_1_0_is_gone_on_from(written, name, tmp_path):
             continue
         # Another version of torch may round otherwise, over 36 steps of Adam.
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+ENDED = {
+    "MinimumTime": lambda: MinimumTime(weight=0.1),
+    "Shallowest": lambda: Shallowest(target=0.68, solver_tol=0.3),
+}
+
+
+class Validated(Learner):
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.loss(*batch))
+
+
+@pytest.fixture(scope="module", params=ENDED)
+def ended(request, tmp_path_factory):
+    """The name of a callback, the checkpoint of a training with it, and the validated loss of its module."""
+    path, data = tmp_path_factory.mktemp("ended") / "c.ckpt", loader(halves(), batch=24)
+    module, end = Validated(make_node(t_span=torch.linspace(0, 1, 5), seed=5)), trainer(60, ENDED[request.param]())
+    end.fit(module, data, data)
+    end.save_checkpoint(path)
+    (figures,) = trainer(1).validate(module, data, verbose=False)
+    return request.param, path, figures["val"]
+
+
+def test_a_checkpoint_is_validated_where_the_trainer_has_the_callback(ended):
+    name, path, expected = ended
+    data = loader(halves(), batch=24)
+    (found,) = trainer(1, ENDED[name]()).validate(Validated(), data, ckpt_path=path, verbose=False, weights_only=True)
+    assert found["val"] == expected
+
+
+def test_a_checkpoint_loads_by_the_recipe_that_the_error_names(ended):
+    _, path, expected = ended
+    recipe = r"make the module, `from torchdyn_mintime import wrap; wrap\(module\)`, then load this state_dict; or give"
+    with pytest.raises(RuntimeError, match=recipe):
+        Validated.load_from_checkpoint(path, weights_only=True)
+    with pytest.raises(RuntimeError, match=recipe):
+        trainer(1).validate(Validated(), loader(halves()), ckpt_path=path, verbose=False, weights_only=True)
+    module = tm.wrap(Validated())
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    (found,) = trainer(1).validate(module, loader(halves(), batch=24), verbose=False)
+    assert found["val"] == expected
+
+
+def test_a_module_that_wraps_itself_loads_from_its_checkpoint(ended):
+    class Wrapped(Validated):
+        def __init__(self):
+            super().__init__()
+            tm.wrap(self)
+
+    _, path, expected = ended
+    module = Wrapped.load_from_checkpoint(path, weights_only=True)
+    (found,) = trainer(1).validate(module, loader(halves(), batch=24), verbose=False)
+    assert found["val"] == expected

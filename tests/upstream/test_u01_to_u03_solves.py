@@ -5,6 +5,7 @@ release repairs it the test fails, and the row (and what was built around it) ca
 the same behaviour.
 """
 
+import contextlib
 import math
 
 import pytest
@@ -199,7 +200,8 @@ HANGS = {
 def test_u3_plain_torchdyn_ends(name):
     function, x, t_span = HANGS[name]
     x = torch.tensor([[1.0, 2.0]]) if x is None else x
-    NeuralODE(Counted(function))(x, torch.tensor([0.0, 1.0]) if t_span is None else t_span)
+    with contextlib.suppress(ValueError, RuntimeError):  # to end with an error is right
+        NeuralODE(Counted(function))(x, torch.tensor([0.0, 1.0]) if t_span is None else t_span)
 
 
 @pytest.mark.xfail(strict=True, raises=Stuck, reason="U3: an int64 span never reaches its end")

@@ -244,6 +244,25 @@ class Interval:
         )
         return points, from_t0, to_t_f
 
+    def asked(self, span: Sequence[float], nodes: Sequence[float], dtype: torch.dtype) -> list[float]:
+        """Returns the times that a span asks for of a solve along ``nodes``, in its order; what lies beyond them is cut.
+
+        A span that starts or ends where the template does asks for the solve's own start or end.
+
+        Raises:
+            ValueError: it starts inside, where the state that it is called with does not belong.
+        """
+        (first, last), template = (nodes[0], nodes[-1]), self.template[:: 1 if nodes[0] < nodes[-1] else -1]
+        sign, near = (1.0 if first < last else -1.0), 4 * resolution(dtype, first, last)
+        if sign * (span[0] - first) > near and abs(span[0] - template[0]) > near:
+            raise ValueError(
+                f"the span passed starts at {span[0]:g}, but this one is solved by the steps that were laid, from {first:g} to "
+                f"{last:g}; start there"
+            )
+        inside = [t for t in span[1:] if sign * (t - first) > near and sign * (last - t) > near]
+        reaches = sign * (span[-1] - last) >= -near or abs(span[-1] - template[-1]) <= near
+        return [first, *inside, last] if reaches else [first, *inside]
+
     # ---------------------------------------------------------------------------------------------------- in checkpoints
 
     def numbers(self, even: bool) -> tuple[list, list[float]]:

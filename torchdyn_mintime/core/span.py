@@ -23,6 +23,9 @@ __all__ = ["LOAD_HINT", "Call", "LearnableSpan"]
 
 _log = logging.getLogger(__name__)
 
+MANY_PIECES = 50
+"""An adaptive solve that lands on the ends of so many pieces is worth a warning, if it hardly takes more steps than these."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -55,7 +58,10 @@ class Call:
 Solve = Callable[["LearnableSpan", Tensor, Call], tuple[Tensor, Tensor]]
 """``solve(span, x, call) -> (t_eval, sol)``: what stands in a span's place; ``call()`` is its own solve from ``x``."""
 
-LOAD_HINT = "(was wrapped by a callback: before loading, `from torchdyn_mintime import wrap; wrap(module)`)"
+LOAD_HINT = (
+    "(a callback has wrapped it: make the module, `from torchdyn_mintime import wrap; wrap(module)`, then load this "
+    "state_dict; or give the Trainer the callback)"
+)
 """The name of an empty entry in checkpoints of Lightning, which torch shows where the module that loads is a bare one."""
 
 
@@ -228,6 +234,7 @@ class LearnableSpan(LearnableInterval):
         if plan.settles is not None and self.training and isinstance(self.t_f, nn.Parameter):
             self._settle(plan)
         self.last = last.light()
+        self._warn_of_pieces(last)
         if (
             self._steps_seen is not None
             and self.training
@@ -236,6 +243,20 @@ class LearnableSpan(LearnableInterval):
         ):
             self._steps_seen = None
         return last
+
+    def _warn_of_pieces(self, last: LastSolve) -> None:
+        """Says once where the times asked for, and not the tolerance, decide the steps of an adaptive solver."""
+        pieces, steps = len(last.grid.nodes) - 1, len(last.steps) - 1
+        lands = self.adaptive and self.interpolator is None
+        if not lands or pieces < MANY_PIECES or steps >= 2 * pieces or "pieces" in self._said:
+            return
+        self._said.add("pieces")
+        warnings.warn(
+            f"the {pieces + 1} times asked for have cut the solve by {self.stepper.name} into pieces: it lands on each, in "
+            f"{steps} steps and {last.bound.nfe} evaluations. With dense=True it takes the steps that its tolerance needs, and "
+            "gives the states between by interpolation",
+            stacklevel=6,  # past forward and what torch calls it by
+        )
 
     @torch.no_grad()
     def solve_again(self) -> None:
@@ -254,12 +275,21 @@ class LearnableSpan(LearnableInterval):
     def trajectory(self, x: Tensor, t_span: Tensor | None = None, *, dense: bool = False) -> Tensor:
         """Returns the states at the points of ``t_span``, cut at t_f: ``[points, *x.shape]``.
 
-        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity.
+        As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity. Where the steps were laid
+        (:meth:`lay`, a search), each time that is asked for is a point of the solve too, at the price of a step; a
+        LearnableSolver knows the two ends alone. ``dense=True`` needs no more steps.
 
         Args:
             x, t_span, dense: as those of :meth:`forward`.
+
+        Raises:
+            ValueError: there is no state for a time that is asked for, or the span starts later than the steps that were laid.
         """
-        call = Call(self, x, self._plan(t_span, (), dense), sensitivity="autograd")
+        plan = self._plan(t_span, (), dense)
+        if t_span is not None and not dense and (self.interval.pinned or self.interval.one_step):
+            # These solve the whole interval by steps of their own, and the caller's points are others.
+            plan = self._plan(t_span, self.interval.asked(t_span.tolist(), plan.grid.nodes, self.t_f.dtype))
+        call = Call(self, x, plan, sensitivity="autograd")
         return (call() if self._replacement is None else self._replacement(self, x, call))[1]
 
     # ---------------------------------------------------------------------------------------- what the last forward did
@@ -370,6 +400,11 @@ class LearnableSpan(LearnableInterval):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "odeint":
+                raise AttributeError(
+                    "a LearnableSpan has no odeint: call the span itself, span(x, t_span), which ends at t_f; span.node.odeint "
+                    "is torchdyn's own solve over the span that is passed"
+                ) from None
             # A property that raises AttributeError ends up here, where torch's text would replace its reason.
             found = getattr(type(self), name, None)
             if isinstance(found, property) and found.fget is not None:
@@ -378,7 +413,8 @@ class LearnableSpan(LearnableInterval):
 
     def release(self) -> None:
         """Lets go of graphs that torchdyn's modules keep of an evaluation."""
-        self.node.vf_params = self.node.vf_params.detach()
+        if "vf_params" in vars(self.node):  # torchdyn 1.0.6 keeps it; a mended one makes it anew
+            self.node.vf_params = self.node.vf_params.detach()
         self.field.release()
 
     def _graphs(self) -> list[tuple[nn.Module, str, Tensor]]:
@@ -553,7 +589,8 @@ def _method_of(node: Any) -> Method:
         raise TypeError("this NeuralODE is wrapped already: got a LearnableSpan; use it as it is, or wrap its `node`")
     if not isinstance(node, NeuralODE):
         raise TypeError(
-            f"LearnableSpan wraps a torchdyn NeuralODE; got {type(node).__name__}. NeuralSDE, HybridNeuralDE and "
-            "MultipleShootingLayer are not supported; for a module that contains NeuralODEs use `wrap(module)`"
+            f"LearnableSpan wraps a torchdyn NeuralODE; got {type(node).__name__}. ODEProblem (make it a NeuralODE), "
+            "NeuralSDE, HybridNeuralDE and MultipleShootingLayer are not supported; for a module that contains NeuralODEs use "
+            "`wrap(module)`"
         )
     return Method(node)

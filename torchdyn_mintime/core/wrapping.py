@@ -1,14 +1,16 @@
 """Putting learnable spans into a model, and taking them out again."""
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdyn.core import NeuralODE
+from torchdyn.core import NeuralODE, ODEProblem
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from torchdyn_mintime.core import checks
@@ -87,8 +89,8 @@ def only_span(model: nn.Module, span: LearnableSpan | None = None) -> LearnableS
 
 
 def times_of(found: Iterable[LearnableSpan]) -> list[nn.Parameter]:
-    """Returns the times of the spans that are parameters, frozen or not: t_f, and t0 where it is learned."""
-    return [time for span in found for time in span.parameters(recurse=False)]
+    """Returns the times of the spans that are parameters, frozen or not: t_f, and t0 where it is learned; each once."""
+    return list(dict.fromkeys(time for span in found for time in span.parameters(recurse=False)))
 
 
 def freeze_times(found: Iterable[LearnableSpan]) -> list[Tensor]:
@@ -131,11 +133,16 @@ def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.M
         options: those of :class:`LearnableSpan`.
 
     Returns:
-        ``model``, or the span of a NeuralODE. A node that is used twice gets one span.
+        ``model``, or the span of a NeuralODE. A node that is used twice gets one span. Where a flow (``torchdyn.models.CNF``)
+        has a second node over it or its net, such as one for samples alone, both share their times: what one learns is where
+        the other ends.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: there is nothing to wrap, or an option cannot be used. Nothing is changed then.
+
+    Warns:
+        UserWarning: some solve stays as it is: an ODEProblem, or a node that a list, a dict or a function holds.
 
     Example:
         >>> node = NeuralODE(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)))  # doctest: +ELLIPSIS
@@ -147,22 +154,72 @@ def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.M
         return LearnableSpan(model, t_span, **options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes a torch.nn.Module; got {type(model).__name__}")
-    places = list(_places(model))
+    places, out_of_reach = list(_places(model)), list(_out_of_reach(model))
     if not places:
         wrapped = sum(1 for _ in spans(model))
+        if wrapped and not out_of_reach:
+            raise ValueError(f"the model is wrapped already: it holds {wrapped} LearnableSpan and no bare NeuralODE")
         raise ValueError(
-            f"the model is wrapped already: it holds {wrapped} LearnableSpan and no bare NeuralODE"
-            if wrapped
-            else f"there is no NeuralODE to wrap in {type(model).__name__}; one that is kept in a plain list or dict is "
-            "not seen: use nn.ModuleList or nn.ModuleDict"
+            f"there is no NeuralODE to wrap in {type(model).__name__}"
+            + (f"; out of reach are {', '.join(out_of_reach)}" if out_of_reach else "")
+            + ". A node is seen where it is an attribute of a module, or in an nn.ModuleList or nn.ModuleDict. One that "
+            "forward makes at every call, or another function, is not: make it in __init__. Of an ODEProblem, which has no "
+            "interval of its own, make a NeuralODE"
         )
     made = {id(node): LearnableSpan(node, t_span, **options) for _, _, node in places}
     for parent, name, node in places:
         parent._modules[name] = made[id(node)]
+    _share_times_of_flows(model)
+    if out_of_reach:
+        warnings.warn(
+            f"{', '.join(out_of_reach)} stay as they are: wrap replaces NeuralODEs that are attributes of modules, and no "
+            "ODEProblem",
+            stacklevel=2,
+        )
     return model
 
 
-def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
+def _out_of_reach(model: nn.Module) -> Iterator[str]:
+    """Yields, in words, what solves ODEs in ``model`` but cannot be replaced: ODEProblems, and nodes that are no children.
+
+    Looked through are attributes that are lists, tuples, dicts or functions that hold a node, one level deep.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, ODEProblem):
+            if type(module) is ODEProblem:
+                yield f"{path or 'the model'} ({type(module).__name__})"
+            continue
+        for name, value in vars(module).items():
+            held: Iterable[Any] = ()
+            if isinstance(value, list | tuple | dict) and not name.startswith("_"):
+                held = value.values() if isinstance(value, dict) else value
+            elif inspect.isfunction(value):
+                held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+            for one in held:
+                if isinstance(one, ODEProblem):
+                    kind = "function" if inspect.isfunction(value) else type(value).__name__
+                    yield f"the {type(one).__name__} in the {kind} {f'{path}.' if path else ''}{name}"
+
+
+def _share_times_of_flows(model: nn.Module) -> None:
+    """Lets spans over one flow, or over its net, have the same t_f (and the same learned t0).
+
+    Of other fields two nodes are two layers that share weights, each with a time of its own.
+    """
+    found = list(spans(model))
+    for span in found:
+        flows = [module for module in span.vf.modules() if hasattr(module, "trace_estimator")]
+        nets = {module for flow in flows for module in (flow, getattr(flow, "net", flow))}
+        ends = span.interval.template[0], span.interval.template[-1]
+        for other in found:
+            same = (other.interval.template[0], other.interval.template[-1]) == ends and other.learn_t0 == span.learn_t0
+            if other is not span and same and not nets.isdisjoint(other.vf.modules()):
+                other.t_f = span.t_f
+                if span.learn_t0:
+                    other.t0 = span.t0
+
+
+def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
     """Takes the spans out of ``model``, in place: plain NeuralODEs remain, whose ``t_span`` is the learned grid.
 
     For each one a solve by torchdyn is compared with the span's own. torchdyn's adaptive solvers sometimes lose the last
@@ -170,7 +227,8 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
 
     Args:
         model: the wrapped model, or a span.
-        x: initial state for the check; default: random, of the shape of the span's last forward, or of its first layer.
+        x: what the model is called with, for the check. Default, also for a span that this call does not solve: random
+            states of the shape of the span's last forward, or of its first layer.
 
     Returns:
         ``model``, or the node of a span. Call it without a span: one that is passed would be used instead of the grid.
@@ -186,7 +244,13 @@ def unwrap(model: nn.Module, x: Tensor | None = None) -> nn.Module:
     found = list(named_spans(model))
     if not found:
         raise ValueError(f"there is no LearnableSpan to unwrap in {type(model).__name__}")
-    grids = {name: _checked_grid(span, x, name) for name, span in found}
+    held = [(span, span.last) for _, span in found]
+    try:
+        states = {} if x is None else _states(model, x)
+        grids = {name: _checked_grid(span, states.get(span), name) for name, span in found}
+    finally:
+        for span, last in held:
+            span.last = last
     for name, span in found:
         span.node.t_span = grids[name]
         span.release()
@@ -215,10 +279,20 @@ def with_solver(node: NeuralODE, solver: nn.Module, t_span: Tensor) -> NeuralODE
     return made
 
 
+@torch.no_grad()
+def _states(model: nn.Module, x: Any) -> dict[LearnableSpan, Tensor]:
+    """Returns the states from which the spans of ``model`` are solved when it is called with ``x``."""
+    before = {span: span.last for span in spans(model)}
+    others = [module for module in model.modules() if not isinstance(module, LearnableSpan)]
+    with evaluating(model), kept(others), torch.random.fork_rng(devices=[]):
+        model(x)
+    return {span: span.last.x for span, last in before.items() if span.last is not None and span.last is not last}
+
+
 def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
     """Returns the learned grid, such that torchdyn's own solve over it ends at t_f."""
     node = span.node
-    if not isinstance(x, Tensor):
+    if x is None:
         x = _random_state(span, name)
     before = node.t_span
     try:
@@ -293,7 +367,7 @@ def _random_state(span: LearnableSpan, name: str) -> Tensor:
         first = next((m for m in span.node.vf.modules() if isinstance(m, nn.Linear)), None)
         if first is None:
             raise ValueError(
-                f"pass x, an initial state to check {name or 'the span'} with: no forward has shown its shape"
+                f"pass x, which the model is called with, to check {name or 'the span'}: no forward has shown its state's shape"
             )
         shape = (8, first.in_features)
     return torch.randn(shape, dtype=parameter.dtype, device=parameter.device)

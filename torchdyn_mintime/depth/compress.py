@@ -70,7 +70,7 @@ def compress(
         (True, True)
     """
     prepared = as_batches(batches)
-    made = _copied(model)
+    made = copied(model)
     made = wrap(made) if has_bare(made) else made
     if target is None:
         with evaluating(made), undisturbed(made):
@@ -89,9 +89,9 @@ def compress(
     return made, verdict
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """Returns a copy; torchdyn's nodes keep a tensor with a graph, which cannot be copied."""
-    nodes = [module for module in model.modules() if isinstance(module, NeuralODE)]
+    nodes = [module for module in model.modules() if isinstance(module, NeuralODE) and "vf_params" in vars(module)]
     held = [node.vf_params for node in nodes]
     try:
         for node in nodes:

@@ -91,7 +91,10 @@ def next_depths(
     """
     best = fewest(trials)
     if best is None:
-        more = tuple(Depth(depth.solver, 2 * depth.steps) for depth in trials[-1].every)
+        more = tuple(
+            first_depth(name, allowed) if depth.stages else Depth(depth.solver, 2 * depth.steps)
+            for depth, name in zip(trials[-1].every, own, strict=True)
+        )
         return more if all(depth.steps <= max_steps for depth in more) else None
     if any(_adaptive(name) for name in own):
         return None  # it began with the fewest steps

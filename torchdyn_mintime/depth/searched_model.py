@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
 from torchdyn_mintime.core import (
     Interval,
@@ -67,7 +68,7 @@ class _Kept:
 
     span: LearnableSpan
     interval: Interval
-    solvers: tuple[nn.Module, nn.Module]
+    solvers: tuple[str | nn.Module, nn.Module]
     by_autograd: bool
     times: tuple[float, float]
 
@@ -80,12 +81,13 @@ class SearchedModel:
     Args:
         model: with LearnableSpans of fixed steps, or of one adaptive solver.
         optimizers: one or several.
+        instead: the solver of fixed steps that takes the place of adaptive ones; None leaves them.
 
     Attributes:
         model, optimizers: as above.
         spans: the LearnableSpans of the model.
-        own: names of their own solvers.
-        adaptive: whether they choose their steps.
+        own: names of their own solvers, or of what takes the place of adaptive ones.
+        adaptive: whether they choose their steps in the search.
         spent: forward evaluations of the field so far, those of the reference included.
         penalty: of the last :meth:`objective`, detached; not weighted.
         reference_loss: the loss at the reference's end there; None where it was not asked for.
@@ -97,10 +99,15 @@ class SearchedModel:
         TypeError: the step control of the adaptive solver cannot be followed.
     """
 
-    def __init__(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        instead: str | None = None,
+    ):
         self.model, self.spans = model, require_spans(model)
-        self.own = [span.stepper.name for span in self.spans]
-        self.adaptive = any(span.adaptive for span in self.spans)
+        self.own = [instead if instead and span.adaptive else span.stepper.name for span in self.spans]
+        self.adaptive = instead is None and any(span.adaptive for span in self.spans)
         if self.adaptive and len(set(self.own)) > 1:
             raise ValueError(
                 f"the spans have the solvers {', '.join(sorted(set(self.own)))}; a search takes steps of fixed size, or one "
@@ -171,6 +178,13 @@ class SearchedModel:
         self._lay(depths)
         self._hold_coefficients()
         if state is not None:
+            for i, before in enumerate(state.get("before", ())):
+                interval, kept = Interval(**before["interval"]), self._kept[i]
+                solver = interval.solver if interval.solver in SOLVER_DICT else kept.solvers[0]
+                self._kept[i] = replace(
+                    kept, interval=interval, times=before["times"], solvers=(solver, kept.solvers[1])
+                )
+            self._rates_before = state.get("rates", self._rates_before)
             self._warm, self._unfitted = state["warm"], state["unfitted"]
             if self._coefficients is not None and state["coefficients"] is not None:
                 self._coefficients.load_state_dict(copy.deepcopy(state["coefficients"]))
@@ -179,7 +193,13 @@ class SearchedModel:
     def state(self) -> dict[str, Any]:
         """What a search needs to go on in the middle of a depth, beside the model and its optimizers."""
         coefficients = None if self._coefficients is None else copy.deepcopy(self._coefficients.state_dict())
-        return {"warm": self._warm, "unfitted": self._unfitted, "coefficients": coefficients}
+        return {
+            "warm": self._warm,
+            "unfitted": self._unfitted,
+            "coefficients": coefficients,
+            "before": [{"interval": asdict(kept.interval), "times": kept.times} for kept in self._kept],
+            "rates": self._rates_before,
+        }
 
     def begin_anew(self) -> None:
         """Lets the optimizers forget what came before, and take short steps for a while.

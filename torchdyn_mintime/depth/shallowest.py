@@ -127,7 +127,7 @@ class Shallowest:
             adaptive solver also keeps its own tolerances; the search looks for the fewest evaluations at these.
         budget: seconds of training, after which the search ends with what it has. Default: as long as it takes.
         solvers: names of the solvers that may be taken beside the spans' own, of "rk4", "midpoint", "euler" and "learned".
-            Default: rk4, learned, and Euler for one step.
+            They also take the place of adaptive solvers, which stay otherwise. Default: rk4, learned, and Euler for one step.
         accept: one more condition on the model, such as an accuracy: a function without arguments that returns a bool. It is
             called when all other conditions are met.
         max_steps, patience: accepted for one more release, with a warning. Leave them out.
@@ -141,6 +141,7 @@ class Shallowest:
         judge: a function that returns a figure, such as the loss on other data; lower is better. If it is set before the
             start, this figure is held against the target in the place of the training loss.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
+        first: the depth of every span to begin with, set before the start by who knows of a model that is nearly true there.
 
     Raises:
         ValueError: a bound that cannot be used, or an unknown solver.
@@ -192,6 +193,7 @@ class Shallowest:
         self.reduce: Callable[[float], float] = float
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
         self.judge: Callable[[], float] | None = None
+        self.first: Depth | None = None
         self._judged: tuple[float, float] | None = None
         self.batches_seen_together = 1
         self.trials: list[Trial] = []
@@ -219,7 +221,7 @@ class Shallowest:
         """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
         if self._searched is not None:
             self._searched.release(True)
-        self._searched = searched = SearchedModel(model, optimizers)
+        self._searched = searched = SearchedModel(model, optimizers, self._instead)
         searched.share_gradients = lambda gradients: self.share_gradients(gradients)
         self._clock = perf_counter()
         if self.trials:  # resumed
@@ -227,7 +229,7 @@ class Shallowest:
             searched.resume(self.trials[-1].every, self._resumed)
         else:
             self._rates, self._own = searched.rates, searched.own
-            self._enter([first_depth(name, self.solvers) for name in searched.own])
+            self._enter([self.first or first_depth(name, self.solvers) for name in searched.own])
             self._initial.take(model)
             if self.judge is not None:
                 with torch.no_grad():
@@ -440,7 +442,7 @@ class Shallowest:
         """
         searched = self._require_start()
         if self.trials[-1].iterations < self.batches_seen_together and not self._found:
-            self._failed = True
+            self._failed, self._stage.short = True, False
             _log.info("%s", why)
             self._next()
         elif self._slower(why):
@@ -452,6 +454,11 @@ class Shallowest:
         if self._searched is None:
             raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
         return self._searched
+
+    @property
+    def _instead(self) -> str | None:
+        """The solver in the place of adaptive ones: who names solvers, which all have fixed steps, does not want those."""
+        return next((name for name in self.solvers if name in STOCK), "rk4") if self.solvers else None
 
     def _tick(self) -> None:
         """Adds the time since the last tick to the present trial, and the evaluations of the field with it."""
@@ -650,10 +657,11 @@ class Shallowest:
         if depths is None:
             self.done = True
             return
-        # What was learned with too few steps is no good start for more: it is stuck, or no longer the ODE.
         best = fewest(self.trials)
         if best is None:
-            searched.go_back(self._initial)
+            # Where the steps left the ODE, the loss at the reference was learned all the same. Else the model is stuck.
+            if searched.adaptive or not self._stage.short:
+                searched.go_back(self._initial)
         elif not trial.passed:
             searched.go_back(self._found[self.trials.index(best)])
         self._enter(depths)

@@ -146,11 +146,11 @@ def fit_solver(
     tol = None if tol is None else checks.positive(tol, "tol")
     node: Any = model.node if isinstance(model, LearnableSpan) else model
     field = model.field if isinstance(model, LearnableSpan) else Field(node)
-    times = _interval(model)[:: -1 if inverse else 1]
+    times = interval_of(model)[:: -1 if inverse else 1]
     numbers = range(1, evaluations + 1) if tol is not None else [evaluations]
-    _check_states(x0, reference, evaluations)
+    check_states(x0, reference, evaluations)
     with field.beside(x0, args) as bound:
-        _check_repeats(bound, x0, times[0])
+        check_repeats(bound, x0, times[0])
         exact = reference_solution(bound, x0, times)[-1] if reference is None else reference.detach().double()
         with in_float64(bound, x0, times[0]) as function, Progress(disable=not progress, transient=True) as bar:
             ends = _Ends(bound, function, x0, exact, times)
@@ -184,14 +184,8 @@ class _Ends:
         order = torch.randperm(len(x0), generator=generator)
         held = max(1, len(x0) // HELD_OUT)
         self._held, fitted = order[:held].to(x0.device), order[held:]
-        moved = (self._exact - self._x)[self._held]
-        flow = any(hasattr(module, "trace_estimator") for module in bound.modules)
-        self._log_density = cost_columns(bound.node) if flow else None
-        tiny = torch.finfo(torch.float64).tiny
-        self._scale = rms(moved).clamp_min(tiny).expand_as(self._x[:1]).clone()
-        if (column := self._log_density) is not None:
-            for columns in ([i for i in range(x0.shape[1]) if i != column], [column]):
-                self._scale[:, columns] = rms(moved[:, columns]).clamp_min(tiny)
+        self._log_density = log_density_column(bound.node)
+        self._scale = displacement((self._exact - self._x)[self._held], self._log_density)
         size = math.prod(x0.shape[1:])
         picked = torch.randperm(len(fitted) * size, generator=generator)[:ENTRIES].sort().values
         self._picked = (fitted[picked // size] * size + picked % size).to(x0.device)
@@ -289,14 +283,31 @@ class _Ends:
         return solver.requires_grad_(False)
 
 
-def _interval(model: NeuralODE | LearnableSpan) -> list[float]:
+def log_density_column(node: Any) -> int | None:
+    """Returns which column of the state is the log-density of a flow; None where the field is no flow."""
+    return cost_columns(node) if any(hasattr(module, "trace_estimator") for module in node.vf.modules()) else None
+
+
+def displacement(moved: Tensor, log_density: int | None) -> Tensor:
+    """Returns the size of a displacement ``[n, ...]`` for each entry of a state, ``[1, ...]``: a log-density has its own."""
+    tiny = torch.finfo(moved.dtype).tiny
+    scale = rms(moved).clamp_min(tiny).expand_as(moved[:1]).clone()
+    if log_density is not None:
+        for columns in ([i for i in range(moved.shape[1]) if i != log_density], [log_density]):
+            scale[:, columns] = rms(moved[:, columns]).clamp_min(tiny)
+    return scale
+
+
+def interval_of(model: NeuralODE | LearnableSpan) -> list[float]:
+    """Returns the first and last time of a sampler: a bare node without a ``t_span`` has [0, 1]."""
     if isinstance(model, LearnableSpan):
         return [model.t0.item(), model.t_f.item()]
     span = model.t_span
     return [0.0, 1.0] if span is None else [float(span[0]), float(span[-1])]
 
 
-def _check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
+def check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
+    """Raises where states, or their ends, cannot be fitted to."""
     if not isinstance(x0, Tensor) or not x0.is_floating_point():
         raise TypeError(
             f"x0 must be a tensor of floating-point numbers, [n, ...]; got {getattr(x0, 'dtype', type(x0))}"
@@ -317,7 +328,8 @@ def _check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
         )
 
 
-def _check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
+def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
+    """Raises where two evaluations of a field differ, or it does not take the states."""
     if kinds := bound.random_or_stateful():
         raise ValueError(
             f"{', '.join(kinds)} in training mode within the field: each evaluation is of another field; call .eval() first"

@@ -63,6 +63,7 @@ class Stage:
         mean_loss: of about as many iterations as there are batches.
         reference: steps of rk4 in the solution that the steps are compared with.
         failed_looks: at the exact solution, in a row.
+        short: whether the steps are what is short: the solver error is further from its bound than the loss is.
         budget: forward evaluations of the field, after which the depth is given up.
         path: the share of the budget that was spent, and ``best``, at every tenth iteration.
     """
@@ -78,6 +79,7 @@ class Stage:
     mean_loss: float | None = None
     reference: int = 4
     failed_looks: int = 0
+    short: bool = False
     budget: float = math.inf
     path: list[tuple[float, float]] = field(default_factory=list)
 
@@ -101,7 +103,7 @@ class Stage:
     def restart(self, weight: float) -> None:
         """Forgets the progress, as the model goes back to where it began."""
         self.smooth, self.best, self.since, self.mean_loss = None, math.inf, 0, None
-        self.failed_looks, self.weight = 0, weight
+        self.failed_looks, self.short, self.weight = 0, False, weight
 
     def observe(
         self, loss: float, penalty: float, *, target: float, unit: float, bound: float, batches: int = 1
@@ -125,6 +127,7 @@ class Stage:
             pull = math.log((error_gap + TINY) / (gap + TINY))
             wanted = self.weight * math.exp(WEIGHT_RATE * min(max(pull, -1.0), 1.0))
             self.weight = min(max(wanted, low), high)
+        self.short = error_gap > gap
         score = math.log(max(gap, error_gap, SOLVED))
         self.smooth = score if self.smooth is None else SMOOTHING * self.smooth + (1 - SMOOTHING) * score
         self.since += 1

@@ -125,15 +125,24 @@ class Verdict:
     def __str__(self) -> str:
         head = "found" if self.feasible else "NOT found: the last trial was"
         best, target = self.best, "none" if self.target is None else f"{self.target:g}"
-        changed = "" if best.changed is None else f", {best.changed:.1%} of predictions change when solved exactly"
-        lines = [
-            f"{head} {best.evaluations} evaluations ({best.label}): loss {best.loss:.4g} and {best.reference_loss:.4g} "
-            f"solved exactly (target {target}), solver error {best.solver_error:.3g} of the displacement (tolerance "
-            f"{self.solver_tol:g}){changed}, {self.iterations} iterations"
+        loss = _measured(("loss {:.4g}", best.loss), (" and {:.4g} solved exactly", best.reference_loss))
+        error = _measured(("solver error {:.3g} of the displacement", best.solver_error))
+        said = [
+            f"{loss or 'loss not measured'} (target {target})",
+            f"{error or 'solver error not measured'} (tolerance {self.solver_tol:g})",
+            *([] if best.changed is None else [f"{best.changed:.1%} of predictions change when solved exactly"]),
+            f"{self.iterations} iterations",
         ]
-        lines += [
-            f"  {t.label}: {'passed' if t.passed else 'failed'} after {t.iterations} iterations, {t.seconds:.1f} s, "
-            f"loss {t.loss:.4g} / {t.reference_loss:.4g}, solver error {t.solver_error:.3g}"
-            for t in self.trials
-        ]
+        plural = "" if best.evaluations == 1 else "s"
+        lines = [f"{head} {best.evaluations} evaluation{plural} ({best.label}): {', '.join(said)}"]
+        for t in self.trials:
+            figures = _measured(("loss {:.4g}", t.loss), (" / {:.4g}", t.reference_loss)) or "loss not measured"
+            figures += _measured((", solver error {:.3g}", t.solver_error))
+            passed = "passed" if t.passed else "failed"
+            lines.append(f"  {t.label}: {passed} after {t.iterations} iterations, {t.seconds:.1f} s, {figures}")
         return "\n".join(lines)
+
+
+def _measured(*figures: tuple[str, float]) -> str:
+    """Returns the figures that were measured, each in its words, one behind the other."""
+    return "".join(words.format(value) for words, value in figures if math.isfinite(value))

@@ -14,7 +14,8 @@
 | ``store`` | finished and unfinished runs on disk |
 | ``comparison`` | one task with its rows and controls, as tables and runs need it |
 | ``figures`` | the paper's figures, by number, and what any trained classifier or flow looks like |
-| ``tables`` | the paper's tables, by number, and those of the commands ``run`` and ``demo`` |
+| ``tables`` | the paper's tables, by number, and those of the command ``run`` |
+| ``demo`` | the command of this name |
 | ``compress`` | the command of this name |
 
 A file imports only those above it.

@@ -3,7 +3,6 @@
 import json
 from bisect import bisect_left
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ SOLVER_TOL = 0.1
 CONFIDENCES = (0.6, 0.7, 0.75, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 0.99, 0.995, 0.999)
 """Levels at which a sample may leave by itself; the lowest found by halving that keeps the accuracy is taken."""
 
-SEARCHED = replace(methods.METHODS["shallowest"], label="compress", driver=partial(methods.Search, times=1))
-"""The search on as many iterations as the settings say."""
+SEARCHED = replace(methods.METHODS["shallowest"], label="compress")
 
 
 def compress(
@@ -63,13 +61,13 @@ def compress(
     """
     plan, before = _record_of(checkpoint)
     task, method, console = TASKS[plan.task], TASKS[plan.task].method(plan.method), store.console
-    if method.span is not None:
+    if method.span is not None and not method.frozen:
         raise UsageError(f"{checkpoint} is a {method.label} model, made shallow by its training; give a vanilla one")
     if method.skips or task.goal is not measure.CLASSIFICATION:
         raise UsageError(
             f"{checkpoint} has no ODE of a classifier, so there is nothing to make shallow; give a vanilla one"
         )
-    model = load_model(plan, checkpoint).to(store.device)
+    model = _bare(plan, checkpoint, store.device)
     data = store.data(plan).to(torch.device(store.device))
     if target is None:
         own = before["train_loss"]
@@ -90,7 +88,9 @@ def compress(
             console.print(_by_sample(plan, checkpoint, data, target), highlight=False)
     else:
         run = Run(task, SEARCHED, settings, data, store.device, start=model.state_dict())
-        race([run], console, plan.task)
+        if not race([run], console, plan.task):
+            run.failure = run.driver.finish()
+            console.print("Stopped: this is the best model so far. To look for a better one, start the command again.")
         model, after = run.model, run.judge()
     path, said = None, f"Nothing was written: {after['failure']}"
     if not after["failure"]:
@@ -119,6 +119,14 @@ def _record_of(checkpoint: Path) -> tuple[Plan, dict[str, Any]]:
         ) from error
 
 
+def _bare(plan: Plan, checkpoint: Path, device: torch.device | str) -> models.Model:
+    """The trained model with torchdyn's own NeuralODE, whatever it was trained through."""
+    model = load_model(plan, checkpoint)
+    if isinstance(model.node, LearnableSpan):
+        model.node = model.node.node
+    return model.to(device)
+
+
 def _trim(model: models.Model, data: datasets.Data, target: float, keep_step: bool = False) -> None:
     """Judged on as many training samples as a search looks at: a march looks at the rest of the model at every step."""
     x, y = data.x[:LOOKED_AT].split(CHUNK), data.y[:LOOKED_AT].split(CHUNK)
@@ -130,7 +138,7 @@ def _trim(model: models.Model, data: datasets.Data, target: float, keep_step: bo
 
 def _by_sample(plan: Plan, checkpoint: Path, data: datasets.Data, target: float) -> str:
     """One end for all samples against an end for each, both at the model's own steps, chosen on the training data."""
-    model, common = (load_model(plan, checkpoint).to(data.x.device).eval() for _ in range(2))
+    model, common = (_bare(plan, checkpoint, data.x.device).eval() for _ in range(2))
     for each in (model, common):
         wrap(each, each.t_span)
     assert isinstance(model.node, LearnableSpan)
@@ -163,7 +171,7 @@ def _write(model: models.Model, plan: Plan, data: datasets.Data, path: Path) -> 
     """Takes the span out of the model, and writes its state, its grid and its solver."""
     name, solver = model.node.stepper.name, model.node.solver
     with torch.no_grad():
-        unwrap(model, model.before(data.x_test[:8]))
+        unwrap(model, data.x_test[:8])
     model.t_span = model.node.t_span  # what is passed at every call
     path.parent.mkdir(parents=True, exist_ok=True)
     how = "model.node = NeuralODE(field, solver=solver); model.node.t_span = t_span; model.load_state_dict(state)"

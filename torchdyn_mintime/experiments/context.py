@@ -21,7 +21,8 @@ class Settings:
         span_lr: learning rate of the times; None is the method's, else ``lr``: one group as in the paper's code.
         weight: the price of time, eq. (13).
         start: where a learned t_f begins; None is the end of the template.
-        target: the training loss that growth, search and TargetLoss are to reach.
+        target: the training loss that growth, search and TargetLoss are to reach; None lets the search find its own.
+        solver_tol: the solver error that a search allows, of the displacement.
         decay: of every learning rate: the factor at each iteration, or with a cosine its end over its start.
         schedule: "exponential", "cosine", or "steps": the paper's three decays by ten after 60, 100 and 140 of 160 epochs.
         batch: samples per iteration; None is all of them.
@@ -37,7 +38,8 @@ class Settings:
     span_lr: float | None = None
     weight: float = 1.0
     start: float | None = None
-    target: float = 0.01
+    target: float | None = 0.01
+    solver_tol: float = 0.1
     decay: float = 1.0
     schedule: str = "exponential"
     batch: int | None = None
@@ -70,7 +72,9 @@ class History:
         accuracy: of the batch, before the step; empty where there are no labels.
         t_f: after the step.
         nfe: evaluations of the field in the step.
-        first_stage: iterations of the first of two stages; None where there is one stage.
+        first_stage: iterations of the first of two stages, of a search those until its first true model; None where there
+            is one stage, or no such model.
+        searched: whether it is a search's: its target is met by a true model alone.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -79,19 +83,23 @@ class History:
     t_f: list[float] = field(default_factory=list)
     nfe: list[int] = field(default_factory=list)
     first_stage: int | None = None
+    searched: bool = False
 
     @property
     def total_seconds(self) -> float:
         """Seconds of all iterations."""
         return self.seconds[-1] if self.seconds else 0.0
 
-    def figures(self, target: float) -> dict[str, Any]:
+    def figures(self, target: float | None) -> dict[str, Any]:
         """Returns the seconds of the first of two stages and until the target, and where those of inference will stand."""
         first = None if self.first_stage is None else ([0.0, *self.seconds][: self.first_stage + 1])[-1]
-        return {"inference": None, "pretraining": first, "to_target": self.to_target(target)}
+        met = first if self.searched else self.to_target(target)
+        return {"inference": None, "pretraining": first, "to_target": met}
 
-    def to_target(self, loss: float = 0.01, accuracy: float = 1.0) -> float | None:
+    def to_target(self, loss: float | None = 0.01, accuracy: float = 1.0) -> float | None:
         """Returns the seconds until the batch's loss and accuracy first met the target; None if they never did."""
+        if loss is None:
+            return None
         for before, own_loss, own_accuracy in zip([0.0, *self.seconds], self.loss, self.accuracy, strict=False):
             if own_loss <= loss and own_accuracy >= accuracy:
                 return before  # they are those of the parameters before this iteration's update

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +36,13 @@ __all__ = [
     "moons",
     "seeded",
     "spiral",
+    "varied",
 ]
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-PAD = 4
+PAD, HUE, SATURATION = 4, 0.05, 0.05
+"""Of the augmentation of images, as in the paper's code: pixels, and shares of the whole circle and of the saturation."""
+CIFAR_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -49,7 +53,10 @@ class Data:
     Attributes:
         x, y: training points ``[n, ...]`` and labels ``[n]`` (int64).
         x_test, y_test: those of the test.
-        pad: how far training images are shifted at random (random crop with so much padding); 0 is not at all.
+        pad: how far training images are shifted at random (random crop with so much black padding); 0 is not at all.
+        colours: whether training images are mirrored and their colours varied at random.
+        scale: mean and deviation of each channel, ``[1, channels, 1, 1]``, by which images were normalised.
+        files: what is said of files that are not the original ones; an empty text if they are.
         draw: (n, generator) -> fresh training points ``[n, ...]``, in the place of ``x``; there are no labels then.
     """
 
@@ -58,11 +65,20 @@ class Data:
     x_test: Tensor
     y_test: Tensor
     pad: int = 0
+    colours: bool = False
+    scale: tuple[Tensor, Tensor] = (torch.zeros(()), torch.ones(()))
+    files: str = ""
     draw: Callable[[int, torch.Generator], Tensor] | None = None
 
     def to(self, device: torch.device) -> "Data":
         """Returns the same data on a device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("x", "y", "x_test", "y_test")})
+        tensors = {name: getattr(self, name).to(device) for name in ("x", "y", "x_test", "y_test")}
+        mean, deviation = self.scale
+        return replace(self, **tensors, scale=(mean.to(device), deviation.to(device)))
+
+    def plain(self) -> "Data":
+        """Returns the same data whose training images are not varied."""
+        return replace(self, pad=0, colours=False)
 
 
 def fresh(draw: Callable[[int, torch.Generator], Tensor], x_test: Tensor) -> Data:
@@ -97,7 +113,7 @@ class Batches:
         if len(self.order) < size:
             self.order = torch.randperm(len(data.x), generator=self.generator)
         index, self.order = self.order[:size].to(data.x.device), self.order[size:]
-        return cropped(data.x[index], data.pad, self.generator), data.y[index]
+        return varied(data.x[index], data, self.generator), data.y[index]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where in its order it is."""
@@ -107,6 +123,20 @@ class Batches:
         """Goes on from there."""
         self.generator.set_state(state["generator"].cpu())
         self.order = state["order"].cpu()
+
+
+def varied(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
+    """Returns normalised images ``[n, channels, height, width]``, each varied at random as ``data`` says.
+
+    What is done is done to the images as they were before they were normalised, so that black comes in at the border.
+    """
+    if not data.pad and not data.colours:
+        return x
+    mean, deviation = data.scale
+    x = cropped(x * deviation + mean, data.pad, generator)
+    if data.colours:
+        x = _coloured(x, generator)
+    return (x - mean) / deviation
 
 
 def cropped(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
@@ -120,6 +150,17 @@ def cropped(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
     columns = corner[1, :, None] + torch.arange(width, device=x.device)
     samples = torch.arange(len(x), device=x.device)[:, None, None]
     return padded[samples, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def _coloured(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Colour images in [0, 1], half of them mirrored, hue and saturation changed by 5 % at most: the paper's code does so."""
+    from torchvision.transforms.v2.functional import adjust_hue, adjust_saturation  # type: ignore[import-untyped]
+
+    mirrored, hue, saturation = torch.rand((3, len(x)), generator=generator)
+    x = torch.where((mirrored < 0.5).to(x.device)[:, None, None, None], x.flip(-1), x)
+    x = x.clamp(0, 1)  # what was normalised and is put back has rounding errors
+    changes = zip(x, (HUE * (2 * hue - 1)).tolist(), (1 + SATURATION * (2 * saturation - 1)).tolist(), strict=True)
+    return torch.stack([adjust_hue(adjust_saturation(image, s), h) for image, h, s in changes])
 
 
 @contextmanager
@@ -210,6 +251,9 @@ def fashion_mnist(seed: int, subset: int | None = None, source: Source | None = 
 def cifar10(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
     """CIFAR-10, ``[n, 3, 32, 32]``, normalised by the mean and deviation of the training images of each channel.
 
+    Batches in CIFAR's own layout whose checksums are not the originals', such as images stored anew, are read too, and
+    named so.
+
     Args:
         seed: of the choice of a subset.
         subset: how many training images; a fifth as many are taken for the test. None is all.
@@ -218,12 +262,50 @@ def cifar10(seed: int, subset: int | None = None, source: Source | None = None) 
     Raises:
         MissingData: they are nowhere.
     """
-    return _prepared(_torchvision("CIFAR10", source or Source()), seed, subset)
+    source = source or Source()
+    try:
+        return _prepared(_torchvision("CIFAR10", source), seed, subset, colours=True)
+    except MissingData:
+        folder = source.folder / "cifar-10-batches-py"
+        if not all((folder / name).exists() for name in CIFAR_BATCHES):
+            raise
+    parts = [_read_cifar(folder / name) for name in CIFAR_BATCHES]
+    x, y = (torch.cat(each) for each in zip(*parts[:-1], strict=True))
+    found = _prepared([x, y, *parts[-1]], seed, subset, colours=True)
+    return replace(found, files="files whose checksums are not the originals'")
+
+
+def _read_cifar(path: Path) -> tuple[Tensor, Tensor]:
+    """One batch of CIFAR's python version: a pickled dictionary of pixels ``[n, 3072]`` and labels."""
+    try:
+        with path.open("rb") as file:
+            batch = _Arrays(file, encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        x, y = np.asarray(batch["data"]), np.asarray(batch["labels"])
+        if x.dtype != np.uint8 or x.shape != (len(y), 3072):
+            raise ValueError(f"pixels of the type {x.dtype} and the shape {x.shape} for {len(y)} labels")
+    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ValueError, TypeError) as error:
+        raise UsageError(f"{path.name} is no batch of CIFAR-10 images ({error}); fetch it again") from error
+    return torch.from_numpy(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()), torch.from_numpy(y).long()
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads plain values and arrays alone: a pickle could else run any code, and these files have no known checksum."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")} or (
+            (module, name) == ("_codecs", "encode")
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
 def _idx(name: str, source: Source, folders: Sequence[Path]) -> list[Tensor]:
-    """The training images and labels and those of the test, from the first folder that has all four files."""
-    for folder in (source.folder, source.folder / name / "raw", *folders):
+    """The training images and labels and those of the test, from the first folder that has all four files.
+
+    The files of MNIST and of Fashion-MNIST have the same names, so that folders which name the data set come first.
+    """
+    for folder in (source.folder / name / "raw", *folders, source.folder):
         files = [_existing(folder / file) for file in IDX]
         if all(files):
             return [_read_idx(file) for file in files if file]
@@ -273,7 +355,7 @@ def _torchvision(name: str, source: Source) -> list[Tensor]:
     return [torch.as_tensor(values) for part in parts for values in (part.data, part.targets)]
 
 
-def _prepared(parts: Sequence[Tensor], seed: int, subset: int | None) -> Data:
+def _prepared(parts: Sequence[Tensor], seed: int, subset: int | None, colours: bool = False) -> Data:
     x, y, x_test, y_test = parts
     if subset is not None:
         chosen = torch.Generator().manual_seed(seed)
@@ -285,7 +367,8 @@ def _prepared(parts: Sequence[Tensor], seed: int, subset: int | None) -> Data:
     channels = (a[:, None] if a.ndim == 3 else a.movedim(3, 1) for a in (x, x_test))
     x, x_test = (a.float() / 255 for a in channels)
     mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-    return Data((x - mean) / deviation, y.long(), (x_test - mean) / deviation, y_test.long(), pad=PAD)
+    x, x_test = ((a - mean) / deviation for a in (x, x_test))
+    return Data(x, y.long(), x_test, y_test.long(), pad=PAD, colours=colours, scale=(mean, deviation))
 
 
 # ------------------------------------------------------------------------------------------ to learn the density of

@@ -16,12 +16,13 @@ from torchdyn.models.cnf import autograd_trace, hutch_trace
 
 from torchdyn_mintime import LearnableSpan
 from torchdyn_mintime.experiments import datasets, models
-from torchdyn_mintime.experiments.results import Report, cell
+from torchdyn_mintime.experiments.results import Line, Report, cell, factors
 
 __all__ = [
     "CHUNK",
     "CLASSIFICATION",
     "DENSITY",
+    "ROBUSTNESS",
     "TUTORIAL",
     "Goal",
     "Pass",
@@ -32,12 +33,20 @@ __all__ = [
     "judge_flow",
     "judge_tutorial_flow",
     "median_seconds",
+    "robust_accuracy",
     "scores",
     "single_thread",
+    "solver_errors",
 ]
 
 CHUNK = 1000
 """Samples solved at once, so that memory suffices."""
+
+NOISE, ATTACK = 0.3, 0.1
+"""Sizes of the noise and of the attack, in deviations of the training data."""
+
+ATTACKED, ATTACKED_AT_ONCE = 500, 100
+"""Test samples that robustness is judged on, and how many of them keep their graph at once."""
 
 PATIENCE = 60.0
 """Seconds after which no new round of timing is begun, once there were three."""
@@ -96,11 +105,14 @@ class Pass:
 
     Attributes:
         output: logits ``[batch, classes]``, or of a flow log-densities ``[batch]``.
+        start, end: z(t0) and z(t_f), ``[batch, ...]``.
         steps: those of the grid, or the adaptive solver's accepted ones (torchdyn's does not tell: those it returned).
         nfe: evaluations of the field.
     """
 
     output: Tensor
+    start: Tensor
+    end: Tensor
     steps: int
     nfe: int
 
@@ -109,14 +121,15 @@ class Pass:
 def forward(model: models.Model, x: Tensor, chunk: int | None = None) -> Pass:
     """Takes a forward pass in eval mode, in parts of ``chunk`` samples (default ``CHUNK``); steps and evaluations are means."""
     model.eval()
-    outputs, steps, nfe = [], [], []
+    states, steps, nfe = [], [], []
     for part in x.split(chunk or CHUNK):
         before = model.node.vf.nfe
         t_eval, sol = model.trajectory(part)
-        outputs.append(model.head(sol[-1]))
+        states.append((model.head(sol[-1]), sol[0], sol[-1]))
         steps.append(model.node.steps if isinstance(model.node, LearnableSpan) else len(t_eval) - 1)
         nfe.append(model.node.vf.nfe - before)
-    return Pass(torch.cat(outputs), round(statistics.mean(steps)), round(statistics.mean(nfe)))
+    output, start, end = map(torch.cat, zip(*states, strict=True))
+    return Pass(output, start, end, round(statistics.mean(steps)), round(statistics.mean(nfe)))
 
 
 def exact(model: models.Model, tolerance: float = 1e-7) -> models.Model:
@@ -126,19 +139,28 @@ def exact(model: models.Model, tolerance: float = 1e-7) -> models.Model:
     """
     if isinstance(model.node, models.NoODE):
         return deepcopy(model).double()
+    ends = torch.tensor([float(model.t_span[0]), model.t_f], dtype=torch.float64)
+    return _solved(model, ends, solver="dopri5", atol=tolerance, rtol=tolerance)
+
+
+def solver_errors(model: models.Model, x: Tensor, solver: str, steps: Sequence[int]) -> dict[int, float]:
+    """Returns the solver error of a trained model, over the displacement, by the evaluations of so many equal steps."""
+    reference, found = forward(exact(model), x.double()), {}
+    for count in steps:
+        points = torch.linspace(float(model.t_span[0]), model.t_f, count + 1, dtype=torch.float64)
+        own = forward(_solved(model, points, solver=solver), x.double())
+        found[own.nfe] = _rms(own.end - reference.end) / _rms(reference.end - reference.start)
+    return found
+
+
+def _solved(model: models.Model, t_span: Tensor, **options: Any) -> models.Model:
+    """A copy in float64 whose ODE is solved otherwise."""
     field = deepcopy(model.node.vf.vf).double()  # as torchdyn wraps it where it takes no time
     for module in field.modules():
         if getattr(module, "trace_estimator", None) is hutch_trace:
             module.trace_estimator = autograd_trace
-    found = models.Model(
-        field,
-        torch.tensor([float(model.t_span[0]), model.t_f], dtype=torch.float64),
-        before=deepcopy(model.before).double(),
-        head=deepcopy(model.head).double(),
-        solver="dopri5",
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    before, head = deepcopy(model.before).double(), deepcopy(model.head).double()
+    found = models.Model(field, t_span, before=before, head=head, **options)
     found.node = LearnableSpan(found.node, found.t_span)
     return found.to(next(field.parameters()).device)
 
@@ -152,8 +174,33 @@ def judge_classifier(model: models.Model, data: datasets.Data, figures: dict[str
     test = forward(model, data.x_test)
     figures["steps"], figures["nfe"] = test.steps, test.nfe
     figures["loss"], figures["accuracy"] = scores(test.output, data.y_test)
-    reference = forward(exact(model), data.x_test.double()).output
-    figures["reference_loss"], figures["reference_accuracy"] = scores(reference, data.y_test)
+    reference = forward(exact(model), data.x_test.double())
+    figures["reference_loss"], figures["reference_accuracy"] = scores(reference.output, data.y_test)
+    figures["changed"] = (test.output.argmax(1) != reference.output.argmax(1)).double().mean().item()
+    figures["error"] = _rms(test.end - reference.end) / _rms(reference.end - reference.start) if test.steps else 0.0
+    figures.update(robust_accuracy(model, data))
+
+
+def robust_accuracy(model: models.Model, data: datasets.Data) -> dict[str, float]:
+    """Returns the accuracies on the first :data:`ATTACKED` test samples under noise, and under an attack of one step.
+
+    Noise is Gaussian with :data:`NOISE` times the deviation of the training data. The attack moves every entry of a sample by
+    :data:`ATTACK` times that deviation, with the sign of the loss's gradient, which is that of the model as it is (FGSM).
+    """
+    x, y = data.x_test[:ATTACKED], data.y_test[:ATTACKED]
+    deviation, generator = data.x.std().item(), torch.Generator().manual_seed(0)
+    noise = NOISE * deviation * torch.randn(x.shape, generator=generator).to(x)
+    found = {"noisy": scores(forward(model, x + noise).output, y)[1]}
+    moved = []
+    for part, labels in zip(x.split(ATTACKED_AT_ONCE), y.split(ATTACKED_AT_ONCE), strict=True):
+        part = part.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(model(part), labels), part)
+        moved.append((part + ATTACK * deviation * gradient.sign()).detach())
+    return {**found, "attacked": scores(forward(model, torch.cat(moved)).output, y)[1]}
+
+
+def _rms(z: Tensor) -> float:
+    return z.double().square().mean().sqrt().item()
 
 
 def judge_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
@@ -203,6 +250,19 @@ class Goal:
     judges_failed: bool = True
 
 
+def _exactly(line: Line) -> str:
+    """What is said of a classifier below its row: its loss beside the baseline's, and what it is when solved exactly."""
+    models, parts = line.finished, []
+    if line.base is not None:
+        own, base = (f"{float(frame['loss'].astype(float).median()):.3g}" for frame in (models, line.base))
+        parts.append(f"test loss {own} for {base}")
+    worst = 100 * models["changed"].max()
+    parts.append(
+        f"at 1e-7 at least {100 * models['reference_accuracy'].min():.1f} %, up to {worst:.1f} % of predictions change"
+    )
+    return "; ".join(parts)
+
+
 _NLL = {"nll": cell("nll", "{:.3f}"), "nll at 1e-7": cell("reference", "{:.3f}")}
 
 CLASSIFICATION = Goal(
@@ -215,16 +275,26 @@ CLASSIFICATION = Goal(
         "accuracy",
         "reference_loss",
         "reference_accuracy",
+        "changed",
+        "error",
+        "noisy",
+        "attacked",
     ),
     report=Report(
         columns={
             "t_f": cell("t_f", "{:.4g}"),
             "evals": cell("nfe"),
-            "training s": cell("training", "{:.2f}", ratio=True, first="pretraining"),
-            "inference ms": cell("inference", "{:.2f}", scale=1e3, ratio=True),
+            "training s": cell("training", "{:.2f}", first="pretraining"),
+            "drive x depth": factors("training"),
+            "inference ms": cell("inference", "{:.2f}", scale=1e3),
+            "drive x depth of inference": factors("inference"),
             "to target s": cell("to_target", "{:.2f}", ratio=True),
+            "loss": cell("loss", "{:.3g}"),
+            "loss at 1e-7": cell("reference_loss", "{:.3g}"),
             "test %": cell("accuracy", "{:.1f}", scale=100),
             "at 1e-7 %": cell("reference_accuracy", "{:.1f}", scale=100),
+            "changed %": cell("changed", "{:.1f}", scale=100),
+            "error": cell("error", "{:.2g}"),
             "lr": cell("lr", of_failed=True),
         },
         details={
@@ -233,15 +303,36 @@ CLASSIFICATION = Goal(
             "training %": cell("train_accuracy", "{:.1f}", scale=100),
         },
         gains={"training": "training", "time to target": "to_target", "inference": "inference"},
-        exactly=lambda results: f"at 1e-7 at least {100 * results['reference_accuracy'].min():.1f} %",
-        caption="Medians over seeds (and ranges); ratios to the first row, by seed. Target: training loss .01 or less "
-        "at 100 %. At 1e-7: test accuracy of the same model, its ODE solved at that tolerance. Times of one thread, in turn.",
+        exactly=lambda line: _exactly(line),
+        caption="Medians over seeds (and ranges); ratios by seed, of depth alone: both models through a span. Drive: "
+        "torchdyn's own NeuralODE over the same through a span, at equal steps; its product with the depth is the whole gain. "
+        "Target: the task's training loss at 100 %. Loss: cross entropy of the test data. At 1e-7: the same model, its ODE "
+        "solved at that tolerance; changed: predictions that differ then; error: of z(t_f), over the displacement. Times of "
+        "one thread, in turn.",
         own="accuracy",
         reference="reference_accuracy",
         slack=0.003,
         higher=True,
     ),
     accuracy=lambda output, y: (output.argmax(1) == y).float().mean(),
+)
+
+ROBUSTNESS = replace(
+    CLASSIFICATION.report,
+    columns={
+        "t_f": cell("t_f", "{:.4g}"),
+        "evals": cell("nfe"),
+        "loss": cell("loss", "{:.3g}"),
+        "test %": cell("accuracy", "{:.1f}", scale=100),
+        "changed %": cell("changed", "{:.1f}", scale=100),
+        "under noise %": cell("noisy", "{:.1f}", scale=100),
+        "under attack %": cell("attacked", "{:.1f}", scale=100),
+        "lr": cell("lr", of_failed=True),
+    },
+    details={},
+    gains={},
+    caption=f"Medians over seeds (and ranges). Noise: Gaussian, {NOISE:g} deviations of the training data. Attack: one step "
+    f"along the sign of the gradient, {ATTACK:g} deviations. Both on the first {ATTACKED} test samples.",
 )
 
 DENSITY = Goal(
@@ -253,13 +344,15 @@ DENSITY = Goal(
             "t_f": cell("t_f", "{:.3g}"),
             "steps": cell("steps", ratio=True),
             "evals": cell("nfe", ratio=True),
-            "training s": cell("training", "{:.1f}", ratio=True),
+            "training s": cell("training", "{:.1f}"),
+            "drive x depth": factors("training"),
             "sampling ms": cell("sampling", "{:.0f}", scale=1e3, ratio=True),
             **_NLL,
         },
         gains={"steps": "steps", "evaluations": "nfe", "training": "training", "sampling": "sampling"},
-        exactly=lambda results: f"nll at 1e-7 at most {results['reference'].max():.3f}",
-        caption="Medians over seeds (and ranges); ratios to the first row, by seed. nll: negative log-likelihood of fresh "
+        exactly=lambda line: f"nll at 1e-7 at most {line.finished['reference'].max():.3f}",
+        caption="Medians over seeds (and ranges); ratios by seed, of depth alone: both models through a span. Drive: "
+        "torchdyn's own NeuralODE over the same through a span, at equal steps. nll: negative log-likelihood of fresh "
         "samples, nats, by the steps of the training; at 1e-7: of the same model, its ODE solved at that tolerance. "
         "Times of one thread.",
         own="nll",
@@ -278,7 +371,8 @@ TUTORIAL = replace(
         columns={
             "t_f": cell("t_f", "{:.3g}"),
             "evals": cell("nfe", ratio=True),
-            "training s": cell("training", "{:.1f}", ratio=True),
+            "training s": cell("training", "{:.1f}"),
+            "drive x depth": factors("training"),
             **_NLL,
         },
         gains={"evaluations": "nfe", "training": "training"},

@@ -10,19 +10,28 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchdyn_mintime import DepthGrowth, LearnableSpan, Shallowest, TargetLoss, parameter_groups, spans
+from torchdyn_mintime import (
+    DepthGrowth,
+    LearnableSolver,
+    LearnableSpan,
+    Shallowest,
+    TargetLoss,
+    parameter_groups,
+    spans,
+)
 from torchdyn_mintime.core import RandomSpan
 from torchdyn_mintime.depth.rollback import Rollback
 from torchdyn_mintime.depth.times import CoordinateDescent, GaussNewtonTime
+from torchdyn_mintime.depth.trials import Verdict
 from torchdyn_mintime.experiments.context import Context, Settings, Step
 from torchdyn_mintime.experiments.models import Model, span_of
-from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, trajectory
+from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, stiffness, trajectory
 
 __all__ = ["FLOW_METHODS", "METHODS", "Driver", "Grow", "GrowAlone", "KeepTarget", "Method", "Search", "Term"]
 
@@ -39,11 +48,17 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 WEIGHT_DECAY = 1e-5
 """Of the network under AdamW; times never decay."""
 
-SEARCH_ITERATIONS = 10
-"""How many times the iterations of other methods a search may take; each of its own is far cheaper."""
+LONGER = 10
+"""How many times the iterations of other methods those may take that begin with few steps: theirs are far cheaper."""
 
 
 # ---------------------------------------------------------------------------------- who moves t_f, and ends the training
+
+
+def _target_of(run: Context) -> float:
+    if run.settings.target is None:
+        raise ValueError("the task has no target loss of its own, which this method needs: give --target")
+    return run.settings.target
 
 
 class Driver:
@@ -56,17 +71,24 @@ class Driver:
     Attributes:
         owns_rates: whether it sets the learning rates, so that nobody else must.
         limit: iterations, at most.
+        verdict: of a search that has ended.
     """
 
     owns_rates = False
+    verdict: Verdict | None = None
 
     def __init__(self, run: Context, **parts: Any):
         self.run, self.parts, self.limit = run, parts, run.settings.iterations
 
     @property
+    def at_limit(self) -> bool:
+        """Whether as many iterations were taken as the settings say."""
+        return len(self.run.history.loss) >= self.limit
+
+    @property
     def done(self) -> bool:
         """Whether training is over."""
-        return len(self.run.history.loss) >= self.limit
+        return self.at_limit
 
     def penalty(self) -> Tensor | float:
         """Returns a term of the loss that the driver sets itself."""
@@ -88,6 +110,10 @@ class Driver:
         """Ends the training. Returns why it failed, or an empty text."""
         return ""
 
+    def front(self) -> list[Model]:
+        """Returns the models of a search at all depths that passed, from the deepest to the shallowest."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a stopped training needs to go on."""
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -102,7 +128,7 @@ class KeepTarget(Driver):
     """Minimum-time with the price of time found for a target loss."""
 
     def __init__(self, run: Context):
-        self.price = TargetLoss(run.model, run.settings.target)
+        self.price = TargetLoss(run.model, _target_of(run))
         super().__init__(run, price=self.price)
 
     def before_step(self, loss: Tensor) -> bool:
@@ -129,7 +155,7 @@ class Grow(Driver):
     """
 
     def __init__(self, run: Context, patience: int = 0, pretrained: bool = True, **parts: Any):
-        self.growth = DepthGrowth(run.model.node, run.settings.target, patience=patience)
+        self.growth = DepthGrowth(run.model.node, _target_of(run), patience=patience)
         super().__init__(run, growth=self.growth, **parts)
         run.history.first_stage = run.settings.iterations if pretrained else None
 
@@ -152,7 +178,7 @@ class Grow(Driver):
 
 
 class GrowAlone(Grow):
-    """Growth without pre-training, on the terminal loss.
+    """Growth without pre-training, on the terminal loss, for as many iterations as the settings say.
 
     With all data at once, a loss that explodes is gone back from, at half the rate.
     """
@@ -162,6 +188,15 @@ class GrowAlone(Grow):
     def __init__(self, run: Context, patience: int = 20):
         self.rollback = Rollback(run.model, run.optimizer)
         super().__init__(run, patience, pretrained=False, rollback=self.rollback)
+
+    @property
+    def done(self) -> bool:
+        return super().done or self.at_limit
+
+    def finish(self) -> str:
+        if self.growth.done or not self.at_limit:
+            return ""
+        return f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
 
     def before_step(self, loss: Tensor) -> bool:
         return not self._went_back(loss.item())
@@ -178,25 +213,20 @@ class GrowAlone(Grow):
 
 
 class Search(Driver):
-    """The fewest evaluations at which the loss is met and the model is its own ODE.
-
-    Args:
-        run: the training.
-        times: how many times the settings' iterations it may take.
-    """
+    """The fewest evaluations at which the loss is met and the model is its own ODE."""
 
     owns_rates = True
 
-    def __init__(self, run: Context, times: int = SEARCH_ITERATIONS):
-        self.search = Shallowest(target=run.settings.target)
+    def __init__(self, run: Context):
+        self.search = Shallowest(target=run.settings.target, solver_tol=run.settings.solver_tol)
         super().__init__(run, search=self.search)
-        self.limit *= times
+        run.history.searched = True
         self.search.batches_seen_together = run.batches.per_pass
         self.search.start(run.model, run.optimizer)
 
     @property
     def done(self) -> bool:
-        return self.search.done or super().done
+        return self.search.done or self.at_limit
 
     def penalty(self) -> Tensor:
         return self.search.penalty(self.run.loss_of_batch)
@@ -207,6 +237,9 @@ class Search(Driver):
 
     def after_step(self, loss: Tensor) -> str:
         self.search.step(loss, self.run.loss_again)
+        history = self.run.history
+        if history.first_stage is None and any(trial.passed for trial in self.search.trials):
+            history.first_stage = len(history.loss)
         return ""
 
     def recovers(self, why: str) -> bool:
@@ -214,7 +247,12 @@ class Search(Driver):
         return True
 
     def finish(self) -> str:
-        return "" if self.search.finish().feasible else "no number of steps met the target as a true ODE"
+        self.verdict = self.search.finish()
+        return "" if self.verdict.feasible else "no number of steps met the target as a true ODE"
+
+    def front(self) -> list[Model]:
+        passed = [] if self.verdict is None else self.verdict.front
+        return [cast(Model, self.search.take(evaluations=trial.evaluations)) for trial in passed]
 
 
 # -------------------------------------------------------------------------------------------------------- the methods
@@ -226,8 +264,8 @@ class Method:
 
     Attributes:
         label: as printed.
-        span: options of ``wrap``; None leaves torchdyn's bare NeuralODE.
-        node: options of the NeuralODE over the task's.
+        span: options of ``wrap``; None leaves torchdyn's bare NeuralODE, with its own drive and its own rk4 (U1).
+        node: options of the NeuralODE over the task's; a solver may be a function that makes it.
         t_span: the points of the solve over the task's.
         span_lr: learning rate of the times where the settings give none; None is the network's.
         terminal: weight of the terminal loss.
@@ -240,6 +278,7 @@ class Method:
         solver: makes what is solved in training, from the model; default: its node.
         times: makes another optimizer for the times, from them.
         in_turn: makes one optimizer that steps the network's and that of the times in turn; default: both step at once.
+        longer: how many times the task's iterations it may take where none are asked for.
     """
 
     label: str
@@ -257,6 +296,7 @@ class Method:
     solver: Callable[[Model], Callable[..., Any]] = attrgetter("node")
     times: Callable[[list[Tensor]], Optimizer] | None = None
     in_turn: Callable[[Optimizer, Optimizer], Any] | None = None
+    longer: int = 1
 
     def loss_terms(self, model: Model, settings: Settings) -> list[Term]:
         """Returns what is added to the terminal loss."""
@@ -326,51 +366,71 @@ def _penalty(make: Callable[..., Any], every: int = 1, **options: Any) -> Callab
 
 # ---------------------------------------------------------------------------------------------------- the registry
 
-_SHORT = span_of(5, 0.05)
+_SHORT, _LONGER = span_of(5, 0.05), span_of(10, 0.1)
 _ONE_STEP = span_of(1)
 _ADJOINT = {"sensitivity": "adjoint"}
-_LYAPUNOV = Method("Lyapunov", span={}, frozen=True, terminal=0.0)
+_WHOLE = Method("vanilla", span={}, frozen=True)
+_LYAPUNOV = replace(_WHOLE, label="Lyapunov", terminal=0.0)
 _ALGORITHM_2 = Method("convergence-rate", span={}, t_span=_SHORT, terminal=0.0, rate=20.0, driver=Grow)
 _MINIMUM_TIME = Method("minimum-time", span={}, terms=(_price_of_time,))
+_SEARCH = Method("shallowest true ODE", span={}, driver=Search, longer=LONGER)
 _SNOPT = Method("SNOpt's time update, adjoint", span={"bounds": (0.1, 1.0)}, times=GaussNewtonTime, node=_ADJOINT)
 
 METHODS: dict[str, Method] = {
-    "vanilla": Method("vanilla"),
+    "vanilla": _WHOLE,
+    "torchdyn": Method("torchdyn's own NeuralODE"),
     "minimum-time": _MINIMUM_TIME,
     "target": Method("minimum-time, given target", span={}, driver=KeepTarget),
     "convergence-rate": _ALGORITHM_2,
     "convergence-rate-patient": replace(
         _ALGORITHM_2, label="convergence-rate, patience 3", driver=partial(Grow, patience=3)
     ),
-    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone),
+    "convergence-rate-longer": replace(_ALGORITHM_2, label="convergence-rate, pre-trained on [0, .1]", t_span=_LONGER),
+    "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
+    "pretrained-longer": replace(_LYAPUNOV, label="Lyapunov on [0, .1]", t_span=_LONGER, rate=20.0),
+    # From .035 on the Lyapunov term sees five points; it refuses fewer, between which much could happen.
     "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    "combined-paper": Method(
+        "combined, bounds as published",
+        span={"bounds": (0.01001, 1.0)},
+        t_span=_SHORT,
+        rate=20.0,
+        terms=(_price_of_time,),
+    ),
     "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
     "lyapunov-10": replace(_LYAPUNOV, label="Lyapunov, rate 10", rate=10.0),
     "lyapunov-20": replace(_LYAPUNOV, label="Lyapunov, rate 20", rate=20.0),
-    "lyanet": Method("LyaNet", terminal=0.0, terms=(_lyanet,), solves=False),
-    "steer": Method("STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
-    "taynode-2": Method("TayNODE, K = 2", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=2),)),
-    "taynode-3": Method("TayNODE, K = 3", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=3),)),
-    "rnode": Method(
-        "RNODE",
+    "lyanet": replace(_WHOLE, label="LyaNet", terminal=0.0, terms=(_lyanet,), solves=False),
+    "steer": replace(_WHOLE, label="STEER", solver=lambda model: RandomSpan(model.node, 0.5)),
+    "taynode-2": replace(
+        _WHOLE, label="TayNODE, K = 2", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=2),)
+    ),
+    "taynode-3": replace(
+        _WHOLE, label="TayNODE, K = 3", terms=(_penalty(trajectory.TaylorRegularizer, weight=1e-3, derivative=3),)
+    ),
+    "rnode": replace(
+        _WHOLE,
+        label="RNODE",
         terms=(_penalty(trajectory.KineticEnergy, weight=0.01), _penalty(trajectory.JacobianNorm, weight=0.01)),
     ),
-    "local-error": Method(
-        "local error", span={}, frozen=True, terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
+    "local-error": replace(
+        _WHOLE, label="local error", terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
     ),
-    "step-doubling": Method(
-        "1 step, step doubling", span={}, frozen=True, t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
+    "srnode": replace(_WHOLE, label="SRNODE", terms=(_penalty(stiffness.Stiffness, weight=1e-4),)),
+    "residual": replace(_WHOLE, label="one residual block", node={"solver": "euler"}, t_span=_ONE_STEP),
+    "step-doubling": replace(
+        _WHOLE, label="1 step, step doubling", t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)
     ),
-    "shallowest": Method("shallowest true ODE", span={}, driver=Search),
-    "shallowest-adaptive": Method(
-        "shallowest true ODE, tsit5", span={}, node={"solver": "tsit5"}, t_span=_ONE_STEP, driver=Search
+    "shallowest": _SEARCH,
+    "shallowest-adaptive": replace(
+        _SEARCH, label="shallowest true ODE, tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP
     ),
     "skipped": Method("the ODE skipped", skips=True),
-    "default-adaptive": Method("vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),
-    "vanilla-adjoint": Method("vanilla, adjoint", node=_ADJOINT),
-    "vanilla-adjoint-adaptive": Method(
-        "vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=_ONE_STEP
+    "default-adaptive": replace(_WHOLE, label="vanilla, default tsit5", node={"solver": "tsit5"}, t_span=_ONE_STEP),
+    "vanilla-adjoint": replace(_WHOLE, label="vanilla, adjoint", node=_ADJOINT),
+    "vanilla-adjoint-adaptive": replace(
+        _WHOLE, label="vanilla, adjoint and dopri5", node={**_ADJOINT, "solver": "dopri5"}, t_span=_ONE_STEP
     ),
     "snopt": _SNOPT,
     "snopt-adaptive": replace(
@@ -385,11 +445,19 @@ METHODS: dict[str, Method] = {
         times=partial(torch.optim.Adam, lr=0.02),
         in_turn=partial(CoordinateDescent, turns=(5, 1)),
     ),
+    "minimum-time-learned": replace(
+        _MINIMUM_TIME,
+        label="minimum-time, learned solver of 4 stages",
+        node={"solver": partial(LearnableSolver, 4)},
+        t_span=_ONE_STEP,
+        terms=(_price_of_time, _penalty(step_doubling.StepDoubling)),
+    ),
     "minimum-time-adjoint": replace(_MINIMUM_TIME, label="minimum-time, adjoint", node=_ADJOINT),
 }
 
 FLOW_METHODS: dict[str, Method] = {
     "vanilla": METHODS["vanilla"],
+    "torchdyn": METHODS["torchdyn"],
     "minimum-time": replace(_MINIMUM_TIME, t_span=span_of(12), span_lr=0.01),
     "minimum-time-doubling": Method(
         "minimum-time, step doubling",

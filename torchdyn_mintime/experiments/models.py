@@ -25,6 +25,7 @@ __all__ = [
     "flow_of",
     "hyper_flow_parts",
     "mlp",
+    "patch_parts",
     "span_of",
     "tutorial_flow_parts",
 ]
@@ -160,6 +161,20 @@ def conv_parts(channels: int, width: int = 64) -> dict[str, nn.Module]:
         nn.Conv2d(width, width, 4, 2, 1),
     )
     head = nn.Sequential(_norm(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    return {"field": ConvField(width), "before": before, "head": head}
+
+
+def patch_parts(channels: int, width: int = 16) -> dict[str, nn.Module]:
+    """Returns a network for images whose ODE has most of the work, as keywords of ``Model``.
+
+    Before it stands one convolution of patches of 4 by 4, behind it pooling and a linear layer.
+
+    Args:
+        channels: of the images.
+        width: channels inside.
+    """
+    before = nn.Conv2d(channels, width, 4, 4)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
     return {"field": ConvField(width), "before": before, "head": head}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 try:
@@ -17,9 +17,9 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the experiments need pandas: pip install 'torchdyn-mintime[experiments]'") from error
 
-__all__ = ["Line", "Report", "cell", "frame_of", "print_table", "show", "write"]
+__all__ = ["Line", "Report", "cell", "factors", "frame_of", "markdown", "print_table", "show", "write"]
 
-WIDTH = 170
+WIDTH = 260
 """Tables are printed as wide as their figures need: a narrow window then wraps lines, but no figure is cut."""
 
 
@@ -39,6 +39,7 @@ class Line:
         paper: what the paper reports, as printed.
         note: said beside the figures; failures are added.
         control: whether this is a control, and no method of the paper.
+        drive: by figure, how many times less of it a NeuralODE takes through a span than by itself, at equal steps.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Line:
     paper: str = ""
     note: str = ""
     control: bool = False
+    drive: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         failed = [] if self.results.empty else [why for why in self.results["failure"] if why]
@@ -56,7 +58,7 @@ class Line:
     @property
     def finished(self) -> pd.DataFrame:
         """The results that did not fail; those that did count in no figure, and stand in the note."""
-        return self.results[self.results["failure"] == ""]
+        return self.results if self.results.empty else self.results[self.results["failure"] == ""]
 
     def text(
         self,
@@ -75,7 +77,7 @@ class Line:
             figure: a column of the results.
             form: of a number.
             scale: factor on every value.
-            ratio: whether the baseline is compared with.
+            ratio: whether the baseline is compared with, on depth alone.
             first: another column, of the first of two stages, whose median stands behind.
             of_failed: whether models that failed have this figure too.
         """
@@ -89,7 +91,7 @@ class Line:
         span = f"\n[{low}, {high}]" if low != high else ""
         if first and rows[first].notna().any():
             text += f" (first {form.format(rows[first].dropna().median())})"
-        if ratio and (times := self.gain(figure)) is not None:
+        if ratio and (times := self.depth(figure)) is not None:
             text += f" {times:.1f}x"
         if len(values) < len(self.results):
             text += f" ({len(values)} of {len(self.results)})"
@@ -114,6 +116,24 @@ class Line:
         usable = len(both) and (ratios > 0).all() and (own > 0).all()
         return float(ratios.median()) if usable else None
 
+    @property
+    def bare(self) -> bool:
+        """Whether the models are torchdyn's own NeuralODE, without a span, so that they have no share in the drive."""
+        return not self.results.empty and not self.results["wrapped"].astype(bool).any()
+
+    def depth(self, figure: str) -> float | None:
+        """Returns the share of :meth:`gain` that fewer evaluations have: both models through a span, or neither."""
+        times = self.gain(figure)
+        return times * self.drive.get(figure, 1.0) if times is not None and self.bare else times
+
+    def factors(self, figure: str) -> str:
+        """Returns "drive x depth": their product is how many times less this takes than torchdyn's own NeuralODE."""
+        if self.finished.empty or figure not in self.drive:
+            return ""
+        depth = 1.0 if self.base is self.results else self.depth(figure)
+        drive = 1.0 if self.bare else self.drive[figure]
+        return "" if depth is None else f"{drive:.2f} x {depth:.3g}"
+
 
 Cell = Callable[[Line], str]
 
@@ -121,6 +141,11 @@ Cell = Callable[[Line], str]
 def cell(figure: str, form: str = "{:g}", **options: Any) -> Cell:
     """Returns what shows one figure of a line; for the options see :meth:`Line.text`."""
     return partial(Line.text, figure=figure, form=form, **options)
+
+
+def factors(figure: str) -> Cell:
+    """Returns what shows by how much a line takes less of a figure, the drive and the depth apart."""
+    return partial(Line.factors, figure=figure)
 
 
 @dataclass(frozen=True)
@@ -131,7 +156,7 @@ class Report:
         columns: what a cell holds, by the head of the column.
         details: more columns, where each seed has a row of its own.
         gains: the figures of which a learned row has less than the baseline, by their names in the sentences below.
-        exactly: what such a sentence says of a row's models solved exactly.
+        exactly: what such a sentence says of a row's loss, and of its models solved exactly.
         caption: below the table.
         own, reference: figures of a model by its own steps and solved exactly, held against the baseline's ``own``.
         slack: how much worse than the baseline they may be.
@@ -140,7 +165,7 @@ class Report:
 
     columns: Mapping[str, Cell]
     gains: Mapping[str, str]
-    exactly: Callable[[pd.DataFrame], str]
+    exactly: Callable[[Line], str]
     caption: str
     own: str
     reference: str
@@ -170,7 +195,7 @@ class Report:
         )
 
     def remarks(self, lines: Sequence[Line]) -> list[str]:
-        """Returns a sentence for each learned row: its gains, and between which the controls' lie."""
+        """Returns a sentence for each learned row: its gains and its losses, and between which the controls' gains lie."""
         controls = [line for line in lines if line.control and not line.results.empty]
         return [self._remark(line, controls) for line in lines[1:] if not (line.results.empty or line.control)]
 
@@ -178,23 +203,36 @@ class Report:
         if line.finished.empty:
             return f"{line.label} failed on every seed."
         parts = []
+        if failed := len(line.results) - len(line.finished):
+            parts.append(f"failed on {failed} of {len(line.results)} seeds")
         for what, figure in self.gains.items():
-            own = line.gain(figure)
+            never = int(line.finished[figure].isna().sum())
+            if never:
+                parts.append(f"{what}: never on {never} of {len(line.finished)} seeds")
+            own = line.depth(figure)
             if own is None:
                 continue
-            others = [other for control in controls if (other := control.gain(figure)) is not None]
+            others = [other for control in controls if (other := control.depth(figure)) is not None]
             low, high = (f"{bound(others):.1f}x" for bound in (min, max)) if others else ("", "")
             beside = f"{low} to {high}" if low != high else low
-            parts.append(f"{what} {own:.1f}x" + (f" (controls {beside})" if others else ""))
-        return f"{line.label}: {'; '.join([*parts, self.exactly(line.finished)])}."
+            worse = ", worse than the baseline" if own < 0.95 else ""
+            parts.append(f"{what} {own:.1f}x{worse}" + (f" (controls {beside})" if others else ""))
+        return f"{line.label}: {'; '.join([*parts, self.exactly(line)])}."
 
 
 def print_table(cells: pd.DataFrame, title: str, caption: str, console: Console) -> None:
     """Prints cells under their heads."""
-    table = Table(*map(str, cells), title=title, caption=caption, box=box.SIMPLE_HEAD)
+    heads = (Column(str(head), no_wrap=head in ("", "note")) for head in cells)
+    table = Table(*heads, title=title, caption=caption, box=box.SIMPLE_HEAD)
     for row in cells.itertuples(index=False):
         table.add_row(*map(Text, row))  # as it is: brackets are no markup here
     Console(width=max(console.width, WIDTH), file=console.file, quiet=console.quiet).print(table)
+
+
+def markdown(cells: pd.DataFrame) -> str:
+    """Returns cells under their heads as a table of Markdown."""
+    rows = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
 
 
 def show(title: str, heading: str, lines: Sequence[Line], report: Report, console: Console) -> str:
@@ -203,9 +241,7 @@ def show(title: str, heading: str, lines: Sequence[Line], report: Report, consol
     print_table(cells, title, report.caption, console)
     for remark in remarks:
         console.print(remark, highlight=False)
-    rows = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
-    text = "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
-    return f"## {heading}\n\n{text}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
+    return f"## {heading}\n\n{markdown(cells)}\n\n" + "\n".join(f"- {remark}" for remark in remarks)
 
 
 def write(results: pd.DataFrame, texts: Sequence[str], folder: Path, name: str, console: Console) -> None:

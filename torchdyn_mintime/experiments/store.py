@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ __all__ = ["Plan", "Store", "load_model"]
 
 CHECKPOINT_SECONDS = 20.0
 
+FORMAT = 2
+"""Of the records: runs that were made with another one are made again."""
+
+DRIVE_ROUNDS = 10
+"""Iterations of training by which the drive is measured, at most."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,7 +42,7 @@ class Plan:
     @property
     def key(self) -> str:
         """A file name that differs wherever the plan does."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.task}-{self.method.replace(':', '-')}-seed{self.settings.seed}-{digest}"
 
 
@@ -63,6 +71,7 @@ class Store:
         self.folder, self.source, self.device = folder, source or datasets.Source(), device
         self.console = console or Console(quiet=True)
         self._loaded: tuple[tuple, datasets.Data] | None = None
+        self._spoken_of: set[Plan] = set()
 
     def has(self, plan: Plan) -> bool:
         """Returns whether the plan was finished."""
@@ -75,6 +84,13 @@ class Store:
     def history(self, plan: Plan) -> History:
         """Returns the history of a finished plan."""
         return History(**self._record(plan)["history"])
+
+    def search(self, plan: Plan) -> dict[str, Any]:
+        """Returns what a finished search tried, ``verdict``, and its models' figures at every depth that passed, ``front``.
+
+        An empty dictionary where the plan is no search.
+        """
+        return self._record(plan).get("search", {})
 
     def model(self, plan: Plan) -> models.Model:
         """Returns the trained model of a finished plan."""
@@ -110,24 +126,51 @@ class Store:
 
         Args:
             plans: of one task.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed. What was trained so far is saved, and the next call goes on from there.
         """
+        self._say_what_is_done(plans)
         runs = {plan: self.begin(plan) for plan in plans if not self.has(plan)}
-        saved = time.monotonic()
+        plan_of, saved = {run: plan for plan, run in runs.items()}, time.monotonic()
+
+        def checkpoint() -> list[str]:
+            stopped = {plan: run for plan, run in runs.items() if not self.has(plan)}
+            for plan, run in stopped.items():
+                self.checkpoint(plan, run)
+            return [f"{run.method.label} after {len(run.history.loss)} iterations" for run in stopped.values()]
 
         def advanced(run: Run) -> None:
             nonlocal saved
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                for plan, other in runs.items():
-                    if not other.done:
-                        self.checkpoint(plan, other)
+            if run.done:
+                self.save(plan_of[run], run)
+            elif time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint()
                 saved = time.monotonic()
 
-        if runs:
-            title = f"{plans[0].task} {plans[0].settings.seed}"
-            race(list(runs.values()), self.console, title, advanced)
+        title = f"{plans[0].task} {plans[0].settings.seed}"
+        if runs and not race(list(runs.values()), self.console, title, advanced):
+            kept = "; ".join(checkpoint()) or "every model of this seed, finished"
+            self.console.print(
+                f"Stopped. Saved in {self.folder}: {kept}. The same command goes on from there.", highlight=False
+            )
+            raise KeyboardInterrupt
         for plan, run in runs.items():
-            self.save(plan, run)
+            if not self.has(plan):  # it had nothing to train
+                self.save(plan, run)
+        self._spoken_of.update(plans)
         return [self.result(plan) for plan in plans]
+
+    def _say_what_is_done(self, plans: Sequence[Plan]) -> None:
+        """Names those plans, once, that an earlier command has finished."""
+        done = [plan for plan in plans if plan not in self._spoken_of and self.has(plan)]
+        if done:
+            labels, first = ", ".join(self.result(plan)["method"] for plan in done), done[0]
+            hint = "" if self._spoken_of else f" (remove {self.folder} to train anew)"
+            self.console.print(
+                f"{TASKS[first.task].title}, seed {first.settings.seed}: already done: {labels}{hint}", highlight=False
+            )
+        self._spoken_of.update(done)
 
     def time_inference(self, plans: Iterable[Plan], calls: int = 11) -> None:
         """Times one forward pass over the test set, all models in turn, unless every one of them was timed before.
@@ -143,12 +186,47 @@ class Store:
         for plan, seconds in zip(solved, measure.median_seconds(actions, x.device, calls), strict=True):
             self._write(plan, {**self._record(plan), "result": {**results[plan], "inference": seconds}})
 
+    def drive(self, plan: Plan) -> dict[str, float]:
+        """Returns how many times longer torchdyn's own NeuralODE takes than the same through a span, by figure.
+
+        The steps are the same: those of the task. Iterations of training are timed in turn, and so is inference, of which
+        flows have none. Nothing is returned where a training breaks.
+
+        Args:
+            plan: vanilla, with the settings of its training.
+        """
+        path = self._path(plan, ".drive")
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        runs = [self.begin(replace(plan, method=method)) for method in ("torchdyn", "vanilla")]
+        began = time.monotonic()
+        with measure.single_thread():
+            for done in range(DRIVE_ROUNDS + 1):
+                for run in runs:
+                    run.step()
+                    if run.failure:
+                        return {}
+                if done >= 3 and time.monotonic() - began > measure.PATIENCE:
+                    break
+        seconds = [statistics.median(b - a for a, b in pairwise(run.history.seconds)) for run in runs]
+        ratio = seconds[0] / seconds[1]
+        found = {"training": ratio, "to_target": ratio}
+        if TASKS[plan.task].goal.accuracy is not None:
+            x = self.data(plan).x_test
+            bare, wrapped = measure.median_seconds([partial(run.model.eval(), x) for run in runs], x.device)
+            found["inference"] = bare / wrapped
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
+
     def save(self, plan: Plan, run: Run) -> dict[str, Any]:
         """Judges a finished run, writes it, and returns its figures; its checkpoint goes."""
         result = run.judge()
         self.folder.mkdir(parents=True, exist_ok=True)
+        searched = run.searched()  # while the model is where it was trained
         torch.save(run.model.cpu().state_dict(), self._path(plan, ".pt"))
-        self._write(plan, {"plan": asdict(plan), "result": result, "history": asdict(run.history)})
+        record = {"plan": asdict(plan), "result": result, "history": asdict(run.history), "search": searched}
+        self._write(plan, record)
         self._path(plan, ".checkpoint").unlink(missing_ok=True)
         return result
 

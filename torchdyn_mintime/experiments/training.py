@@ -1,6 +1,9 @@
 """The training loop: several models side by side, one iteration of each in turn, so that a busy machine slows all alike."""
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import nan
 from typing import Any
@@ -179,6 +182,7 @@ class Run:
             "seed": settings.seed,
             "lr": settings.lr,
             "iterations": len(history.loss),
+            "wrapped": self.method.span is not None or self.method.skips,
             "t_f": self.model.t_f,
             "steps": 0,
             "nfe": 0,
@@ -192,6 +196,17 @@ class Run:
         except IntegrationError as error:
             failure = failure or f"the trained model cannot be solved: {error}"
         return {**figures, "failure": failure}
+
+    def searched(self) -> dict[str, Any]:
+        """Returns of a search what it tried, and the figures of its model at every depth that passed; else an empty dict."""
+        verdict = self.driver.verdict
+        if verdict is None:
+            return {}
+        front = []
+        for model in self.driver.front():
+            front.append({"t_f": model.t_f})
+            self.task.goal.judge(model, self.data, front[-1])
+        return {"verdict": asdict(verdict), "front": front}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a stopped run needs to go on as if it had not been stopped."""
@@ -212,19 +227,44 @@ class Run:
         self._random = state["random"].cpu()
 
 
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C was pressed. Pressed once more, it stops at once."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to that one
+        yield lambda: False
+        return
+    pressed = False
+
+    def remember(*_: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def race(
     runs: Sequence[Run],
     console: Console | None = None,
     title: str = "",
     advanced: Callable[[Run], None] = lambda run: None,
-) -> None:
+) -> bool:
     """Trains all runs to their ends, one iteration of each in turn.
+
+    Ctrl-C stops it after the iteration, so that all runs can go on from there. Pressed once more, it stops at once.
 
     Args:
         runs: the models in training.
         console: for a progress bar for each; None is without.
         title: of the bars.
         advanced: called after each iteration, for checkpoints.
+
+    Returns:
+        Whether all came to their ends.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -233,7 +273,8 @@ def race(
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with measure.single_thread(), Progress(*columns, console=console, disable=console is None) as progress:
+    shown = Progress(*columns, console=console, disable=console is None)
+    with measure.single_thread(), _interrupts() as interrupted, shown as progress:
         bars = [progress.add_task(f"{title}: {run.method.label}", state="") for run in runs]
         while any(not run.done for run in runs):
             for run, bar in zip(runs, bars, strict=True):
@@ -246,3 +287,6 @@ def race(
                 total = max(done, 1 if run.done else run.settings.iterations)
                 progress.update(bar, total=total, completed=done, state=run.failure[:60] or latest)
                 advanced(run)
+                if interrupted():
+                    return False
+    return True

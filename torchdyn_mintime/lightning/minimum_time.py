@@ -115,7 +115,8 @@ class MinimumTime(SpanCallback):
         if self.price is not None:
             self._losses.append(loss.item() / _gradient_scale(trainer))
         else:
-            self._unpriced = [pair for span in spans(pl_module) for pair in self._slopes(span)]
+            # Spans over one flow share their times, which are priced once.
+            self._unpriced = list(dict(pair for span in spans(pl_module) for pair in self._slopes(span)).items())
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the gradient of eq. (13)'s second term, where the gradient began with this backward.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -88,7 +89,9 @@ class Shallowest(SpanCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Takes learned solvers out until the training starts: the optimizers do not know their coefficients."""
+        """Takes learned solvers out until a training starts: the optimizers do not know their coefficients."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         learned = [span for span in spans(pl_module) if isinstance(span.solver, LearnableSolver)]
         if learned:
             self._whole = copy.deepcopy(pl_module.state_dict())

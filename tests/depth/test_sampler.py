@@ -1,0 +1,180 @@
+"""compress_sampler: a copy that reaches the same ends with fewer evaluations, and the sampler as it was."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchdyn.core import NeuralODE
+from torchdyn.models.cnf import CNF, hutch_trace
+from torchdyn.nn import DepthCat
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.depth.compress import copied
+
+
+def field(seed=0, timed=True):
+    """A lively network of the plane."""
+    torch.manual_seed(seed)
+    layers = [DepthCat(1), nn.Linear(3, 16)] if timed else [nn.Linear(2, 16)]
+    net = nn.Sequential(*layers, nn.Tanh(), nn.Linear(16, 2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2.5)
+    return net
+
+
+def states(n=256, seed=1):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(model, x, t_span=(0.0, 1.0), args=None):
+    node = NeuralODE(copied(model).vf.vf, solver="dopri5", atol=1e-7, rtol=1e-7)
+    with torch.no_grad():
+        return tm.LearnableSpan(node, torch.tensor(t_span))(x, args=args or {})[1][-1]
+
+
+def relative(found, wanted, start):
+    return ((found - wanted).square().mean() / (wanted - start).square().mean()).sqrt().item()
+
+
+class Turned(nn.Module):
+    """A velocity that turns with the first entry of its args."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def forward(self, t, x, args):
+        return 2 * self.net(torch.cat([x, args["label"]], 1)) * args["speed"]
+
+
+def test_the_copy_reaches_the_ends_in_fewer_evaluations_than_a_fitted_solver_needs():
+    node = NeuralODE(field(), solver="tsit5", sensitivity="adjoint")  # which play no part
+    model = tm.LearnableSpan(node, torch.tensor([0.0, 1.0]))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes, random, nfe = [m.training for m in model.modules()], torch.get_rng_state(), node.vf.nfe
+    sampler, verdict = tm.compress_sampler(model, states(), tol=0.05, lr=0.003, progress=False, max_iterations=400)
+    assert verdict.feasible and verdict.best.evaluations <= 4
+    with pytest.raises(ValueError, match="no solver of up to"):
+        tm.fit_solver(model, states(), tol=0.05, evaluations=verdict.best.evaluations, progress=False)
+
+    fresh = states(500, seed=9)
+    with torch.no_grad():
+        _, sol = sampler(fresh)
+    # Fresh states, and 1,000 numbers: the verdict's own figure is the worst of batches.
+    assert relative(sol[-1], exact(model, fresh), fresh) < 1.5 * 0.05
+    assert sampler.nfe == verdict.best.evaluations
+    assert relative(exact(sampler, fresh), sol[-1], fresh) < 1.5 * 0.1  # it is its own ODE
+    assert not sampler.t_f.requires_grad and (sampler.t0.item(), sampler.t_f.item()) == (0.0, 1.0)
+
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and node.vf.nfe == nfe
+    assert torch.equal(torch.get_rng_state(), random)
+    assert node.sensitivity == "adjoint"
+
+
+def test_the_times_that_are_asked_for_keep_their_meaning():
+    sampler, verdict = tm.compress_sampler(
+        NeuralODE(field()), states(96), tol=0.2, solvers=["midpoint"], progress=False, max_iterations=1
+    )
+    x = states(8)
+    assert verdict.best.label == "learned-8"
+    with pytest.raises(
+        ValueError, match="asks for times between 0 and 1, but learned-8 takes the whole interval in one"
+    ):
+        sampler.trajectory(x, torch.linspace(0, 1, 100))
+    assert sampler.trajectory(x, torch.linspace(0, 1, 100), dense=True).shape == (100, 8, 2)
+    assert torch.equal(sampler.trajectory(x, torch.linspace(0, 1, 2))[-1], sampler(x, torch.linspace(0, 1, 100))[1][-1])
+
+
+def test_conditions_in_args_go_with_their_states():
+    node = NeuralODE(Turned(), solver="rk4")
+    x, label = states(96), torch.randn(96, 1, generator=torch.Generator().manual_seed(2))
+    args = {"label": label, "speed": 1.5}
+    sampler, verdict = tm.compress_sampler(node, x, args=args, tol=0.1, progress=False, max_iterations=60)
+    assert verdict.feasible
+    with torch.no_grad():
+        end = sampler(x, args=args)[1][-1]
+    assert relative(end, exact(node, x, args=args), x) < 0.1
+    # With another row's label the end is another one.
+    with torch.no_grad():
+        assert relative(sampler(x, args={**args, "label": label.flip(0)})[1][-1], end, x) > 0.2
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (2,)])
+def test_states_of_any_shape_and_intervals_of_a_node(shape):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, t, x, args=None):
+            return torch.tanh(self.layer(x)) + t
+
+    torch.manual_seed(0)
+    node = NeuralODE(Scaled())
+    node.t_span = torch.tensor([0.5, 2.0])
+    x = torch.randn(96, *shape)
+    sampler, verdict = tm.compress_sampler(node, x, tol=0.2, progress=False, max_iterations=20)
+    assert verdict.feasible and sampler.t0.item() == 0.5 and sampler.t_f.item() == 2.0
+    assert relative(sampler(x)[1][-1], exact(node, x, (0.5, 2.0)), x) < 0.2
+
+
+def test_a_log_density_is_trained_on_its_own_scale():
+    torch.manual_seed(0)
+    node = NeuralODE(CNF(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))), solver="rk4")
+    x = torch.nn.functional.pad(states(64), (1, 0))
+    sampler, verdict = tm.compress_sampler(node, x, tol=0.1, progress=False, max_iterations=20)
+    assert verdict.feasible
+    end, wanted = sampler(x)[1][-1], exact(node, x)
+    for columns in ([0], [1, 2]):
+        assert relative(end[:, columns], wanted[:, columns], x[:, columns]) < 0.2
+
+
+def test_what_finds_nothing_gives_the_model_as_it_was():
+    node = NeuralODE(field(), solver="midpoint")
+    sampler, verdict = tm.compress_sampler(
+        node, states(96), tol=1e-6, solver_tol=1e-6, solvers=[], progress=False, max_iterations=2
+    )
+    assert not verdict.feasible
+    x, t_span = states(8), torch.linspace(0, 1, 5)
+    assert sampler.stepper.name == "midpoint" and not sampler.t_f.requires_grad
+    assert torch.allclose(sampler(x, t_span)[1], node(x, t_span)[1], atol=1e-6)
+
+
+def flow_with_noise():
+    noise = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    return NeuralODE(CNF(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), hutch_trace, noise))
+
+
+@pytest.mark.parametrize(
+    "model, x, options, error, text",
+    [
+        (lambda: nn.Linear(2, 2), states(), {}, TypeError, "takes a NeuralODE or a LearnableSpan; got Linear"),
+        (lambda: NeuralODE(field()), 3.0, {}, TypeError, "x0 must be a tensor"),
+        (lambda: NeuralODE(field()), states()[:, :1], {}, ValueError, "does not accept a state of shape"),
+        (lambda: NeuralODE(field()), states() / 0, {}, ValueError, "x0 holds NaN"),
+        (lambda: NeuralODE(field()), states(1), {}, ValueError, "give more states"),
+        (lambda: NeuralODE(field()), states(), {"tol": 0.0}, ValueError, "tol must be positive"),
+        (lambda: NeuralODE(field()), states(), {"solver_tol": -1.0}, ValueError, "solver_tol must be positive"),
+        (lambda: NeuralODE(field()), states(), {"lr": math.nan}, ValueError, "lr must be positive"),
+        (lambda: NeuralODE(field()), states(), {"solvers": ["rk5"]}, ValueError, "solvers="),
+        (lambda: NeuralODE(field()), states(), {"args": {"a": 1}}, ValueError, "takes no `args`"),
+        (
+            lambda: NeuralODE(nn.Sequential(nn.Dropout(), nn.Linear(2, 2))),
+            states(),
+            {},
+            ValueError,
+            "Dropout in training",
+        ),
+        (flow_with_noise, torch.zeros(64, 3), {}, ValueError, "Hutchinson"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_and_left_alone(model, x, options, error, text):
+    made = model()
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    with pytest.raises(error, match=text):
+        tm.compress_sampler(made, x, progress=False, **options)
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())

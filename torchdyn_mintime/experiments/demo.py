@@ -1,0 +1,184 @@
+"""The command ``demo``: what the package gives that fewer steps do not, on two small tasks, in two minutes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from torchdyn_mintime import LearnableSpan, plots, spans
+from torchdyn_mintime.depth.shallowest import set_steps
+from torchdyn_mintime.experiments import figures, measure, models
+from torchdyn_mintime.experiments.comparison import SEARCH_TWIN, TWIN, Options, Row, compare
+from torchdyn_mintime.experiments.results import Line, cell, factors, markdown, print_table, write
+from torchdyn_mintime.experiments.store import Plan, Store
+from torchdyn_mintime.experiments.tasks import TASKS
+from torchdyn_mintime.numerics import IntegrationError
+
+__all__ = ["DEMO", "ROWS", "demo"]
+
+DEMO: dict[str, dict[str, Any]] = {
+    "moons": dict(iterations=100, span_lr=0.02),
+    "digits": dict(iterations=100, span_lr=0.02),
+}
+"""The tasks, with fewer iterations than the paper's for all models alike, and a time that moves faster: a demo is short."""
+
+VANILLA, MINIMUM_TIME, SEARCH = Row("vanilla"), Row("minimum-time"), Row("shallowest", label="the search")
+ROWS = (VANILLA, MINIMUM_TIME, TWIN, SEARCH, SEARCH_TWIN)
+
+REPORT = replace(
+    measure.CLASSIFICATION.report,
+    columns={
+        "evals": cell("nfe"),
+        "loss": cell("loss", "{:.3g}"),
+        "exact loss": cell("reference_loss", "{:.3g}"),
+        "test %": cell("accuracy", "{:.1f}", scale=100),
+        "changed %": cell("changed", "{:.1f}", scale=100),
+        "training s": cell("training", "{:.2f}"),
+        "drive x depth": factors("training"),
+        "inference ms": cell("inference", "{:.2f}", scale=1e3),
+        "of inference": factors("inference"),
+    },
+    gains={"training": "training", "inference": "inference"},
+    caption="Loss: cross entropy of the test data, by the model's own steps. Exact loss: with its ODE solved to 1e-7. Changed: "
+    "predictions that differ then. Drive: torchdyn's NeuralODE over the same through a span, at equal steps. Depth: what "
+    "fewer evaluations give beside it. Times of one thread, in turn.",
+)
+
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50, 100)
+"""Steps of rk4 at which the loss of each trained model is drawn."""
+
+PATH_STEPS = 200
+"""Of rk4 for the path of a model's ODE."""
+
+
+def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """Trains vanilla, minimum-time, the search, and vanilla with as few steps as each of them on every task of ``DEMO``.
+
+    Prints a table for each, and writes tables and pictures into ``folder``.
+
+    Args:
+        folder: for pictures, CSV, JSON and Markdown.
+        store: of the runs.
+        iterations: optimizer steps of every model, instead of the demo's own.
+        seed: of data, initialisation and batches.
+    """
+    texts, results, console = ["# Fewer evaluations, and still an ODE"], [], store.console
+    for name, own in DEMO.items():
+        options = Options((seed,), defaults=own, settings={"iterations": iterations})
+        lines, plans = compare(name, ROWS, options, store)
+        title, of = TASKS[name].title, dict(zip(ROWS, lines, strict=True))
+        for row in (TWIN, SEARCH_TWIN):
+            of[row].label = f"vanilla, {of[row].results['nfe'].iloc[0]} evaluations"
+        cells, words = REPORT.frame(lines).drop(columns=["paper", "note"]), _in_words(of)
+        print_table(cells, f"Demo: {title}", REPORT.caption, console)
+        console.print(words, highlight=False)
+        texts.append(f"## {title}\n\n{markdown(cells)}\n\n{words}")
+        drawn = {row: own[0] for row, own in plans.items()}
+        console.print(f"Picture: {_draw(drawn, store, folder / f'{name}.png')}", highlight=False)
+        results += [line.results for line in lines]
+    found = pd.concat(results)
+    write(found, texts, folder, "demo", console)
+    return found
+
+
+def _in_words(lines: Mapping[Row, Line]) -> str:
+    """Says what the rows show of fewer steps."""
+    ours, twin, search, few = (lines[row].results.iloc[0] for row in (MINIMUM_TIME, TWIN, SEARCH, SEARCH_TWIN))
+    said = [
+        f"Minimum-time went to {ours.nfe} evaluations in {ours.training:.1f} s of training, test loss {ours.loss:.3g}. "
+        f"Vanilla, told to take as many: {twin.training:.1f} s, {twin.loss:.3g}."
+    ]
+    if search.failure:
+        return f"{said[0]} The search found nothing in {search.iterations} iterations: {search.failure}."
+    for who, model in (
+        (f"The search went to {search.nfe} in {search.iterations} iterations, most of them at few evaluations", search),
+        (f"Vanilla, told to take {few.nfe}", few),
+    ):
+        said.append(
+            f"{who}: test loss {model.loss:.3g}, and {model.reference_loss:.3g} with the ODE solved exactly, where "
+            f"{100 * model.changed:.1f} % of the predictions change."
+        )
+    return " ".join(said)
+
+
+# ----------------------------------------------------------------------------------------------------------- the picture
+
+
+def _draw(plans: Mapping[Row, Plan], store: Store, path: Path) -> Path:
+    """Draws the trained models of one task: their ODEs' paths, their losses by evaluations and by time, and the search."""
+    figure, axes = plots.grid_of_axes(2, 4)
+    names = {
+        VANILLA: "vanilla",
+        MINIMUM_TIME: "minimum-time",
+        TWIN: "vanilla",
+        SEARCH: "the search",
+        SEARCH_TWIN: "vanilla",
+    }
+    labels = {row: f"{names[row]}, {store.result(plan)['nfe']}" for row, plan in plans.items()}
+    shown = {labels[row]: figures.finished(plan, store, figures.MOST) for row, plan in plans.items()}
+    upper = [labels[row] for row in (VANILLA, MINIMUM_TIME, SEARCH_TWIN, SEARCH)]
+    panels = [shown[label] for label in upper]
+    for axis, label, one in zip(axes, upper, panels, strict=False):
+        plots.trajectories(axis, _exact_path(one), one.y, ends=one.sol[-1], title=f"{label} evaluations a solve")
+    if panels[0].sol.shape[2] <= 3:  # of more dimensions each panel has directions of its own
+        _same_limits(axes[:4], [state for one in panels for state in (one.sol[0], one.sol[-1])])
+    own = {label: (one.result["nfe"], one.losses[-1].mean().item()) for label, one in shown.items()}
+    curves = {}
+    for label, one in shown.items():
+        found = dict([own[label], *_losses_by_steps(one)])
+        curves[label] = sorted(found), [found[nfe] for nfe in sorted(found)]
+    title = "solved by more steps or fewer; dots: its own"
+    plots.curves(axes[4], curves, x="evaluations of the field", y="test loss", title=title, log=True, marks=own)
+    axes[4].set_xscale("log")
+    changed = {name: 100 * one.result["changed"] for name, one in shown.items()}
+    plots.bars(axes[5], changed, x="%", title="predictions that change if solved exactly")
+    if verdict := figures.verdict_of(plans[SEARCH], store):
+        plots.search(axes[6], verdict)
+    histories = {labels[row]: store.history(plan) for row, plan in plans.items()}
+    seconds = {name: (history.seconds, history.loss) for name, history in histories.items()}
+    plots.curves(axes[7], seconds, x="training time, s", y="training loss", title="training", log=True)
+    axes[7].set_xscale("log")
+    return plots.save(figure, path)
+
+
+def _steppable(shown: figures.Finished) -> tuple[models.Model, LearnableSpan]:
+    """Returns a copy of the model, whose steps can be set, and its span."""
+    model = deepcopy(shown.model)
+    (span,) = spans(model)
+    return model, span
+
+
+@torch.no_grad()
+def _exact_path(shown: figures.Finished) -> Tensor:
+    """Returns the ODE's own path from the same states, ``[points, batch, ...]``: by so many steps that no eye sees an error."""
+    model, span = _steppable(shown)
+    set_steps(span, PATH_STEPS, "rk4")
+    return model.trajectory(shown.x)[1]
+
+
+@torch.no_grad()
+def _losses_by_steps(shown: figures.Finished) -> Iterator[tuple[int, float]]:
+    """Yields evaluations, and the loss of the same model solved by so many: nothing is trained for them."""
+    model, span = _steppable(shown)
+    for steps in STEPS:
+        set_steps(span, steps, "rk4")
+        try:
+            output = measure.forward(model, shown.x).output
+        except IntegrationError:
+            continue
+        yield 4 * steps, measure.scores(output, shown.y)[0]
+
+
+def _same_limits(axes: Sequence[Any], states: Sequence[Tensor]) -> None:
+    """Shows the same part of the plane everywhere: that of the models' own states, and a little more."""
+    every = torch.cat([state[:, :2] for state in states])
+    low, high = every.amin(0), every.amax(0)
+    (x, y), half = ((low + high) / 2).tolist(), 0.55 * (high - low).max().item()
+    for axis in axes:
+        axis.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
+        axis.set_aspect("equal", adjustable="box")
