@@ -141,3 +141,39 @@ def test_pictures_of_flows_are_written(tmp_path):
     model = FlowModel(span, Gaussian(2))
     paths = plots.flows({"one": model}, torch.randn(40, 2), tmp_path / "moons", frames=2)
     assert [p.suffix for p in paths] == [".png", ".gif"] and all(p.stat().st_size > 1000 for p in paths)
+
+
+def test_values_against_evaluations_are_markers_or_lines_by_seed():
+    _, (axis,) = plots.grid_of_axes(1, 1)
+    values = {
+        "vanilla": [[(400, 0.1)], [(400, 0.2)]],
+        "search": [[(16, 0.3), (2, 0.5), (4, 0.4)]],
+        "skipped": [[(0, 0.9)]],
+    }
+    plots.trade_off(axis, values, y="loss", title="")
+    drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_linestyle()) for line in axis.lines]
+    assert drawn[:2] == [([400], [0.1], "None"), ([400], [0.2], "None")]
+    assert drawn[2] == ([2, 4, 16], [0.5, 0.4, 0.3], "-")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["vanilla", "search", "skipped"]
+    assert {0, 1, 16, 256} <= set(axis.get_xticks())
+
+
+def test_a_band_shows_the_deviation_and_dimensions_their_states():
+    _, (left, right) = plots.grid_of_axes(1, 2)
+    plots.curves(left, {"a": ([0, 1], [1.0, 2.0])}, x="t", y="v", title="", log=True, spread={"a": [0.5, 5.0]})
+    (band,) = left.collections
+    edges = band.get_paths()[0].vertices[:, 1]
+    assert edges.max() == pytest.approx(7.0) and edges.min() == pytest.approx(0.02)  # never below 0 on a log scale
+    sol = torch.randn(4, 6, 3)
+    plots.dimensions(right, torch.linspace(0, 1, 4), sol, torch.zeros(6, dtype=torch.int64), 2, most=3)
+    assert len(right.lines) == 3
+    np.testing.assert_allclose(right.lines[1].get_ydata(), sol[:, 2, 2], rtol=1e-6)
+
+
+def test_a_figure_for_a_column_has_its_width_and_small_letters(tmp_path):
+    figure, axes = plots.column_of_axes(2, 2)
+    axes[0].plot([0, 1], [0, 1], label="a")
+    axes[0].legend()
+    assert figure.get_figwidth() == pytest.approx(3.4)
+    plots.save(figure, tmp_path / "a.png", small=True)
+    assert axes[0].get_legend().get_texts()[0].get_fontsize() == 6 and axes[3].xaxis.label.get_fontsize() == 7

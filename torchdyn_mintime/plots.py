@@ -122,24 +122,31 @@ def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> No
     axis.margins(x=0.15)
 
 
+EVALUATIONS = (0, *(2**k for k in range(10)))
+"""Ticks of an axis of evaluations."""
+
+
 def trade_off(
     axis: "Axes",
-    values: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
     *,
     y: str,
     title: str,
     log: bool = False,
-    joined: Sequence[str] = (),
 ) -> None:
-    """Draws named points (evaluations, value): one marker for each, those of the names in ``joined`` with a line."""
-    for i, (name, pairs) in enumerate(values.items()):
-        marker = "osDv^<>Pxp*h"[i % 12]
-        ordered = sorted(pairs)
-        style = "-" if name in joined else ""
-        xs, ys = ([pair[k] for pair in ordered] for k in (0, 1))
-        axis.plot(xs, ys, f"{marker}{style}", color=COLOURS[i % len(COLOURS)], label=name, markersize=4, linewidth=1)
-    # Evaluations start at 0, where an ODE is skipped, and end at some hundred.
-    axis.set_xscale("symlog", linthresh=1, linscale=0.5)
+    """Draws values against evaluations: of each name some lines of points (evaluations, value); one point is a marker alone."""
+    for i, (name, own) in enumerate(lines.items()):
+        marker, colour = "osDv^<>Pxp*h"[i % 12], COLOURS[i % len(COLOURS)]
+        for k, line in enumerate(own):
+            xs, ys = zip(*sorted(line), strict=True)
+            style = "-" if len(line) > 1 else ""
+            label = None if k else name
+            axis.plot(xs, ys, label=label, color=colour, marker=marker, markersize=4, linewidth=1, linestyle=style)
+    # Evaluations begin at 0, where an ODE is skipped, and end at some hundred.
+    axis.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
+    low, high = axis.get_xlim()
+    axis.set_xticks([tick for tick in EVALUATIONS if low <= tick <= high])
+    axis.xaxis.set_major_formatter("{x:.0f}")
     axis.set(xlabel="evaluations of the field", ylabel=y, title=title)
     if log:
         axis.set_yscale("log")

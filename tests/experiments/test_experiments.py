@@ -450,7 +450,7 @@ def test_a_table_has_its_rows_the_controls_and_the_files(tmp_path):
         assert f"{label}" in page
     assert ".0819; 27 s" in page
     assert (tmp_path / "table-3.csv").read_text().count("\n") == len(results) + 1
-    assert sorted(results["seed"][results["method"] == "combined"]) == [0, 0, 1, 1]  # as published, and ours
+    assert sorted(results["seed"][results["method"] == "combined"]) == [0, 1]
     # Each row is at the learning rate that did best on the seed that is not in the table.
     tried = [json.loads(p.read_text())["result"] for p in (tmp_path / "runs").glob("*seed1000*.json")]
     for label in ("vanilla", "shallowest true ODE"):
@@ -951,4 +951,5 @@ def test_tables_all_sums_up_what_is_through(tmp_path, monkeypatch):
     assert [cell.strip() for cell in head.split("|")][1:4] == ["task", "evaluations: vanilla", "best control"]
     cells = [cell.strip() for cell in line.split("|")][1:-1]
     assert cells[:2] == ["concentric annuli", "16"] and int(cells[4]) < 16
-    assert cells[6].startswith("100% of seeds; error ")
+    assert all(float(times) > 0 for times in cells[5].split(", ")) and len(cells[6].split(", ")) == 3
+    assert cells[8].startswith("100% of seeds; error ")

@@ -71,14 +71,11 @@ def test_the_lyapunov_method_on_annuli_is_pre_trained_on_0_to_a_twentieth_and_gr
 
 
 def test_the_combined_method_keeps_the_bounds_of_the_paper_s_code():
-    assert METHODS["combined"].span["bounds"] == (0.01001, 1.0)
-    assert dict(row("3", "annuli", method="combined", label="combined, one rate as published").settings) == {
-        "lr": 0.03,
-        "span_lr": 0.03,
-    }
-    method, own = METHODS["combined"], TASKS["annuli"]
+    method, own = METHODS["combined-paper"], TASKS["annuli"]
+    assert method.span["bounds"] == (0.01001, 1.0)
+    assert dict(row("3", "annuli", method="combined-paper").settings) == {"lr": 0.03, "span_lr": 0.03}
     terms = method.loss_terms(own.model(method, own.settings), own.settings)
-    assert len(terms) == 2 and METHODS["combined"].terminal == 1  # Lyapunov, price of time, and the terminal loss
+    assert len(terms) == 2 and method.terminal == 1  # Lyapunov, price of time, and the terminal loss
 
 
 @pytest.mark.parametrize(("task", "images"), [("mnist", 60_000), ("fashion-mnist", 60_000), ("cifar10", 50_000)])

@@ -151,37 +151,38 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
     """
     if not any(store.search(own[0]) for own in plans.values()):
         return
-    by_label: dict[str, list[Mapping[str, Any]]] = {}
+    # Of each row the models of each seed: one, of a search those of all its depths.
+    by_label: dict[str, list[list[Mapping[str, Any]]]] = {}
     for line in lines:
         if not line.finished.empty:
-            by_label[line.label] = line.finished.to_dict("records")
+            by_label[line.label] = [[result] for result in line.finished.to_dict("records")]
     for row, own in plans.items():
         fronts = [store.search(plan)["front"] for plan in own if store.search(plan)]
-        if fronts and (label := row.label or TASKS[own[0].task].method(row.method).label) in by_label:
-            by_label[label] = [figures for front in fronts for figures in front]
-    searched = [label for label, shown in by_label.items() if "seed" not in shown[0]]
+        label = row.label or TASKS[own[0].task].method(row.method).label if fronts else ""
+        if label in by_label:
+            by_label[label] = [front for front in fronts if front]
     figure, axes = plots.column_of_axes(2, height=3.2)
     for axis, what, y, scale in ((axes[0], "accuracy", "test accuracy, %", 100.0), (axes[1], "loss", "test loss", 1.0)):
-        values = {label: [(r["nfe"], scale * r[what]) for r in shown] for label, shown in by_label.items()}
-        plots.trade_off(axis, values, y=y, title=f"{what} against evaluations", log=what == "loss", joined=searched)
+        values = {
+            label: [[(r["nfe"], scale * r[what]) for r in models] for models in own] for label, own in by_label.items()
+        }
+        plots.trade_off(axis, values, y=y, title=f"{what} against evaluations", log=what == "loss")
     store.console.print(f"What it looks like: {plots.save(figure, path, small=True)}", highlight=False)
 
 
 def draw_precision_of(plans: Mapping[Row, Sequence[Plan]], store: Store, path: Path) -> None:
     """Draws solver error against evaluations: of searches at their tolerances, and of fixed solvers on the vanilla model."""
-    values: dict[str, list[tuple[float, float]]] = {}
+    values: dict[str, list[list[tuple[float, float]]]] = {}
     for row, own in plans.items():
         results = [result for plan in own if not (result := store.result(plan))["failure"]]
         if row.method != comparison.BASELINE:
-            values[row.label or row.method] = [(r["nfe"], r["error"]) for r in results]
+            values[row.label or row.method] = [[(r["nfe"], r["error"])] for r in results]
             continue
         model, x = store.model(own[0]), store.data(own[0]).x_test[: measure.CHUNK]
         for solver, steps in (("euler", EULER_STEPS), ("midpoint", MIDPOINT_STEPS), ("rk4", RK4_STEPS)):
-            values[f"vanilla model, {solver}"] = list(measure.solver_errors(model, x, solver, steps).items())
+            values[f"vanilla model, {solver}"] = [list(measure.solver_errors(model, x, solver, steps).items())]
     figure, (axis,) = plots.column_of_axes(1, height=3.0)
-    fixed = [label for label in values if label.startswith("vanilla model")]
-    title = "work and precision"
-    plots.trade_off(axis, values, y="solver error / displacement", title=title, log=True, joined=fixed)
+    plots.trade_off(axis, values, y="solver error / displacement", title="work and precision", log=True)
     store.console.print(f"What it looks like: {plots.save(figure, path, small=True)}", highlight=False)
 
 

@@ -31,7 +31,7 @@ from torchdyn_mintime.depth.times import CoordinateDescent, GaussNewtonTime
 from torchdyn_mintime.depth.trials import Verdict
 from torchdyn_mintime.experiments.context import Context, Settings, Step
 from torchdyn_mintime.experiments.models import Model, span_of
-from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, trajectory
+from torchdyn_mintime.losses import local_error, lyapunov, potentials, samplers, step_doubling, stiffness, trajectory
 
 __all__ = ["FLOW_METHODS", "METHODS", "Driver", "Grow", "GrowAlone", "KeepTarget", "Method", "Search", "Term"]
 
@@ -389,7 +389,15 @@ METHODS: dict[str, Method] = {
     "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
     "pretrained-longer": replace(_LYAPUNOV, label="Lyapunov on [0, .1]", t_span=_LONGER, rate=20.0),
-    "combined": Method("combined", span={"bounds": (0.01001, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    # From .035 on the Lyapunov term sees five points; it refuses fewer, between which much could happen.
+    "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
+    "combined-paper": Method(
+        "combined, bounds as published",
+        span={"bounds": (0.01001, 1.0)},
+        t_span=_SHORT,
+        rate=20.0,
+        terms=(_price_of_time,),
+    ),
     "lyapunov-1": replace(_LYAPUNOV, label="Lyapunov, rate 1", rate=1.0),
     "lyapunov-10": replace(_LYAPUNOV, label="Lyapunov, rate 10", rate=10.0),
     "lyapunov-20": replace(_LYAPUNOV, label="Lyapunov, rate 20", rate=20.0),
@@ -409,6 +417,7 @@ METHODS: dict[str, Method] = {
     "local-error": replace(
         _WHOLE, label="local error", terms=(_penalty(local_error.LocalError, weight=10.0, sampled=True),)
     ),
+    "srnode": replace(_WHOLE, label="SRNODE", terms=(_penalty(stiffness.Stiffness, weight=1e-4),)),
     "residual": replace(_WHOLE, label="one residual block", node={"solver": "euler"}, t_span=_ONE_STEP),
     "step-doubling": replace(
         _WHOLE, label="1 step, step doubling", t_span=_ONE_STEP, terms=(_penalty(step_doubling.StepDoubling),)

@@ -46,7 +46,7 @@ _PEERS = tuple(
     Row(method)
     for method in (
         *("lyanet", "steer", "taynode-2", "taynode-3", "rnode"),
-        *("local-error", "step-doubling", "coordinate-descent", "minimum-time-learned"),
+        *("local-error", "srnode", "step-doubling", "coordinate-descent", "minimum-time-learned"),
     )
 )
 
@@ -137,10 +137,10 @@ TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
             "annuli": (
                 *_ANNULI,
                 Row(
-                    "combined",
+                    "combined-paper",
                     ".0687; 16.03 s (7.7x); 10.01 ms",
                     (*_LYAPUNOV, ("span_lr", 0.03)),
-                    "combined, one rate as published",
+                    "combined, one rate and bounds as published",
                     published=True,
                 ),
                 Row("combined", "", (*_LYAPUNOV, ("span_lr", 0.001)), "combined, t_f at .001", published=True),
@@ -389,10 +389,20 @@ def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
         "best control": best,
         "minimum time": cells["minimum time"],
         "search": cells["search"],
+        "depth of minimum time: training, inference": _depths(ours, "training", "inference"),
+        "depth of the search: training, first true model to target, inference": _depths(
+            search, "training", "to_target", "inference"
+        ),
         "test loss: vanilla, minimum time, search": ", ".join(line.text("loss", "{:.2g}") for line in shown.values()),
         "search true on test data": f"{share:.0%} of seeds; error {search.text('error', '{:.2g}')}, "
         f"{search.text('changed', '{:.1f}', scale=100)} % of predictions change",
     }
+
+
+def _depths(line: Line, *names: str) -> str:
+    """How many times less than vanilla through a span, of each figure; "-" where a seed has none."""
+    found = [line.depth(name) for name in names]
+    return ", ".join("-" if times is None else f"{times:.3g}" for times in found)
 
 
 # ----------------------------------------------------------------------------------------------- a table of one's own
