@@ -1,6 +1,6 @@
 # Every command of the project, on a machine with Python 3.11 or newer and nothing else:
 #
-#   make demo     train vanilla and minimum-time models, print a table for each task, draw the pictures
+#   make demo     train vanilla, minimum-time, the search and controls, print a table for each task, draw the pictures
 #   make test     all tests, doctests included        make test ARGS="-k span -x"
 #   make coverage lines and branches that the tests reach, an error below 95 %; a quarter of an hour
 #   make mutation small defects in the core that the tests must find; two hours on one core

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchdyn.models.cnf import CNF, autograd_trace
 
 from benchmarks.contestants import contestants, mlp, node_of, plain_rk4, rk4_step, state, task
 from benchmarks.deployed import deployed
@@ -58,10 +59,52 @@ def adaptive(rounds: int) -> Iterator[Row]:
 
 
 def shallow(rounds: int) -> Iterator[Row]:
-    """1, 2 and 4 steps of rk4: what a trained model ends with, where the cost of a call shows."""
+    """1, 2 and 4 steps of rk4: what a trained model ends with, where the cost of a call shows.
+
+    The step of the plain loop is t_f over their number, t_f being a parameter there too.
+    """
+    t_f = nn.Parameter(torch.tensor(1.0))
+
+    def loop(net: Any, x: Tensor, steps: int) -> Tensor:
+        for _ in range(steps):
+            x = rk4_step(net, x, t_f / steps)
+        return x
+
     for steps, backward in product((1, 2, 4), (False, True)):
+        net, x = mlp(2, 64), state(64, 2)
+        runs = contestants(net, x, steps, backward=backward, plain=loop)
         case = f"{steps} step{'s' * (steps > 1)}, {PASS[backward]}"
-        yield from _side_by_side("shallow", case, (2, 64, 64), steps, backward, rounds)
+        yield from compare("shallow", case, runs, rounds, net)
+
+
+def dense(rounds: int) -> Iterator[Row]:
+    """States at 200 times on 20 steps of rk4, and at 1,000 times by dopri5: landed on, or read off the steps."""
+    for solver, points, asked in (("rk4", 21, 200), ("dopri5", 2, 1000)):
+        net, x = mlp(2, 64, gain=1.0 if solver == "rk4" else 6.0), state(64, 2)
+        span = LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, points)).eval()
+        times = torch.linspace(0, 1, asked)
+        solves = {
+            "the ends alone": partial(_end, span, x),
+            "dense=True": partial(_end, span, x, t_span=times, dense=True),
+        }
+        solves["landing on each"] = partial(_end, span, x, t_span=times)
+        runs = {name: task(solve, []) for name, solve in solves.items()}
+        yield from compare("dense", f"{solver}, {asked} times", runs, max(3, rounds // 5), net)
+
+
+def trace(rounds: int) -> Iterator[Row]:
+    """A normalizing flow over Linear, Tanh, Linear: its exact trace by autograd, and in closed form."""
+    for size, backward in product((2, 16), (False, True)):
+        net, x = mlp(size, 64), state(64, 1 + size)
+        runs = {}
+        # Under another name autograd's trace is not recognised.
+        for name, estimator in (
+            ("by autograd", lambda *args, **kw: autograd_trace(*args, **kw)),
+            ("closed form", None),
+        ):
+            span = LearnableSpan(node_of(CNF(net, trace_estimator=estimator)), torch.linspace(0, 1, 11))
+            runs[name] = _training(span, x) if backward else task(partial(_end, span, x), [])
+        yield from compare("trace", f"dimension {size}, {PASS[backward]}", runs, max(3, rounds // 3))
 
 
 def memory(rounds: int) -> Iterator[Row]:
@@ -167,6 +210,8 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "adaptive": adaptive,
     "shallow": shallow,
     "deployed": deployed,
+    "dense": dense,
+    "trace": trace,
     "memory": memory,
     "time-gradient": time_gradient,
     "scaling": scaling,

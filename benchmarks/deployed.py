@@ -4,7 +4,6 @@ Each row needs what it is named after, and is left out where that is not install
 """
 
 import importlib.util
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -20,10 +19,15 @@ from torchdyn_mintime.numerics import LearnableSolver
 __all__ = ["deployed", "in_jax", "in_onnx_runtime"]
 
 
+SIZES = ((2, 64, 64), (16, 64, 64))
+"""Of the state, of the hidden layer and of the batch."""
+EVALUATIONS = (1, 2, 4, 8)
+
+
 def deployed(rounds: int) -> Iterator[Row]:
     """Inference at 1 to 8 evaluations, in the time of the span; the field's own evaluations alone are the limit."""
-    for size, width, batch in ((2, 64, 64), (16, 64, 64)):
-        for evaluations in (1, 2, 4, 8):
+    for size, width, batch in SIZES:
+        for evaluations in EVALUATIONS:
             net, x = mlp(size, width), state(batch, size)
             if evaluations < 4:
                 node, grid = node_of(net, solver=LearnableSolver(evaluations)), torch.tensor([0.0, 1.0])
@@ -51,11 +55,13 @@ def in_onnx_runtime(network: nn.Module, x: Tensor) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it says that t_eval is an output
-        file = io.BytesIO()
-        torch.onnx.export(network, (x,), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+        program = torch.onnx.export(network, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    assert program is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     given = {session.get_inputs()[0].name: x.numpy()}
     return lambda: session.run(None, given)
 

@@ -549,6 +549,26 @@ def test_two_nodes_over_one_flow_share_their_times(over):
     assert unwrapped.sampler.t_span[-1].item() == pytest.approx(0.4, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+def test_times_that_are_shared_are_priced_once():
+    ends = []
+    for two in (False, True):
+        torch.manual_seed(0)
+        cnf = CNF(mlp())
+        model = FlowModel(tm.LearnableSpan(NeuralODE(cnf, solver="rk4"), torch.linspace(0, 1, 5)), Gaussian(2))
+        if two:
+            model.sampler = NeuralODE(cnf.net, solver="rk4")
+            model.sampler.t_span = torch.linspace(0, 1, 5)
+            tm.wrap(model)
+            assert model.sampler.t_f is model.span.t_f
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(tm.parameter_groups(model, lr=1e-4))
+        x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+        loader = torch.utils.data.DataLoader(x, batch_size=8)
+        trainer(1, MinimumTime(weight=1000.0)).fit(model, loader, loader)
+        ends.append(model.span.t_f.item())
+    assert ends[0] == ends[1] == pytest.approx(0.9, abs=1e-2)
+
+
 def test_layers_of_shared_weights_and_other_intervals_keep_times_of_their_own():
     net = mlp()
     layers = tm.wrap(nn.Sequential(NeuralODE(net, return_t_eval=False), NeuralODE(net, return_t_eval=False)))

@@ -19,7 +19,7 @@ from torchdyn.models import CNF
 from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
-from benchmarks import bench, cases, gpu, timing
+from benchmarks import bench, cases, deployed, gpu, timing
 from benchmarks.contestants import contestants, mlp, state
 from benchmarks.gpu_images import compare_trainings
 from benchmarks.report import COLUMNS, write
@@ -282,6 +282,8 @@ def small_bench(monkeypatch):
     monkeypatch.setattr(
         cases, "contestants", lambda net, x, steps, **options: contestants(net, x[:4], min(steps, 3), **options)
     )
+    monkeypatch.setattr(deployed, "SIZES", ((2, 4, 3),))
+    monkeypatch.setattr(deployed, "EVALUATIONS", (4,))
     monkeypatch.setattr(timing, "alternate", lambda runs, rounds, *rest: alternate(runs, 1, *rest))
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
@@ -294,6 +296,9 @@ def small_bench(monkeypatch):
         ("scaling", {"plain loop", "LearnableSpan", "NeuralODE"}),
         ("linearity", {"plain loop", "LearnableSpan", "NeuralODE"}),
         ("compile", {"plain loop", "compiled step", "LearnableSpan, compiled field"}),
+        ("deployed", {"LearnableSpan", "as_network", "the field alone", "ONNX Runtime"}),
+        ("dense", {"the ends alone", "dense=True", "landing on each"}),
+        ("trace", {"by autograd", "closed form"}),
     ],
 )
 def test_every_part_of_the_bench_runs(tmp_path, small_bench, part, names):
@@ -304,6 +309,10 @@ def test_every_part_of_the_bench_runs(tmp_path, small_bench, part, names):
         held = results.set_index("contestant")["mebibytes"]
         # Where all points are returned, both keep these, and the adjoint one derivative more.
         assert max(held["adjoint"], held["checkpoint=True"]) < held["autograd"] / 2
+    if part == "dense":
+        evaluations = results.set_index(["case", "contestant"])["evaluations"]
+        for case in results["case"].unique():
+            assert evaluations[case, "dense=True"] == evaluations[case, "the ends alone"]
     if part == "linearity":  # NeuralODE's checks grow quadratically: it is left out where they would take minutes
         cases_of_node = set(results[results["contestant"] == "NeuralODE"]["case"])
         assert cases_of_node == {"10", "30", "100", "300", "1000"}

@@ -180,6 +180,9 @@ def test_an_adaptive_solve_in_many_pieces_says_so_once(solver, way):
         UserWarning, match=rf"the 101 times asked for have cut .* {solver} .* 100 steps .* dense=True"
     ) as said:
         calls[way]()
+    quiet = make(linspace(0, 1, 2), solver=solver)
+    quiet(X, many, dense=True)
+    assert quiet.steps < span.steps / 2
     if way != "trajectory":
         assert said[0].filename == __file__
     calls[way]()  # a second warning would be an error

@@ -159,3 +159,11 @@ def test_several_spans_end_at_the_fewest_whatever_it_takes_to_begin(need, second
     trials = search(own, lambda d: d[0].evaluations >= need, [])
     best = fewest(trials)
     assert best is not None and best.every[1].steps == 1
+
+
+@pytest.mark.parametrize("name", ["rk4", "learned-8"])
+def test_a_learned_first_depth_that_fails_is_followed_by_the_usual_one(name):
+    first = Trial.at([Depth("learned-8", 1)])
+    assert [str(depth) for depth in next_depths([first], [name])] == ["4 x rk4"]
+    first.passed = True
+    assert [str(depth) for depth in next_depths([first], [name])] == ["learned-4"]

@@ -85,6 +85,7 @@ def test_the_times_that_are_asked_for_keep_their_meaning():
         ValueError, match="asks for times between 0 and 1, but learned-8 takes the whole interval in one"
     ):
         sampler.trajectory(x, torch.linspace(0, 1, 100))
+    assert sampler.trajectory(x, torch.linspace(0, 1, 100), dense=True).shape == (100, 8, 2)
     assert torch.equal(sampler.trajectory(x, torch.linspace(0, 1, 2))[-1], sampler(x, torch.linspace(0, 1, 100))[1][-1])
 
 

@@ -151,6 +151,27 @@ def test_only_the_solvers_that_may_be_taken_are(solvers, allowed):
     assert {t.solver for t in verdict.trials} == allowed and verdict.best.evaluations == 4 - 2 * bool(solvers)
 
 
+@pytest.mark.parametrize(
+    ("solvers", "taken"), [(["rk4", "midpoint"], {"rk4", "midpoint"}), (["learned"], {"rk4", "learned"})]
+)
+def test_solvers_that_are_named_take_the_place_of_an_adaptive_one(solvers, taken):
+    span = span_of("tsit5", steps=1)
+    verdict = Shallowest(target=0.3, solvers=solvers).fit(span, criterion, [annuli()], progress=False)
+    assert verdict.feasible and verdict.best.evaluations <= 4
+    assert {trial.solver.split("-")[0] for trial in verdict.trials} <= taken
+    span(annuli()[0])
+    assert not span.adaptive and span.nfe == verdict.best.evaluations
+
+
+def test_where_nothing_is_found_an_adaptive_solver_is_there_again():
+    span = span_of("tsit5", steps=1)
+    before = span.interval
+    verdict = Shallowest(target=1e-6, solvers=["rk4"]).fit(
+        span, criterion, [annuli()], max_iterations=3, progress=False
+    )
+    assert not verdict.feasible and span.stepper.name == "tsit5" and span.interval == before
+
+
 def test_the_search_ends_with_its_budget_and_what_it_has():
     search = Shallowest(1e-9, budget=0.2)
     verdict = search.fit(span_of(), square, [X], progress=False)

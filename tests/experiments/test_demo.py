@@ -40,7 +40,7 @@ def test_the_curve_of_losses_goes_through_the_models_own_loss(trained):
 def test_the_exact_path_is_that_of_the_ode(trained):
     shown, _ = trained
     path = demo._exact_path(shown)
-    assert path.shape == (demo.POINTS, *shown.sol.shape[1:])
+    assert path.shape == (demo.PATH_STEPS + 1, *shown.sol.shape[1:])
     torch.testing.assert_close(path[0], shown.sol[0])
     torch.testing.assert_close(path[-1], shown.sol[-1], atol=1e-3, rtol=1e-3)  # 16 steps of rk4 are nearly exact
 

@@ -5,9 +5,12 @@
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from upstream import series
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git, which applies the patches, is not installed")
@@ -27,6 +30,13 @@ def test_the_series_applies_in_order_and_mends_faults(tmp_path):
     quick = ["-k", "test_u1_ or test_u9_plain_rk4 or test_u12 or test_u15 or test_u16"]
     found = series.fault_halves(patched, *quick)
     assert len(found) == 6 and all(found.values()), found
+
+
+@settings(max_examples=5)  # a tenth of a second each
+@given(patches=st.lists(st.sampled_from(series.PATCHES), unique=True, min_size=2))
+def test_any_of_them_apply_in_any_order(patches):
+    with tempfile.TemporaryDirectory() as folder:
+        series.apply(patches, series.copy_torchdyn(Path(folder)))
 
 
 def test_a_patch_that_does_not_fit_is_an_error(tmp_path):

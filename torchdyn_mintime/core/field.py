@@ -37,16 +37,18 @@ def kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     attributes = []
     for module in modules:
         names = (*_WRITTEN, "weight", "bias") if isinstance(module, GalLayer) else _WRITTEN
-        kind = type(module)
-        held = [name for name in names if hasattr(module, name) and not isinstance(getattr(kind, name, None), property)]
-        attributes += [(module, name, getattr(module, name)) for name in held]
+        own, kind = vars(module), type(module)  # torch's own way to an attribute that is not there is a slow one
+        for name in names:
+            if name in own or (hasattr(kind, name) and not isinstance(getattr(kind, name), property)):
+                attributes.append((module, name, own.get(name, _ABSENT)))
     # Clones stand in for the buffers, since a buffer that is written in place may be part of a graph that is alive.
-    with _standing_in([(m, name, b.clone()) for m in modules for name, b in m.named_buffers(recurse=False)]):
+    buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    with _standing_in([(m, name, b.clone()) for m, name, b in buffers]):
         try:
             yield
         finally:
             for module, name, value in attributes:
-                setattr(module, name, value)
+                _set(module, name, value)
 
 
 @contextmanager

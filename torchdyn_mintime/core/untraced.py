@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.core.field import BoundField, evaluating, kept
@@ -68,23 +69,26 @@ class RefinedGrid(Grid):
 
     parts: int = 1
 
-    def _step(self, i: int) -> tuple[float | Tensor, float | Tensor, int]:
-        """Returns the whole step that part ``i`` lies in: its start, its size, and which part of it ``i`` is."""
+    def _whole(self, i: int) -> tuple[Grid, int]:
+        """Returns the whole step that part ``i`` lies in, as a grid, and which part of it ``i`` is."""
         first = i - i % self.parts
-        a: float | Tensor = self.nodes[first]
-        b: float | Tensor = self.nodes[first + self.parts]
-        if first == 0 and self.start is not None:
-            a = self.start.double().view(())  # see Grid.left
-        if first + self.parts == len(self.nodes) - 1 and self.end is not None:
-            b = self.end.double()
-        return a, b - a, i - first
+        last = first + self.parts
+        ends = self.start if first == 0 else None, self.end if last == len(self.nodes) - 1 else None
+        return Grid((self.nodes[first], self.nodes[last]), *ends), i - first
 
     def size(self, i: int) -> float | Tensor:
-        return self._step(i)[1] / self.parts
+        return self._whole(i)[0].size(0) / self.parts
+
+    def sizes(self, dtype: torch.dtype) -> list[float | Tensor]:
+        sizes: list[float | Tensor] = []
+        for i in range(0, len(self.nodes) - 1, self.parts):  # once for all parts of a step
+            size = self.size(i)
+            sizes += [size.to(dtype) if isinstance(size, Tensor) else size] * self.parts
+        return sizes
 
     def left(self, i: int) -> float | Tensor:
-        a, whole, part = self._step(i)
-        return a + whole * (part / self.parts) if part else a
+        whole, part = self._whole(i)
+        return whole.left(0) + whole.size(0) * (part / self.parts) if part else whole.left(0)
 
 
 def refine(steps: Sequence[float], start: Tensor | None, end: Tensor | None, parts: int) -> RefinedGrid:

@@ -20,7 +20,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.depth.shallowest import Shallowest
 from torchdyn_mintime.depth.trials import Verdict
 
-__all__ = ["compress", "copied"]
+__all__ = ["compress"]
 
 
 def compress(

@@ -81,12 +81,13 @@ class SearchedModel:
     Args:
         model: with LearnableSpans of fixed steps, or of one adaptive solver.
         optimizers: one or several.
+        instead: the solver of fixed steps that takes the place of adaptive ones; None leaves them.
 
     Attributes:
         model, optimizers: as above.
         spans: the LearnableSpans of the model.
-        own: names of their own solvers.
-        adaptive: whether they choose their steps.
+        own: names of their own solvers, or of what takes the place of adaptive ones.
+        adaptive: whether they choose their steps in the search.
         spent: forward evaluations of the field so far, those of the reference included.
         penalty: of the last :meth:`objective`, detached; not weighted.
         reference_loss: the loss at the reference's end there; None where it was not asked for.
@@ -98,10 +99,15 @@ class SearchedModel:
         TypeError: the step control of the adaptive solver cannot be followed.
     """
 
-    def __init__(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        instead: str | None = None,
+    ):
         self.model, self.spans = model, require_spans(model)
-        self.own = [span.stepper.name for span in self.spans]
-        self.adaptive = any(span.adaptive for span in self.spans)
+        self.own = [instead if instead and span.adaptive else span.stepper.name for span in self.spans]
+        self.adaptive = instead is None and any(span.adaptive for span in self.spans)
         if self.adaptive and len(set(self.own)) > 1:
             raise ValueError(
                 f"the spans have the solvers {', '.join(sorted(set(self.own)))}; a search takes steps of fixed size, or one "

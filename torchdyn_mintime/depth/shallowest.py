@@ -127,7 +127,7 @@ class Shallowest:
             adaptive solver also keeps its own tolerances; the search looks for the fewest evaluations at these.
         budget: seconds of training, after which the search ends with what it has. Default: as long as it takes.
         solvers: names of the solvers that may be taken beside the spans' own, of "rk4", "midpoint", "euler" and "learned".
-            Default: rk4, learned, and Euler for one step.
+            They also take the place of adaptive solvers, which stay otherwise. Default: rk4, learned, and Euler for one step.
         accept: one more condition on the model, such as an accuracy: a function without arguments that returns a bool. It is
             called when all other conditions are met.
         max_steps, patience: accepted for one more release, with a warning. Leave them out.
@@ -221,7 +221,7 @@ class Shallowest:
         """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
         if self._searched is not None:
             self._searched.release(True)
-        self._searched = searched = SearchedModel(model, optimizers)
+        self._searched = searched = SearchedModel(model, optimizers, self._instead)
         searched.share_gradients = lambda gradients: self.share_gradients(gradients)
         self._clock = perf_counter()
         if self.trials:  # resumed
@@ -454,6 +454,11 @@ class Shallowest:
         if self._searched is None:
             raise RuntimeError("the search was not started; call start(model, optimizer), or fit(...)")
         return self._searched
+
+    @property
+    def _instead(self) -> str | None:
+        """The solver in the place of adaptive ones: who names solvers, which all have fixed steps, does not want those."""
+        return next((name for name in self.solvers if name in STOCK), "rk4") if self.solvers else None
 
     def _tick(self) -> None:
         """Adds the time since the last tick to the present trial, and the evaluations of the field with it."""

@@ -133,7 +133,8 @@ class Verdict:
             *([] if best.changed is None else [f"{best.changed:.1%} of predictions change when solved exactly"]),
             f"{self.iterations} iterations",
         ]
-        lines = [f"{head} {best.evaluations} evaluations ({best.label}): {', '.join(said)}"]
+        plural = "" if best.evaluations == 1 else "s"
+        lines = [f"{head} {best.evaluations} evaluation{plural} ({best.label}): {', '.join(said)}"]
         for t in self.trials:
             figures = _measured(("loss {:.4g}", t.loss), (" / {:.4g}", t.reference_loss)) or "loss not measured"
             figures += _measured((", solver error {:.3g}", t.solver_error))

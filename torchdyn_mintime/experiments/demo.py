@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from torchdyn_mintime import plots, spans, wrap
+from torchdyn_mintime import LearnableSpan, plots, spans
 from torchdyn_mintime.depth.shallowest import set_steps
 from torchdyn_mintime.experiments import figures, measure, models
 from torchdyn_mintime.experiments.comparison import SEARCH_TWIN, TWIN, Options, Row, compare
@@ -52,8 +52,8 @@ REPORT = replace(
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50, 100)
 """Steps of rk4 at which the loss of each trained model is drawn."""
 
-POINTS = 51
-"""Of a path that is solved exactly."""
+PATH_STEPS = 200
+"""Of rk4 for the path of a model's ODE."""
 
 
 def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 0) -> pd.DataFrame:
@@ -146,21 +146,25 @@ def _draw(plans: Mapping[Row, Plan], store: Store, path: Path) -> Path:
     return plots.save(figure, path)
 
 
+def _steppable(shown: figures.Finished) -> tuple[models.Model, LearnableSpan]:
+    """Returns a copy of the model, whose steps can be set, and its span."""
+    model = deepcopy(shown.model)
+    (span,) = spans(model)
+    return model, span
+
+
 @torch.no_grad()
 def _exact_path(shown: figures.Finished) -> Tensor:
-    """Returns the ODE's own path from the same states, ``[points, batch, ...]``."""
-    exact = measure.exact(shown.model)
-    exact.t_span = torch.linspace(shown.t_eval[0].item(), shown.t_eval[-1].item(), POINTS, dtype=torch.float64)
-    return exact.trajectory(shown.x.double())[1].float()
+    """Returns the ODE's own path from the same states, ``[points, batch, ...]``: by so many steps that no eye sees an error."""
+    model, span = _steppable(shown)
+    set_steps(span, PATH_STEPS, "rk4")
+    return model.trajectory(shown.x)[1]
 
 
 @torch.no_grad()
 def _losses_by_steps(shown: figures.Finished) -> Iterator[tuple[int, float]]:
     """Yields evaluations, and the loss of the same model solved by so many: nothing is trained for them."""
-    model: models.Model = deepcopy(shown.model)
-    if next(spans(model), None) is None:
-        wrap(model, model.t_span)
-    (span,) = spans(model)
+    model, span = _steppable(shown)
     for steps in STEPS:
         set_steps(span, steps, "rk4")
         try:

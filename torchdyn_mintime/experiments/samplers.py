@@ -125,8 +125,9 @@ def run(methods: Sequence[str], seeds: Sequence[int], iterations: int | None, ou
     shown: dict[tuple[str, int], Tensor] = {}
     for seed in seeds:
         with seeded(seed):
-            field = _field(seed, iterations or ITERATIONS, store)
+            # Drawn first: the same whether the field is trained or found.
             states, fresh, data = eight_gaussians(STATES), eight_gaussians(FRESH), moons(FRESH)
+            field = _field(seed, iterations or ITERATIONS, store)
         exact = exact_ends(field, fresh)
         shown = {("exact", 0): exact}
         limit = distance(exact, data)

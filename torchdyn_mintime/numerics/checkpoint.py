@@ -116,7 +116,7 @@ class _Replay(nn.Module):
                 step = Grid([t, t_new], *ends)
                 method = stepper.prepare(z)  # with a graph of its own: its coefficients may be learned
                 times = _stage_times(f, step, method, z)[0]
-                z_new, stages = method.step(f, z, times, _cast(step.size(0), z))
+                z_new, stages = method.step(f, z, times, _cast(step.size(0), z.dtype))
                 outputs: list[Tensor] = []
                 if passes is not None and inside:
                     interpolator = self._problem.interpolator

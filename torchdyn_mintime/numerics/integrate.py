@@ -93,6 +93,10 @@ class Grid:
             b = self.end.double()
         return b - a
 
+    def sizes(self, dtype: torch.dtype) -> list[float | Tensor]:
+        """Returns the sizes of all steps; those that carry a gradient in ``dtype``."""
+        return [_cast(self.size(i), dtype) for i in range(len(self.nodes) - 1)]
+
     def left(self, i: int) -> float | Tensor:
         """Returns the time at which the i-th step starts."""
         if i == 0 and self.start is not None:
@@ -207,7 +211,7 @@ def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool
     n = len(grid.nodes) - 1
     keep = grid.keep if grid.dense is None else [False] * (n + 1)
     inside = None if grid.dense is None else InsideSteps(grid.dense, stepper.interpolant, x, grid.nodes)
-    sizes = [_cast(grid.size(i), x) for i in range(n)]
+    sizes = grid.sizes(x.dtype)
     times = _stage_times(f, grid, stepper, x)
     x0, states, path, k1 = x, [], [], None
     for i in range(n):
@@ -233,8 +237,8 @@ def _fixed(f: VectorField, x: Tensor, grid: Grid, stepper: Stepper, record: bool
     return Solution(torch.stack(states) if inside is None else torch.cat(inside.states), list(grid.nodes), path)
 
 
-def _cast(dt: float | Tensor, x: Tensor) -> float | Tensor:
-    return dt.to(x.dtype) if isinstance(dt, Tensor) else dt
+def _cast(dt: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return dt.to(dtype) if isinstance(dt, Tensor) else dt
 
 
 def _stage_times(f: VectorField, grid: Grid, stepper: Stepper, x: Tensor) -> list[Sequence[Tensor | None]]:
@@ -342,7 +346,7 @@ def _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_ste
             grid.end if lands and target == n else None,
         )
         times = _stage_times(f, step_grid, stepper, x)[0]
-        x_new, stages = stepper.step(f, x, times, _cast(step_grid.size(0), x), k1)
+        x_new, stages = stepper.step(f, x, times, _cast(step_grid.size(0), x.dtype), k1)
         with torch.no_grad():
             error = stepper.error([None if k is None else k.detach() for k in stages], t_new - t)
             ratio = norm(error, x.detach(), x_new.detach())

@@ -72,6 +72,8 @@ class LearnableSolver(nn.Module):
     """torchdyn's solvers keep theirs here; this one makes it from its parameter at every step."""
     _mask: Tensor
     _last: Tensor
+    _mean: Tensor
+    _centre: Tensor
     order: int
 
     def __init__(
@@ -105,6 +107,10 @@ class LearnableSolver(nn.Module):
         mask[-1, 0] *= float(first_node)
         self.register_buffer("_mask", mask, persistent=False)
         self.register_buffer("_last", torch.eye(stages, dtype=torch.float64)[-1], persistent=False)
+        # What takes the mean from a vector, and the mean that is put in its place.
+        mean = torch.full((stages,), 1 / stages, dtype=torch.float64)
+        self.register_buffer("_mean", mean, persistent=False)
+        self.register_buffer("_centre", torch.eye(stages, dtype=torch.float64) - mean, persistent=False)
         self.register_buffer("_settings", torch.tensor([order, int(first_node)]))
 
     # ------------------------------------------------------------------------------------------------- its coefficients
@@ -117,12 +123,14 @@ class LearnableSolver(nn.Module):
         s = self.stages
         free = self.free * self._mask
         a, b = free[:s], free[s]
-        c = free[s + 1] if self.order == 1 else a.sum(1)
+        # As few operations as will do: where a gradient is wanted, each costs as much as a small field's layer.
+        b = torch.addmv(self._mean, self._centre, b)  # its sum is 1
         if self.order == 2:  # along c without its mean, which leaves the sum as it is
-            mean = c.mean()
-            direction = c - mean
-            b = torch.addcmul(b, direction, (0.5 - (mean + b @ direction)) / (direction @ direction))
-        b = torch.add(b, 1.0 - b.sum(), alpha=1 / s)
+            c = a.sum(1)
+            direction = self._centre @ c
+            b = torch.addcmul(b, direction, (0.5 - b @ c) / (direction @ direction))
+        else:
+            c = free[s + 1]
         # The rounding of a sum of entries of both signs is more than that of 1: the last one takes what is left of it, which
         # has no gradient.
         return a, b + self._last * (1.0 - b.detach().sum()), c
