@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,17 @@ def _print(found: Any, output: Path, store: Store) -> None:
 
 
 def _draw(shown: dict[tuple[str, int], Tensor], path: Path) -> Path:
-    columns = min(len(shown), 4)
-    figure, axes = plots.grid_of_axes(math.ceil(len(shown) / columns), columns, 2.2, 2.4)
-    for axis, ((name, evaluations), end) in zip(axes, shown.items(), strict=False):
-        axis.scatter(end[:, 0].tolist(), end[:, 1].tolist(), s=2)
-        title = "exact" if name == "exact" else f"{name}, {evaluations} evaluations"
-        axis.set(title=title, xlim=(-7, 9), ylim=(-6, 6), aspect="equal")
-        axis.title.set_fontsize(8)
-    for axis in axes[len(shown) :]:
+    """Draws a row of samples for each method."""
+    rows = [list(row) for _, row in groupby(shown, key=lambda key: key[0])]
+    columns = max(map(len, rows))
+    figure, axes = plots.grid_of_axes(len(rows), columns, 2.4, 2.0)
+    for axis in axes:
         axis.set_axis_off()
+    for i, row in enumerate(rows):
+        for axis, key in zip(axes[i * columns :], row, strict=False):
+            axis.set_axis_on()
+            axis.scatter(shown[key][:, 0].tolist(), shown[key][:, 1].tolist(), s=2)
+            title = key[0] if key[0] == "exact" else f"{key[0]}, {key[1]} evaluations"
+            axis.set(title=title, xlim=(-7, 9), ylim=(-6, 6), aspect="equal")
+            axis.title.set_fontsize(8)
     return plots.save(figure, path)
