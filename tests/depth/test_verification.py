@@ -35,8 +35,9 @@ def test_the_figures_are_those_of_the_other_measures():
     span = model()
     found = verify(span, measured(span), target=1e9, solver_tol=1e9)
     assert found.passed and found.loss == mean_loss(span, [(X,)], square)[0]
-    assert found.solver_error == solver_error(span, X) > 1e-3
-    assert found.reference_loss == pytest.approx(evaluate_with_reference(span, [X], square)[0], rel=1e-6)
+    # 1e-3: the exact solves of a look have a tolerance of 1e-5 here, and the errors are of some percent.
+    assert found.solver_error == pytest.approx(solver_error(span, X), rel=1e-3) and found.solver_error > 1e-3
+    assert found.reference_loss == pytest.approx(evaluate_with_reference(span, [X], square)[0], rel=1e-4)
     assert found.reference_loss != found.loss
 
 
@@ -44,20 +45,26 @@ def test_each_bound_is_held_and_the_cheap_ones_first():
     span = model()
     whole = verify(span, measured(span), target=1e9, solver_tol=1e9, evaluations=4)
     loss, error, reference = whole.loss, whole.solver_error, whole.reference_loss
-    fits = dict(target=max(loss, reference), solver_tol=error, evaluations=4, accept=lambda: True)
+    # 1e-3 and less: exact solves have a tolerance that follows from that of the solver error, 3e-7 to 1e-5 here.
+    fits = dict(target=1.001 * max(loss, reference), solver_tol=1.01 * error, evaluations=4, accept=lambda: True)
     assert verify(span, measured(span), **fits).passed
 
     def without(**change):
-        return verify(span, measured(span), **{**fits, **change})
+        found = verify(span, measured(span), **{**fits, **change})
+        assert not found.passed
+        return [found.loss, found.solver_error, found.reference_loss]
 
-    assert without(target=0.999 * loss) == Verification(False, loss)
-    assert without(solver_tol=0.999 * error) == Verification(False, loss, error)
-    assert without(evaluations=3) == Verification(False, loss, error)
-    assert without(accept=lambda: False) == Verification(False, loss, error, reference)
+    def near(*figures):
+        return pytest.approx([*figures, *[math.inf] * (3 - len(figures))], rel=1e-3)
+
+    assert without(target=0.999 * loss) == near(loss)
+    assert without(solver_tol=0.99 * error) == near(loss, error)
+    assert without(evaluations=3) == near(loss, error)
+    assert without(accept=lambda: False) == near(loss, error, reference)
     # The loss of a model may be met at its steps alone, or only where it is solved exactly.
     low, high = sorted((loss, reference))
     between = without(target=(low + high) / 2)
-    assert between == (Verification(False, loss, error, reference) if loss < reference else Verification(False, loss))
+    assert between == (near(loss, error, reference) if loss < reference else near(loss))
 
 
 def test_it_measures_in_eval_mode_and_leaves_every_module_in_its_own():
@@ -110,7 +117,7 @@ def test_of_several_spans_the_worst_error_counts_and_the_sum_of_evaluations():
         return square(other(whole[0](X)[-1])[1][-1])
 
     found = verify(both, [loss], target=1e9, solver_tol=1e9)
-    assert found.solver_error == pytest.approx(solver_error(whole[0], X), rel=1e-5)
+    assert found.solver_error == pytest.approx(solver_error(whole[0], X), rel=1e-3)
     assert not verify(both, [loss], target=1e9, solver_tol=1e9, evaluations=16).passed
     assert verify(both, [loss], target=1e9, solver_tol=1e9, evaluations=17).passed
 

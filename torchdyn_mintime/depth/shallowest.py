@@ -201,6 +201,7 @@ class Shallowest:
         self._searched: SearchedModel | None = None
         self._stage: Stage
         self._looks: Callable[[], Iterable[Look]] | None = None
+        self._hardest: Look | None = None  # the batch that failed last is looked at first: most looks end there
         self._unit = math.nan
         self._rates: list[list[float]] = []
         self._losses: list[float] = []
@@ -409,7 +410,7 @@ class Shallowest:
         finally:
             for module, mode in modes:
                 module.training = mode
-            self._looks = None
+            self._looks = self._hardest = None
             verdict = self.finish()
         return verdict
 
@@ -604,15 +605,18 @@ class Shallowest:
         if self.judge is not None and self._judged is not None:
             looks, target = [self.judge], self._judged[1]
         self._looked = True
-        found = verify(
+        one = functools.partial(
+            verify,
             searched.model,
-            looks,
             target=target,
             solver_tol=self.solver_tol,
             evaluations=trial.evaluations,
-            accept=self.accept,
             reduce=self.reduce,
         )
+        found = None if self._hardest is None else one([self._hardest])
+        if found is None or found.passed:
+            found = one(self._remembered(looks), accept=self.accept)
+            self._hardest = None if found.passed or self._looks is None else self._hardest
         trial.solver_error, trial.changed = found.solver_error, found.changed
         if math.isfinite(found.loss):
             trial.loss = found.loss
@@ -620,6 +624,11 @@ class Shallowest:
             trial.reference_loss = found.reference_loss
         trial.passed = found.passed
         return found
+
+    def _remembered(self, looks: Iterable[Look]) -> Iterator[Look]:
+        """Remembers the last of the looks that were taken: where they end early, it is the one that failed."""
+        for self._hardest in looks:
+            yield self._hardest
 
     def _solve_again(self) -> float:
         for span in self._require_start().spans:
