@@ -1,6 +1,7 @@
 """What the benchmark measures, part by part. Each part takes the number of rounds and yields the table's lines."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -14,6 +15,7 @@ from benchmarks.contestants import contestants, mlp, node_of, plain_rk4, rk4_ste
 from benchmarks.deployed import deployed
 from benchmarks.timing import MIB, Row, Run, compare, saved_bytes
 from torchdyn_mintime.core import LearnableSpan
+from torchdyn_mintime.losses.step_doubling import StepDoubling
 
 __all__ = ["PARTS"]
 
@@ -58,23 +60,49 @@ def adaptive(rounds: int) -> Iterator[Row]:
         yield from compare("adaptive", f"{solver}, {what}, {PASS[backward]}", runs, rounds, net)
 
 
-def shallow(rounds: int) -> Iterator[Row]:
-    """1, 2 and 4 steps of rk4: what a trained model ends with, where the cost of a call shows.
-
-    The step of the plain loop is t_f over their number, t_f being a parameter there too.
-    """
-    t_f = nn.Parameter(torch.tensor(1.0))
+def _loop_to(t_f: Tensor) -> Callable[[Any, Tensor, int], Tensor]:
+    """Returns a plain loop of equal steps of rk4 up to a learned t_f."""
 
     def loop(net: Any, x: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
             x = rk4_step(net, x, t_f / steps)
         return x
 
+    return loop
+
+
+def shallow(rounds: int) -> Iterator[Row]:
+    """1, 2 and 4 steps of rk4: what a trained model ends with, where the cost of a call shows.
+
+    The step of the plain loop is t_f over their number, t_f being a parameter there too.
+    """
     for steps, backward in product((1, 2, 4), (False, True)):
         net, x = mlp(2, 64), state(64, 2)
-        runs = contestants(net, x, steps, backward=backward, plain=loop)
+        runs = contestants(net, x, steps, backward=backward, plain=_loop_to(nn.Parameter(torch.tensor(1.0))))
         case = f"{steps} step{'s' * (steps > 1)}, {PASS[backward]}"
         yield from compare("shallow", case, runs, rounds, net)
+
+
+def penalty(rounds: int) -> Iterator[Row]:
+    """A training step with step doubling, and the same two solves and their relative difference by hand."""
+    t_f = nn.Parameter(torch.tensor(1.0))
+    loop = _loop_to(t_f)
+    for (size, width, batch), steps in product(((2, 64, 64), (3, 32, 512)), (1, 4)):
+        net, x = mlp(size, width), state(batch, size)
+        span = LearnableSpan(node_of(net), torch.linspace(0, 1, steps + 1))
+        doubling = StepDoubling(span)
+
+        def ours(span: LearnableSpan = span, x: Tensor = x, doubling: StepDoubling = doubling) -> Tensor:
+            return span(x)[1][-1].square().mean() + doubling.penalty()
+
+        def by_hand(net: Any = net, x: Tensor = x, steps: int = steps) -> Tensor:
+            end, finer = loop(net, x, steps), loop(net, x, 2 * steps)
+            return end.square().mean() + (end - finer).square().mean() / end.detach().square().mean()
+
+        wanted = list(net.parameters())
+        runs = {"by hand": task(by_hand, [*wanted, t_f]), "StepDoubling": task(ours, [*wanted, span.t_f])}
+        case = f"{steps} step{'s' * (steps > 1)}, {size}-{width}-{size}, batch {batch}"
+        yield from compare("penalty", case, runs, rounds, net)
 
 
 def dense(rounds: int) -> Iterator[Row]:
@@ -89,7 +117,10 @@ def dense(rounds: int) -> Iterator[Row]:
         }
         solves["landing on each"] = partial(_end, span, x, t_span=times)
         runs = {name: task(solve, []) for name, solve in solves.items()}
-        yield from compare("dense", f"{solver}, {asked} times", runs, max(3, rounds // 5), net)
+        with warnings.catch_warnings():  # of what the last of them shows
+            warnings.filterwarnings("ignore", message="the .* times asked for have cut the solve")
+            rows = compare("dense", f"{solver}, {asked} times", runs, max(3, rounds // 5), net)
+        yield from rows
 
 
 def trace(rounds: int) -> Iterator[Row]:
@@ -210,6 +241,7 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "adaptive": adaptive,
     "shallow": shallow,
     "deployed": deployed,
+    "penalty": penalty,
     "dense": dense,
     "trace": trace,
     "memory": memory,

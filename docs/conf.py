@@ -1,5 +1,6 @@
 """Sphinx configuration: `make docs` builds the pages with warnings as errors, and without a network."""
 
+import re
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -43,3 +44,15 @@ def _plain_bar(inliner, match, lineno):
 
 
 Inliner.dispatch["|"] = _plain_bar
+
+
+def _shorten(app, docname, source):
+    """Shows the names of the API page under ``tm``, as programs write them."""
+    if docname == "api":
+        source[0] = re.sub(
+            r"\{py:obj\}`torchdyn_mintime\.([\w.]+)`", r"{py:obj}`tm.\1 <torchdyn_mintime.\1>`", source[0]
+        )
+
+
+def setup(app):
+    app.connect("source-read", _shorten)

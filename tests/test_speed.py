@@ -297,6 +297,7 @@ def small_bench(monkeypatch):
         ("linearity", {"plain loop", "LearnableSpan", "NeuralODE"}),
         ("compile", {"plain loop", "compiled step", "LearnableSpan, compiled field"}),
         ("deployed", {"LearnableSpan", "as_network", "the field alone", "ONNX Runtime"}),
+        ("penalty", {"by hand", "StepDoubling"}),
         ("dense", {"the ends alone", "dense=True", "landing on each"}),
         ("trace", {"by autograd", "closed form"}),
     ],
@@ -309,6 +310,8 @@ def test_every_part_of_the_bench_runs(tmp_path, small_bench, part, names):
         held = results.set_index("contestant")["mebibytes"]
         # Where all points are returned, both keep these, and the adjoint one derivative more.
         assert max(held["adjoint"], held["checkpoint=True"]) < held["autograd"] / 2
+    if part == "penalty":  # both take the same evaluations
+        assert (results.groupby("case")["evaluations"].nunique() == 1).all()
     if part == "dense":
         evaluations = results.set_index(["case", "contestant"])["evaluations"]
         for case in results["case"].unique():

@@ -133,6 +133,7 @@ def trade_off(
     y: str,
     title: str,
     log: bool = False,
+    legend: bool = True,
 ) -> None:
     """Draws values against evaluations: of each name some lines of points (evaluations, value); one point is a marker alone."""
     for i, (name, own) in enumerate(lines.items()):
@@ -151,7 +152,8 @@ def trade_off(
     if log:
         axis.set_yscale("log")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if legend:
+        axis.legend(fontsize=7)
 
 
 def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:

@@ -286,8 +286,10 @@ class _OnRequest:
 
 def interpolator_of(node: Any, stepper: Stepper) -> Callable | None:
     """Returns what gives the points between two ends without landing on them; None where the solver lands on each."""
+    if not stepper.adaptive or stepper.name == "tsit5":  # torchdyn has none for tsit5
+        return None
     name = node.interpolator
-    if name is None or not stepper.adaptive or stepper.name == "tsit5":  # torchdyn has none for tsit5
+    if name is None:
         return None
     return str_to_interp(name, torch.float64) if isinstance(name, str) else name
 

@@ -77,7 +77,7 @@ class RefinedGrid(Grid):
         return Grid((self.nodes[first], self.nodes[last]), *ends), i - first
 
     def size(self, i: int) -> float | Tensor:
-        return self._whole(i)[0].size(0) / self.parts
+        return _exact(self._whole(i)[0].size(0)) / self.parts
 
     def sizes(self, dtype: torch.dtype) -> list[float | Tensor]:
         sizes: list[float | Tensor] = []
@@ -88,7 +88,14 @@ class RefinedGrid(Grid):
 
     def left(self, i: int) -> float | Tensor:
         whole, part = self._whole(i)
-        return whole.left(0) + whole.size(0) * (part / self.parts) if part else whole.left(0)
+        if part == 0:
+            return whole.left(0)
+        return whole.left(0) + _exact(whole.size(0)) * (part / self.parts)
+
+
+def _exact(size: float | Tensor) -> float | Tensor:
+    """Returns the size of a step as a number, or in float64, so that a part has one size with and without a gradient."""
+    return size.double() if isinstance(size, Tensor) else size
 
 
 def refine(steps: Sequence[float], start: Tensor | None, end: Tensor | None, parts: int) -> RefinedGrid:

@@ -166,7 +166,12 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
         values = {
             label: [[(r["nfe"], scale * r[what]) for r in models] for models in own] for label, own in by_label.items()
         }
-        plots.trade_off(axis, values, y=y, title=f"{what} against evaluations", log=what == "loss")
+        title = f"{what} against evaluations"
+        plots.trade_off(axis, values, y=y, title=title, log=what == "loss", legend=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", fontsize=6, ncols=2
+    )  # one for both, beside what is drawn
     store.console.print(f"What it looks like: {plots.save(figure, path, small=True)}", highlight=False)
 
 

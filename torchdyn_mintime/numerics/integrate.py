@@ -81,7 +81,7 @@ class Grid:
         return torch.cat([*(t.to(plain) for t in head), plain, *(t.to(plain) for t in tail)])
 
     def size(self, i: int) -> float | Tensor:
-        """Returns the i-th step: a number, or a tensor of float64 where it carries a gradient."""
+        """Returns the size of the i-th step: a number, or a tensor where it carries a gradient."""
         a: float | Tensor = self.nodes[i]
         b: float | Tensor = self.nodes[i + 1]
         # In float64, so that a step has the same size with and without a gradient.
@@ -246,7 +246,8 @@ def _stage_times(f: VectorField, grid: Grid, stepper: Stepper, x: Tensor) -> lis
     n, c = len(grid.nodes) - 1, stepper.nodes
     if not (getattr(f, "timed", True) or stepper.timed):
         return [(None,) * len(c)] * n
-    left, size = [grid.left(i) for i in range(n)], [grid.size(i) for i in range(n)]
+    left, sizes = [grid.left(i) for i in range(n)], [grid.size(i) for i in range(n)]
+    size = [dt.double() if isinstance(dt, Tensor) else dt for dt in sizes]  # the sum is rounded once
     numbers = not isinstance(c[0], Tensor)
     plain = [i for i in range(n) if numbers and isinstance(left[i], float) and isinstance(size[i], float)]
     flat = [left[i] + cj * size[i] for i in plain for cj in c]
