@@ -193,6 +193,7 @@ def test_an_adaptive_solve_in_many_pieces_says_so_once(solver, way):
     [
         (lambda: make(linspace(0, 1, 2), solver="dopri5"), 21),  # few pieces
         (lambda: make(linspace(0, 1, 101), solver="rk4"), 101),  # its own steps
+        (lambda: make(linspace(0, 1, 101), solver="tsit5"), 101),  # those of the template
     ],
 )
 def test_few_pieces_and_fixed_steps_are_not_worth_a_warning(span, points):

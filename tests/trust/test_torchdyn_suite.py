@@ -162,6 +162,7 @@ def test_the_gradient_of_an_oscillator_by_the_adjoints(sensitivity, solver):
 
 @double
 @pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+@pytest.mark.filterwarnings("ignore:the .* times asked for have cut")  # torchdyn asks for them all
 def test_an_integral_loss_by_the_adjoints_and_by_a_column(sensitivity):
     """The gradient that an adjoint adds of a running cost is that of the cost as a column of the state."""
 
@@ -243,6 +244,7 @@ def test_an_augmenting_layer_is_trained_through_the_span():
 
 @double
 @pytest.mark.parametrize("solver", ["euler", "rk4", "tsit5"])
+@pytest.mark.filterwarnings("ignore:the .* times asked for have cut")  # torchdyn asks for them all
 def test_a_trajectory_on_a_finer_span_than_was_trained_on(solver):
     """The quickstart: two points to train, a hundred to draw; then the field on a grid of states."""
     few, many = torch.linspace(0, 1, 2), torch.linspace(0, 1, 100)

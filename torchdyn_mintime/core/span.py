@@ -230,11 +230,11 @@ class LearnableSpan(LearnableInterval):
             where = " (t_f = {:.6g}, bounds {:.6g} to {:.6g})".format(self.t_f.item(), *self.bounds)
             error.args = (f"{error.args[0]}{where}", *error.args[1:])
             raise
+        self._warn_of_pieces(last)
         # A look in eval mode does not decide what is to be learned, and a call that fails does not either.
         if plan.settles is not None and self.training and isinstance(self.t_f, nn.Parameter):
             self._settle(plan)
         self.last = last.light()
-        self._warn_of_pieces(last)
         if (
             self._steps_seen is not None
             and self.training
@@ -245,9 +245,9 @@ class LearnableSpan(LearnableInterval):
         return last
 
     def _warn_of_pieces(self, last: LastSolve) -> None:
-        """Says once where the times asked for, and not the tolerance, decide the steps of an adaptive solver."""
+        """Says once where the times that a call asks for, and not the tolerance, decide the steps of an adaptive solver."""
         pieces, steps = len(last.grid.nodes) - 1, len(last.steps) - 1
-        lands = self.adaptive and self.interpolator is None
+        lands = self.adaptive and self.interpolator is None and pieces >= len(self.interval.template)  # not its points
         if not lands or pieces < MANY_PIECES or steps >= 2 * pieces or "pieces" in self._said:
             return
         self._said.add("pieces")
