@@ -10,7 +10,7 @@
 #   make bench    the cost beside a plain NeuralODE and a plain loop
 #   make gpu      the same and more on a GPU, in eight minutes       make gpu ARGS="--tiny" rehearses on the CPU
 #   make upstream the patches for torchdyn, tried on a copy of it: a table of its faults, without and with them
-#   make span-patch  the learnable span and solver as a patch of torchdyn: torchdyn-span.patch
+#   make span-patch  the learnable span and solver as a patch of torchdyn: torchdyn-span.patch; both need git
 #   make release  sdist and wheel in dist/, each tried in a new environment; nothing is uploaded
 #   make clean    removes caches and built pages      make distclean   the environment too
 #

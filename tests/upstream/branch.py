@@ -105,7 +105,10 @@ def build_plugin(folder: Path) -> int:
 
 def difference(before: Path, after: Path) -> str:
     """Returns the patch from one folder to the one beside it, as `git apply` takes it."""
-    command = ["git", "diff", "--no-index", "--no-color", before.name, after.name]
+    # Whatever the user has set for git: it must read as `git apply` does without settings.
+    prefixes = ["--src-prefix=a/", "--dst-prefix=b/"]
+    options = ["--no-index", "--no-color", "--no-ext-diff", "--no-renames", *prefixes]
+    command = ["git", "diff", *options, before.name, after.name]
     done = subprocess.run(command, cwd=before.parent, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # 1: they differ
         raise RuntimeError(done.stderr)

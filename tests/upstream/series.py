@@ -11,6 +11,7 @@ The command ends with an error if a patch does not apply, mends nothing, or brea
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -199,7 +200,10 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        good = show_patches(root, console)
+        try:
+            good = show_patches(root, console)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"A patch does not apply to torchdyn {importlib.metadata.version('torchdyn')}:\n{error.stderr}")
         good &= show_faults(fault_halves(None), fault_halves(root / "together"), console)
         good &= show_plugin(root, console)
         good &= show_own_suite(root, console)
