@@ -86,10 +86,10 @@ def test_annuli_needs_at_most_two_evaluations_and_every_depth_of_the_front_is_tr
                 assert model.nfe == trial.evaluations
                 with exact_solves(model):
                     assert criterion(model(x), (x, y)) <= 0.02
-            # The reference of the search is solved in float64 at 1e-7, the states of the model are of float32.
+            # The search is sure of its figure to 1e-4 and holds that against the model; its states are of float32.
             assert independent_error(model, x) <= 0.1 + 1e-5
         errors = [solver_error(model, x) for x in (batch[0], kept[0])]
-        assert max(errors) == pytest.approx(trial.solver_error, rel=1e-3)
+        assert max(errors) == pytest.approx(trial.solver_error, abs=1e-4)
         assert model.t_f.requires_grad
     assert all(torch.equal(value, span.state_dict()[name]) for name, value in own.items())
     span(batch[0])

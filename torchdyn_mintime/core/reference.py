@@ -5,6 +5,7 @@ The solver error of a model is rms(z(t_f) - z*(t_f)) / rms(z*(t_f) - z(t0)), z* 
 would buy any error relative to the state.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,32 +59,52 @@ def position(span: LearnableSpan, state: Tensor) -> Tensor:
     return state.chunk(2, -1)[0] if isinstance(span.stepper, AsynchronousLeapfrog) else state
 
 
-def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE) -> Tensor:
-    """Returns the end of the last forward's interval, solved anew in float64 at ``tolerance``."""
-    last = last_solve(span)
-    with untraced(last.bound):
-        return reference_solution(last.bound, position(span, last.x), [last.steps[0], last.steps[-1]], tolerance)[-1]
+def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE, share: float = 0.0) -> Tensor:
+    """Returns the end of the last forward's interval, solved anew in float64.
 
-
-def reference_states(span: LearnableSpan, t_eval: Tensor, tolerance: float = TOLERANCE) -> Tensor:
-    """Returns the ODE's own solution at the times ``t_eval`` of the last forward, ``[points, *x.shape]``, in float64.
-
-    In the order of ``t_eval``, whatever it is; without the velocity of alf.
+    Args:
+        span: the span.
+        tolerance: absolute and relative.
+        share: the absolute tolerance is this share of how far the steps went, rms(z(t_f) - z(t0)), where that is more.
     """
     last = last_solve(span)
+    ends, atol = [last.steps[0], last.steps[-1]], _absolute(span, tolerance, share)
+    with untraced(last.bound):
+        return reference_solution(last.bound, position(span, last.x), ends, tolerance, atol)[-1]
+
+
+def _absolute(span: LearnableSpan, tolerance: float, share: float) -> float:
+    """Returns the absolute tolerance of a reference solve. An offset of the state does not change it."""
+    if not share:
+        return tolerance
+    went = float(rms((end_by_steps(span) - position(span, last_solve(span).x)).detach().double()))
+    return max(tolerance, share * went) if math.isfinite(went) else tolerance
+
+
+def reference_states(span: LearnableSpan, t_eval: Tensor, tolerance: float = TOLERANCE, share: float = 0.0) -> Tensor:
+    """Returns the ODE's own solution at the times ``t_eval`` of the last forward, ``[points, *x.shape]``, in float64.
+
+    In the order of ``t_eval``, whatever it is; without the velocity of alf. The tolerances are those of :func:`reference_end`.
+    """
+    last = last_solve(span)
+    atol = _absolute(span, tolerance, share)
     first, end = last.steps[0], last.steps[-1]
     asked = t_eval.tolist()
     later = sorted({t for t in asked if (t - first) * (end - first) > 0}, reverse=end < first)
     start = position(span, last.x)
     with untraced(last.bound):
-        path = reference_solution(last.bound, start, [first, *later], tolerance) if later else start.double()[None]
+        path = (
+            reference_solution(last.bound, start, [first, *later], tolerance, atol) if later else start.double()[None]
+        )
     row = {t: i for i, t in enumerate(later, 1)}
     return path[[row.get(t, 0) for t in asked]]
 
 
-def relative_error(span: LearnableSpan, tolerance: float = TOLERANCE, relative_to: str = "displacement") -> float:
-    """Returns the solver error of the last forward (see :func:`solver_error`); ``tolerance`` is that of z*."""
-    exact = reference_end(span, tolerance)
+def relative_error(
+    span: LearnableSpan, tolerance: float = TOLERANCE, relative_to: str = "displacement", share: float = 0.0
+) -> float:
+    """Returns the solver error of the last forward (see :func:`solver_error`), with the tolerances of :func:`reference_end`."""
+    exact = reference_end(span, tolerance, share)
     scale = exact - position(span, last_solve(span).x).double() if relative_to == "displacement" else exact
     return float(rms(end_by_steps(span).double() - exact) / rms(scale).clamp_min(torch.finfo(torch.float64).tiny))
 
@@ -102,11 +123,16 @@ def rk4_solution(last: LastSolve, steps: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def reference_solution(bound: BoundField, x: Tensor, times: list[float], tolerance: float = TOLERANCE) -> Tensor:
-    """Returns z at ``times`` from z(times[0]) = x, in float64, ``[len(times), *x.shape]``; to be called inside ``untraced``."""
+def reference_solution(
+    bound: BoundField, x: Tensor, times: list[float], tolerance: float = TOLERANCE, atol: float | None = None
+) -> Tensor:
+    """Returns z at ``times`` from z(times[0]) = x, in float64, ``[len(times), *x.shape]``; to be called inside ``untraced``.
+
+    The absolute tolerance is ``atol``, if given.
+    """
     z, method = x.detach().double(), _DOPRI5
     with in_float64(bound, x, times[0]) as field:
-        return integrate(field, z, Grid(times), method, atol=tolerance, rtol=tolerance).states
+        return integrate(field, z, Grid(times), method, atol=tolerance if atol is None else atol, rtol=tolerance).states
 
 
 @contextmanager
@@ -192,12 +218,15 @@ def ending(call: Call, end: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def exact_solves(model: nn.Module, tolerance: float = TOLERANCE) -> Iterator[None]:
-    """Gives, as the states that calls of the spans of ``model`` return, the ODE's own solution at ``tolerance``."""
+def exact_solves(model: nn.Module, tolerance: float = TOLERANCE, share: float = 0.0) -> Iterator[None]:
+    """Gives, as the states that calls of the spans of ``model`` return, the ODE's own solution.
+
+    The tolerances are those of :func:`reference_end`.
+    """
 
     def solve(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         t_eval, sol = call()
-        exact = reference_states(span, t_eval, tolerance).to(sol)
+        exact = reference_states(span, t_eval, tolerance, share).to(sol)
         if isinstance(span.stepper, AsynchronousLeapfrog):  # whose state is [z, v]
             exact = torch.cat([exact, sol.chunk(2, -1)[1]], -1)
         return t_eval, exact
