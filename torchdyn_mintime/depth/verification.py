@@ -29,7 +29,7 @@ __all__ = ["Look", "Verification", "verify"]
 
 SHARE = 1e-4
 """The absolute tolerance of the exact solves is this share of ``solver_tol``, relative to the displacement. A field with
-kinks, as one with ReLU, takes five times the evaluations at 1e-7, for the same four digits."""
+kinks, as one with ReLU, takes several times the evaluations at 1e-7."""
 LOOSEST = 1e-5
 """Of that share of ``solver_tol``, at most."""
 UNSURE = 10.0
