@@ -225,6 +225,7 @@ def test_trim_leaves_a_model_that_needs_all_it_has():
         ({"model": nn.Linear(2, 2)}, ValueError, "Linear has no LearnableSpan; wrap it first"),
         ({"batches": 3}, TypeError, "batches must be a list, .* got int"),
         ({"batches": ONES}, TypeError, r"batches must be a list, .* pass \[x\] for one"),
+        ({"batches": (ONES, ONES)}, TypeError, r"got a tuple of 2 tensors: pass \[\(x, y\)\] for one batch"),
         ({"batches": []}, ValueError, "batches is empty"),
         ({"batches": [ONES[:0]]}, ValueError, r"must have rows, .* got x of the shape \(0, 2\)"),
         ({"batches": [torch.tensor(1.0)]}, ValueError, r"must have rows, .* got x of the shape \(\)"),

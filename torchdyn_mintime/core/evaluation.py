@@ -39,11 +39,16 @@ def as_batches(batches: Any) -> list[tuple[Tensor, ...]]:
 
     Raises:
         ValueError: there is none.
-        TypeError: one of them does not begin with a tensor, or ``batches`` is a tensor itself.
+        TypeError: one of them does not begin with a tensor, or ``batches`` is a tensor itself, or a tuple of tensors.
     """
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be a list, or a loader, of x or (x, *target); got {type(batches).__name__}: pass [x] for one"
+        )
+    if isinstance(batches, tuple) and len(batches) > 1 and all(isinstance(part, Tensor) for part in batches):
+        raise TypeError(
+            f"batches must be a list, or a loader, of x or (x, *target); got a tuple of {len(batches)} tensors: "
+            "pass [(x, y)] for one batch, or a list of tensors for several batches of x alone"
         )
     found = []
     for batch in batches:
