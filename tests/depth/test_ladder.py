@@ -44,8 +44,8 @@ FIRST = ["4 x rk4", "2 x rk4"]
         (6, ["learned-4", "learned-6", "learned-5"]),
         (7, ["learned-4", "learned-6"]),
         (8, ["learned-4", "learned-6"]),
-        (9, ["3 x rk4"]),
-        (13, ["3 x rk4"]),
+        (9, ["learned-4", "learned-6", "3 x rk4"]),
+        (13, ["learned-4", "learned-6", "3 x rk4"]),
     ],
 )
 def test_down_the_main_way_and_between_a_pass_and_a_failure_after_it(need, below):
@@ -53,9 +53,25 @@ def test_down_the_main_way_and_between_a_pass_and_a_failure_after_it(need, below
     assert labels("learned-2", need) == FIRST + below  # a span that has a learned solver is searched like any other
 
 
+def test_learned_solvers_are_tried_where_steps_of_a_stock_solver_failed():
+    def tried(passes):
+        return [t.label for t in search(["rk4"], lambda depths: passes(depths[0]))]
+
+    way = [*FIRST, "learned-4", "learned-3", "learned-2", "1 x euler"]
+    assert tried(lambda depth: depth.stages or depth.evaluations > 8) == way
+    assert tried(lambda depth: depth.stages == 6 or depth.evaluations > 12) == [
+        *FIRST,
+        "learned-4",
+        "learned-6",
+        "learned-5",
+    ]
+
+
 def test_up_by_twice_the_steps_until_it_passes():
-    assert labels("rk4", 17) == labels("rk4", 32) == ["4 x rk4", "8 x rk4"]
-    assert labels("rk4", 100) == ["4 x rk4", "8 x rk4", "16 x rk4", "32 x rk4"]
+    learned = ["learned-4", "learned-6"]  # what four steps of rk4 failed at may not be too few for these
+    assert labels("rk4", 17) == labels("rk4", 32) == ["4 x rk4", "8 x rk4", *learned]
+    assert labels("rk4", 100) == ["4 x rk4", "8 x rk4", "16 x rk4", "32 x rk4", *learned]
+    assert labels("rk4", 17, allowed=[]) == ["4 x rk4", "8 x rk4"]
     assert labels("rk4", math.inf) == ["4 x rk4", "8 x rk4", "16 x rk4", "32 x rk4", "64 x rk4"]
     assert labels("rk4", math.inf, max_steps=15) == ["4 x rk4", "8 x rk4"]
     assert labels("rk4", math.inf, max_steps=8) == ["4 x rk4", "8 x rk4"]

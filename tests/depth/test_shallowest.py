@@ -892,7 +892,7 @@ def test_on_the_way_down_nothing_begins_again_and_no_rate_is_raised(script):
     """What was found is learned already: a stall lowers the rate once, far from the bounds, and then the depth ends."""
     one = down(script)
     assert one.run(15.0) == 22 + 21 and one.restarts == 0
-    assert not one.search.trials[1].passed and one.label == "3 x rk4"
+    assert not one.search.trials[1].passed and one.label == "learned-4"
     assert one.rate == 1.0  # as the depth before it began
 
 

@@ -2,7 +2,8 @@
 
 The search goes down. The first depth solves nearly any field well. If its solver error is too large, the search goes on with
 twice the steps. After the first depth that passed, each trial has fewer evaluations than the best one so far. It follows the
-main way first. After a failure it lies between the fewest evaluations that passed and the most that failed.
+main way first. After a failure it lies between the fewest evaluations that passed and the most that failed. Where a stock
+solver failed, learned ones of fewer evaluations are tried first.
 
 Several spans go down together until that fails, and then one after the other.
 """
@@ -114,14 +115,25 @@ def next_depths(
 
 
 def _below(present: Depth, candidates: Sequence[Depth], failed: Collection[Depth]) -> Depth | None:
-    """Returns the next depth below the present one: on the main way, or in the middle of what lies above a failure."""
-    most = max((depth.evaluations for depth in failed), default=-1)
-    between = [depth for depth in candidates if most < depth.evaluations < present.evaluations]
+    """Returns the next depth below the present one: on the main way, or in the middle of what may lie above a failure.
+
+    What a LearnableSolver failed at is too few evaluations for all. What a stock solver failed at is not for learned ones.
+    """
+    below = [depth for depth in failed if depth.evaluations < present.evaluations]
+    most = max((depth.evaluations for depth in below), default=-1)
+    most_learned = max((depth.evaluations for depth in below if depth.stages), default=-1)
+    between = [
+        depth
+        for depth in candidates
+        if (most_learned if depth.stages else most) < depth.evaluations < present.evaluations
+    ]
     if not between:
         return None
-    if not failed:
+    if not below:
         return next((depth for depth in between if _on_main_way(depth)), between[0])
-    return between[(len(between) - 1) // 2]
+    learned = [depth for depth in between if depth.stages]
+    among = learned if most > most_learned and learned else between
+    return among[(len(among) - 1) // 2]
 
 
 def _differing(one: Sequence[Depth], other: Sequence[Depth]) -> int:
