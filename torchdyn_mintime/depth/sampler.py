@@ -60,7 +60,8 @@ def compress_sampler(
     """Returns a copy of a trained sampler that takes fewer evaluations of its field to the same ends. The model itself stays.
 
     :func:`~torchdyn_mintime.fit_solver` leaves the field as it is, and needs some seconds; here the field is trained too, for
-    some minutes, and fewer evaluations are enough. A quarter of the states is held out, and each depth must pass on it.
+    some minutes. Fewer evaluations are then often enough; at a small ``tol`` they may be more. A quarter of the states is held
+    out, and each depth must pass on it.
 
     Args:
         model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part. The interval is
