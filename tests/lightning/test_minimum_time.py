@@ -421,9 +421,9 @@ def test_a_checkpoint_says_how_to_load_it_into_a_module_that_is_not_wrapped(tmp_
     run = trainer(1, MinimumTime(weight=WEIGHT))
     run.fit(learner, batches(), batches(1))
     run.save_checkpoint(path)
-    with pytest.raises(RuntimeError, match="before loading, `from torchdyn_mintime import wrap; wrap.module"):
+    with pytest.raises(RuntimeError, match="make the module, `from torchdyn_mintime import wrap; wrap.module"):
         Validated.load_from_checkpoint(path, weights_only=True)
-    with pytest.raises(RuntimeError, match="before loading"):
+    with pytest.raises(RuntimeError, match="then load this state_dict"):
         trainer(1).validate(Validated(), batches(2), ckpt_path=path, verbose=False, weights_only=True)
     # As it says, or with the callback: and the same again, since the wrapped module needs no hint.
     by_hand = tm.wrap(Validated())
