@@ -481,8 +481,8 @@ class LearnableSpan(LearnableInterval):
             k for k, v in own.items() if "." not in k[len(prefix) :] and v is not None and not isinstance(v, Tensor)
         ]
         own.update({k: torch.clone(own[k]) for k in lazy})
-        if state_dict.pop(prefix + LOAD_HINT, None) is not None:  # this module needs no hint
-            del own[prefix + LOAD_HINT]
+        for key in [k for k in own if k.startswith(prefix + "(")]:  # this module needs no hint, in whatever words
+            del own[key], state_dict[key]
         extra = {k: own.pop(prefix + k, None) for k in ("template", "bounds", "filled", "pinned", "solver")}
         if prefix + "t_f" not in own:  # a checkpoint of the bare model says nothing of times
             own.update({prefix + "t_f": self.t_f, prefix + "t0": self.t0})
