@@ -3,7 +3,6 @@
 import gzip
 import io
 import lzma
-import math
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -77,9 +76,9 @@ def compare_trainings(part: Row, folder: Path, device: torch.device, seconds: fl
     vanilla = Classifier(x.shape[1], width, steps).to(device)
     curve = train(vanilla, draw, seconds)
     spent, loss = curve[-1]
-    when = next((when for when, value in path if value <= loss), math.nan)
-    saved = f"{when:.1f} s instead of {spent:.1f} s, {1 - when / spent:.0%} saved"
-    part["notes"].append(f"the search reaches vanilla's last training loss after {saved}")
+    when = next((when for when, value in path if value <= loss), None)
+    saved = "" if when is None else f" after {when:.1f} s instead of {spent:.1f} s, {1 - when / spent:.0%} saved"
+    part["notes"].append(f"the search {'reaches' if saved else 'does not reach'} vanilla's last training loss{saved}")
     add(f"vanilla, step {1 / steps:g}", tm.wrap(vanilla).to(device), curve, seconds=spent, loss=loss)
 
 
