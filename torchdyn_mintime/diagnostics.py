@@ -42,6 +42,7 @@ from torchdyn_mintime.core import (
     untraced,
 )
 from torchdyn_mintime.numerics import AsynchronousLeapfrog, Grid, integrate, with_running_cost
+from torchdyn_mintime.numerics.step_control import rms
 
 __all__ = [
     "Hamiltonian",
@@ -436,7 +437,7 @@ def turnpike(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None, 
         with untraced(last.bound):
             states = reference_solution(last.bound, start, times)
             speeds = [
-                last.bound.function(start.new_tensor(t), z.to(start)).double().square().mean().sqrt()
+                rms(last.bound.function(start.new_tensor(t), z.to(start)).double())
                 for t, z in zip(times, states, strict=True)
             ]
     return Turnpike(torch.tensor(times, dtype=torch.float64), torch.stack(speeds))

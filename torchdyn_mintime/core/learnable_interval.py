@@ -235,7 +235,9 @@ class LearnableInterval(nn.Module):
             if is_ != value:
                 tensor.fill_(value)
                 written = True
-                self._warn_once(name, value)
+                if self._first_time(f"{name} {value:.9g}"):
+                    text = "%s was clipped to its bound %.6g (bounds of t_f: %.6g, %.6g)"
+                    _log.warning(text, name, value, *self.bounds)
         return written
 
     def _clipped(self, interval: Interval, t0: float, t_f: float) -> tuple[float, float]:
@@ -246,11 +248,12 @@ class LearnableInterval(nn.Module):
             )
         return interval.clipped(t0, t_f, self.t_f.dtype, self.learn_t0)
 
-    def _warn_once(self, name: str, value: float) -> None:
-        key = f"{name} {value:.9g}"
-        if key not in self._said:
-            self._said.add(key)
-            _log.warning("%s was clipped to its bound %.6g (bounds of t_f: %.6g, %.6g)", name, value, *self.bounds)
+    def _first_time(self, what: str) -> bool:
+        """Returns whether this was not said before; what is said once is remembered."""
+        if what in self._said:
+            return False
+        self._said.add(what)
+        return True
 
     def _times(
         self, interval: Interval | None = None, ends: tuple[float, float] | None = None
@@ -423,8 +426,7 @@ class LearnableInterval(nn.Module):
         near = 1e-3 * interval.length  # the template of an average comes to within a little of the model's
         early = span[0] < min(template[0], nodes[0]) - near
         late = span[-1] > max(template[-1], nodes[-1]) + near
-        if (early or late) and "span" not in self._said:
-            self._said.add("span")
+        if (early or late) and self._first_time("span"):
             warnings.warn(
                 f"the span passed, from {span[0]:g} to {span[-1]:g}, reaches beyond the template's, from {template[0]:g} to "
                 f"{template[-1]:g}: it was cut to [{nodes[0]:g}, {nodes[-1]:g}], the learned interval. For a longer one set "

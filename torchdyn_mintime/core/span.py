@@ -248,15 +248,13 @@ class LearnableSpan(LearnableInterval):
         """Says once where the times that a call asks for, and not the tolerance, decide the steps of an adaptive solver."""
         pieces, steps = len(last.grid.nodes) - 1, len(last.steps) - 1
         lands = self.adaptive and self.interpolator is None and pieces >= len(self.interval.template)  # not its points
-        if not lands or pieces < MANY_PIECES or steps >= 2 * pieces or "pieces" in self._said:
-            return
-        self._said.add("pieces")
-        warnings.warn(
-            f"the {pieces + 1} times asked for have cut the solve by {self.stepper.name} into pieces: it lands on each, in "
-            f"{steps} steps and {last.bound.nfe} evaluations. With dense=True it takes the steps that its tolerance needs, and "
-            "gives the states between by interpolation",
-            stacklevel=6,  # past forward and what torch calls it by
-        )
+        if lands and pieces >= MANY_PIECES and steps < 2 * pieces and self._first_time("pieces"):
+            warnings.warn(
+                f"the {pieces + 1} times asked for have cut the solve by {self.stepper.name} into pieces: it lands on each, in "
+                f"{steps} steps and {last.bound.nfe} evaluations. With dense=True it takes the steps that its tolerance needs, "
+                "and gives the states between by interpolation",
+                stacklevel=6,  # past forward and what torch calls it by
+            )
 
     @torch.no_grad()
     def solve_again(self) -> None:

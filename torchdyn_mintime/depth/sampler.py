@@ -32,6 +32,7 @@ from torchdyn_mintime.depth.solver_fit import (
     log_density_column,
 )
 from torchdyn_mintime.depth.trials import Depth, Verdict
+from torchdyn_mintime.numerics.step_control import rms
 
 __all__ = ["compress_sampler"]
 
@@ -108,12 +109,13 @@ def compress_sampler(
     x0 = x0.detach()
     exact = _ends(model, x0, args)
     order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0)).to(x0.device)
-    held, fitted = order.split([max(1, len(x0) // HELD_OUT), len(x0) - max(1, len(x0) // HELD_OUT)])
+    kept = max(1, len(x0) // HELD_OUT)
+    held, fitted = order[:kept], order[kept:]
     span = _copy(model, _pairs(x0, args, exact, fitted[:FITTED], FITTED)[0])
     scale = displacement(exact - x0, log_density_column(span.node))
 
     def off(out: Any, batch: Any) -> Tensor:
-        return ((of_output(span, out) - batch[1]) / scale).square().mean().sqrt()
+        return rms((of_output(span, out) - batch[1]) / scale)
 
     batches = _pairs(x0, args, exact, fitted)
     search.first = Depth(span.stepper.name, 1)

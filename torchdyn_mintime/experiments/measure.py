@@ -17,6 +17,7 @@ from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn_mintime import LearnableSpan
 from torchdyn_mintime.experiments import datasets, models
 from torchdyn_mintime.experiments.results import Line, Report, cell, factors
+from torchdyn_mintime.numerics.step_control import rms
 
 __all__ = [
     "CHUNK",
@@ -149,7 +150,7 @@ def solver_errors(model: models.Model, x: Tensor, solver: str, steps: Sequence[i
     for count in steps:
         points = torch.linspace(float(model.t_span[0]), model.t_f, count + 1, dtype=torch.float64)
         own = forward(_solved(model, points, solver=solver), x.double())
-        found[own.nfe] = _rms(own.end - reference.end) / _rms(reference.end - reference.start)
+        found[own.nfe] = _relative_error(own, reference)
     return found
 
 
@@ -177,7 +178,7 @@ def judge_classifier(model: models.Model, data: datasets.Data, figures: dict[str
     reference = forward(exact(model), data.x_test.double())
     figures["reference_loss"], figures["reference_accuracy"] = scores(reference.output, data.y_test)
     figures["changed"] = (test.output.argmax(1) != reference.output.argmax(1)).double().mean().item()
-    figures["error"] = _rms(test.end - reference.end) / _rms(reference.end - reference.start) if test.steps else 0.0
+    figures["error"] = _relative_error(test, reference) if test.steps else 0.0
     figures.update(robust_accuracy(model, data))
 
 
@@ -199,8 +200,9 @@ def robust_accuracy(model: models.Model, data: datasets.Data) -> dict[str, float
     return {**found, "attacked": scores(forward(model, torch.cat(moved)).output, y)[1]}
 
 
-def _rms(z: Tensor) -> float:
-    return z.double().square().mean().sqrt().item()
+def _relative_error(own: Pass, reference: Pass) -> float:
+    """Returns the solver error of a pass over the displacement, the reference being in float64."""
+    return float(rms(own.end - reference.end) / rms(reference.end - reference.start))
 
 
 def judge_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torchdyn.core import NeuralODE
 from torchdyn_mintime import LearnableSpan, compress_sampler, fit_solver, plots
 from torchdyn_mintime.experiments import UsageError, names
 from torchdyn_mintime.experiments.datasets import seeded
-from torchdyn_mintime.experiments.results import frame_of, print_table, write
+from torchdyn_mintime.experiments.results import frame_of, markdown, print_table, write
 from torchdyn_mintime.experiments.store import Store
 
 __all__ = ["Velocity", "distance", "eight_gaussians", "exact_ends", "matched", "moons", "run"]
@@ -207,9 +207,7 @@ def _print(found: Any, output: Path, store: Store) -> None:
         "Medians over seeds."
     )
     print_table(cells, names.SAMPLER_TASKS["sampler-moons"], caption, store.console)
-    lines = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
-    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    write(found, [text, caption], output, "run-sampler-moons", store.console)
+    write(found, [markdown(cells), caption], output, "run-sampler-moons", store.console)
 
 
 def _draw(shown: dict[tuple[str, int], Tensor], path: Path) -> Path:
