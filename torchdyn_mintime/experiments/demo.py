@@ -124,7 +124,8 @@ def _draw(plans: Mapping[Row, Plan], store: Store, path: Path) -> Path:
     upper = [labels[row] for row in (VANILLA, MINIMUM_TIME, SEARCH_TWIN, SEARCH)]
     panels = [shown[label] for label in upper]
     for axis, label, one in zip(axes, upper, panels, strict=False):
-        plots.trajectories(axis, _exact_path(one), one.y, ends=one.sol[-1], title=f"{label} evaluations a solve")
+        title = f"{label} evaluation{'' if one.result['nfe'] == 1 else 's'} a solve"
+        plots.trajectories(axis, _exact_path(one), one.y, ends=one.sol[-1], title=title)
     if panels[0].sol.shape[2] <= 3:  # of more dimensions each panel has directions of its own
         _same_limits(axes[:4], [state for one in panels for state in (one.sol[0], one.sol[-1])])
     own = {label: (one.result["nfe"], one.losses[-1].mean().item()) for label, one in shown.items()}
