@@ -63,7 +63,7 @@ class Stage:
         mean_loss: of about as many iterations as there are batches.
         reference: steps of rk4 in the solution that the steps are compared with.
         failed_looks: at the exact solution, in a row.
-        short: whether the steps are what is short: the solver error is further from its bound than the loss is.
+        short: whether the steps are too few: the solver error is further from its bound than the loss is from its target.
         budget: forward evaluations of the field, after which the depth is given up.
         path: the share of the budget that was spent, and ``best``, at every tenth iteration.
     """
