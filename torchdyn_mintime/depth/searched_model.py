@@ -370,6 +370,8 @@ class SearchedModel:
             finally:
                 solver.free.grad = None
             self.spent += last.bound.nfe - before
+        if not self._shared:  # one that is called twice may run both ways
+            solver.direction = 1 if last.steps[-1] > last.steps[0] else -1
         with torch.no_grad():  # each process has fitted them to its own batch
             self.share_gradients([solver.free])
 
