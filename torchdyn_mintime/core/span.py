@@ -577,13 +577,10 @@ def _refuse_adjoint(solver: nn.Module, node: NeuralODE) -> None:
 
 def _learned_solver(state: Mapping[str, Tensor], prefix: str, present: nn.Module) -> LearnableSolver | None:
     """Returns the solver to put in for the one that a state holds; None where there is none, or the present one fits."""
-    free, settings = (state.get(prefix + name) for name in ("free", "_settings"))
-    if free is None or settings is None:
+    made = LearnableSolver.of_state(state, prefix)
+    if made is None or (isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()):
         return None
-    order, first_node = settings.tolist()
-    made = LearnableSolver(free.shape[-1], order=order, first_node=bool(first_node))
-    same = isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()
-    return None if same else made
+    return made
 
 
 def _method_of(node: Any) -> Method:
