@@ -440,6 +440,18 @@ class BoundField:
         """Whether dropout is active, so that no two evaluations are of one field."""
         return any("Dropout" in kind for kind in self.random_or_stateful())
 
+    def refusal(self, x: Tensor, error: Exception) -> ValueError:
+        """Returns the error to raise where the field did not accept a state, with the columns that it needs."""
+        columns = ["the running cost"] * cost_columns(self.node)
+        columns += ["the log-density"] if any(hasattr(m, "trace_estimator") for m in self.modules) else []
+        wants = (
+            f"; it wants [batch, {len(columns)} + dim], first {' and '.join(columns)}, 0 at the start, then the data"
+        )
+        return ValueError(
+            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}{wants if columns else ''}: "
+            f"{error}"
+        )
+
     def random_or_stateful(self) -> list[str]:
         """Returns the kinds of modules in training mode whose evaluations do not repeat."""
         return sorted({type(m).__name__ for m in self._roles.stateful if m.training})
