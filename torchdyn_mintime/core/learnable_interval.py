@@ -114,13 +114,6 @@ class LearnableInterval(nn.Module):
         """The template and the bounds, a value that never changes; assign another to change them."""
         return self._interval_of_numbers(self._numbers())
 
-    def _interval_of_numbers(self, numbers: list[list]) -> Interval:
-        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
-            bounds, pinned, template = numbers
-            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
-            self._read = numbers
-        return self._interval
-
     @interval.setter
     def interval(self, value: Interval) -> None:
         made = self._as_tensors(value, even=self._template.dim() == 2)
@@ -132,6 +125,13 @@ class LearnableInterval(nn.Module):
                 else:
                     self._buffers[name] = tensor.to(buffer.device)
         self._interval, self._read = value, self._numbers()
+
+    def _interval_of_numbers(self, numbers: list[list]) -> Interval:
+        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
+            bounds, pinned, template = numbers
+            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
+            self._read = numbers
+        return self._interval
 
     @staticmethod
     def _as_tensors(interval: Interval, even: bool) -> dict[str, Tensor]:
