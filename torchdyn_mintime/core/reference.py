@@ -47,13 +47,8 @@ TOLERANCE = 1e-7
 
 
 def end_by_steps(span: LearnableSpan) -> Tensor:
-    """Returns the state at the end of the last forward, without alf's velocity."""
-    last = last_solve(span)
-    state = last.end
-    if not last.reaches_end:
-        with untraced(last.bound):
-            state = integrate(last.bound.function, last.x, Grid(last.steps), span.stepper, adapt=False).states[-1]
-    return position(span, state)
+    """Returns the last state that the last forward gave, without alf's velocity."""
+    return position(span, last_solve(span).end)
 
 
 def position(span: LearnableSpan, state: Tensor) -> Tensor:
@@ -62,7 +57,7 @@ def position(span: LearnableSpan, state: Tensor) -> Tensor:
 
 
 def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE, share: float = 0.0) -> Tensor:
-    """Returns the end of the last forward's interval, solved anew in float64.
+    """Returns the last state that the last forward gave, solved anew in float64.
 
     Args:
         span: the span.
@@ -70,7 +65,7 @@ def reference_end(span: LearnableSpan, tolerance: float = TOLERANCE, share: floa
         share: the absolute tolerance is this share of how far the steps went, rms(z(t_f) - z(t0)), where that is more.
     """
     last = last_solve(span)
-    ends, atol = [last.steps[0], last.steps[-1]], _absolute(span, tolerance, share)
+    ends, atol = [last.seen[0], last.seen[-1]], _absolute(span, tolerance, share)
     with untraced(last.bound):
         return reference_solution(last.bound, position(span, last.x), ends, tolerance, atol)[-1]
 
@@ -282,7 +277,7 @@ def solver_error(model: nn.Module, x: Tensor, tolerance: float = TOLERANCE, rela
 
     The model is called in eval mode. For each of its spans, the state z(t_f) is compared with z*(t_f), the end of a
     solve from the same initial state over the same interval in float64, by dopri5 at ``tolerance``, with the data
-    control and noise of the first solve:
+    control and noise of the first solve (where the model looks at an earlier state alone, that one and its time):
 
         rms(z(t_f) - z*(t_f)) / rms(z*(t_f) - z(t0)),
 

@@ -73,7 +73,8 @@ class SolverFit:
     Attributes:
         node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
             it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
-            two points, descending for ``inverse=True``.
+            two points, descending for ``inverse=True``. torchdyn's own nodes do not pass ``args`` on: where the field takes
+            some, call ``LearnableSpan(fit.node)``, which does.
         evaluations: of the field in a solve.
         error: of the fitted solver, on states held out of the fit.
         others: the same of stock solvers with as many evaluations, by name, where their number divides.
