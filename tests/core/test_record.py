@@ -178,6 +178,12 @@ def test_a_state_that_does_not_fit_is_still_called_so(wrong, sensitivity):
         span_of(sensitivity=sensitivity)(wrong)
 
 
+def test_a_flow_that_is_given_data_alone_is_told_which_columns_it_needs():
+    net = nn.Linear(2, 2, dtype=D)
+    with pytest.raises(ValueError, match=r"wants \[batch, 1 \+ dim\], first the log-density"):
+        span_of(CNF(net))(torch.randn(3, 2, dtype=D))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_flow_in_inference_mode_is_told_to_use_no_grad(solver):
     span = span_of(CNF(nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 2))), solver)

@@ -43,7 +43,7 @@ FEW = 4
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: it is made at every call, and each field would be set the long way
 class LastSolve:
     """What a span remembers of its last forward. It is neither copied nor saved with the span.
 
@@ -195,7 +195,7 @@ class Method:
                     "torch.func's transforms and forward mode pass a span with sensitivity='autograd' and without "
                     f"checkpoints alone; this one has {sensitivity!r}, checkpoint={checkpoint}"
                 ) from error
-            _explain(error, x)
+            _explain(error, bound, x)
             raise
 
         def finished(found: Solution) -> Tensor:
@@ -318,7 +318,7 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
                 name(found.tensors)
 
 
-def _explain(error: RuntimeError, x: Tensor) -> None:
+def _explain(error: RuntimeError, bound: BoundField, x: Tensor) -> None:
     """Raises a clearer error where the field does not accept the state, or cannot be evaluated without autograd."""
     text = str(error)
     if torch.is_inference_mode_enabled() and re.search("does not require grad|requires_grad|[Ii]nference", text):
@@ -329,6 +329,4 @@ def _explain(error: RuntimeError, x: Tensor) -> None:
     if isinstance(error, torch.OutOfMemoryError) or re.search("same device|CUDA error|CUBLAS|CUDNN", text):
         return  # such texts name sizes too
     if re.search(r"shape|size|dimension|channels|mat1 and mat2|same dtype|scalar type|weight type", text):
-        raise ValueError(
-            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
-        ) from error
+        raise bound.refusal(x, error) from error

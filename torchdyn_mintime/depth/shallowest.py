@@ -20,7 +20,6 @@ the loop that puts them together.
 
 import copy
 import functools
-import itertools
 import logging
 import math
 import warnings
@@ -205,6 +204,7 @@ class Shallowest:
         self._searched: SearchedModel | None = None
         self._stage: Stage
         self._looks: Callable[[], Iterable[Look]] | None = None
+        self._held_out_losses: list[float] = []
         self._hardest: Look | None = None  # the batch that failed last is looked at first: most looks end there
         self._unit = math.nan
         self._rates: list[list[float]] = []
@@ -396,9 +396,14 @@ class Shallowest:
             out = model(_input_of(batch))
             return loss(out, batch), _predicted(out, batch)
 
+        def held_out_look(batch: Any) -> tuple[Tensor, Tensor | None]:
+            value, predicted = look(batch)
+            self._held_out_losses.append(float(value))
+            return value, predicted
+
         def looks() -> Iterator[Look]:
-            for batch in itertools.chain(batches, kept or ()):
-                yield functools.partial(look, batch)
+            yield from (functools.partial(look, batch) for batch in batches)
+            yield from (functools.partial(held_out_look, batch) for batch in kept or ())
 
         self.start(model, optimizer)
         try:
@@ -617,6 +622,7 @@ class Shallowest:
         if self.judge is not None and self._judged is not None:
             looks, target = [self.judge], self._judged[1]
         self._looked = True
+        self._held_out_losses.clear()
         one = functools.partial(
             verify,
             searched.model,
@@ -634,6 +640,7 @@ class Shallowest:
             trial.loss = found.loss
         if math.isfinite(found.reference_loss):
             trial.reference_loss = found.reference_loss
+        trial.held_out_loss = max(self._held_out_losses, default=math.inf)
         trial.passed = found.passed
         return found
 

@@ -357,9 +357,7 @@ def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
     try:
         first = bound.function(time, x)
     except RuntimeError as error:
-        raise ValueError(
-            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
-        ) from error
+        raise bound.refusal(x, error) from error
     if first.shape != x.shape:
         raise ValueError(f"the vector field returned the shape {tuple(first.shape)} for states of {tuple(x.shape)}")
     if not torch.equal(first, bound.function(time, x)):
