@@ -122,7 +122,7 @@ def fit_solver(
         inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
             likelihood is wanted. A solver fitted forward is no better than midpoint there, and a LearnableSpan warns. A span
             takes both, each in its direction, after ``forward.node.solver.other = backward.node.solver``; for flows
-            :func:`~torchdyn_mintime.flows.fit_flow` does so.
+            :meth:`FlowModel.fit_solvers <torchdyn_mintime.flows.FlowModel.fit_solvers>` does so.
         args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
         log_density: which column of the state is a log-density, whose error has a size of its own. Default: the first one of
             the rates of torchdyn's ``CNF``, and none of other fields.
