@@ -270,12 +270,13 @@ def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
 
 
 def with_solver(node: NeuralODE, solver: nn.Module, t_span: Tensor) -> NeuralODE:
-    """Returns a node over the field of ``node`` itself, solved over ``t_span`` by another solver, under autograd."""
+    """Returns a node over the field of ``node`` itself, solved over ``t_span`` by a solver of fixed steps, under autograd."""
     made: Any = copy.copy(node)
     made._modules = dict(node._modules)
     made.solver = made.solver_adjoint = solver
     made.sensitivity = made.sensalg = "autograd"
     made.t_span = t_span
+    made.atol = made.rtol = 1e-3  # torchdyn warns of others where steps are fixed
     return made
 
 
