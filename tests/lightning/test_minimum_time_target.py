@@ -35,6 +35,38 @@ def test_the_target_can_be_held_against_a_logged_metric():
         assert module.potential(span(data[0])[1][-1], data[1]).mean().item() <= 0.1
 
 
+class Validated(Learner):
+    """Logs the loss of the validation, and keeps each with t_f as it was then."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen, self.moved = [], []
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.loss(*batch))
+
+    def on_validation_end(self):
+        self.seen.append((self.model.t_f.item(), self.trainer.callback_metrics["val"].item()))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 0:
+            self.moved.append(self.model.t_f.item())
+
+
+def test_the_target_is_held_against_a_metric_of_the_validation_for_the_model_that_was_validated():
+    torch.manual_seed(0)
+    learner = Validated(make_node(3, 16), torch.linspace(0, 1, 6), lambda p: torch.optim.Adam(p, lr=0.03), classes=2)
+    data, callback = annuli(), MinimumTime(target=0.3, monitor="val")
+    fit = trainer(20, callback, num_sanity_val_steps=1)
+    fit.fit(learner, loader(data, 32, shuffle=True), loader(data, 64))
+    assert set(learner.moved[1:]) == {1.0}  # nothing is known of the metric in the first epoch
+    best = callback.price.best
+    assert (learner.model.t_f.item(), best["loss"]) in learner.seen and best["loss"] <= 0.3
+    assert best["duration"] <= 1.01 * min(t_f for t_f, loss in learner.seen if loss <= 0.3) < 1.0
+    with torch.no_grad():
+        assert learner.loss(*data).item() == pytest.approx(best["loss"], rel=1e-5)
+
+
 def test_the_target_is_met_on_all_the_data_and_not_on_a_lucky_batch():
     torch.manual_seed(0)
     learner = Learner(make_node(3, 32), torch.linspace(0, 1, 6), lambda p: torch.optim.Adam(p, lr=0.01), classes=2)

@@ -112,12 +112,7 @@ class LearnableInterval(nn.Module):
     @property
     def interval(self) -> Interval:
         """The template and the bounds, a value that never changes; assign another to change them."""
-        numbers = self._numbers()
-        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
-            bounds, pinned, template = numbers
-            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
-            self._read = numbers
-        return self._interval
+        return self._interval_of_numbers(self._numbers())
 
     @interval.setter
     def interval(self, value: Interval) -> None:
@@ -131,6 +126,13 @@ class LearnableInterval(nn.Module):
                     self._buffers[name] = tensor.to(buffer.device)
         self._interval, self._read = value, self._numbers()
 
+    def _interval_of_numbers(self, numbers: list[list]) -> Interval:
+        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
+            bounds, pinned, template = numbers
+            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
+            self._read = numbers
+        return self._interval
+
     @staticmethod
     def _as_tensors(interval: Interval, even: bool) -> dict[str, Tensor]:
         template, bounds = interval.numbers(even)
@@ -138,15 +140,32 @@ class LearnableInterval(nn.Module):
         # On the processor, whatever the default device is: they follow the module, not the call.
         return {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in values.items()}
 
-    def _numbers(self) -> list[list]:
-        """Returns the buffers as numbers: bounds, pinned, template."""
+    def _numbers(self, *times: Tensor) -> list[Any]:
+        """Returns the buffers as numbers, bounds, pinned and template, and then the times."""
         buffers = self._buffers  # at every call of a span: torch's way to an attribute is a slow one
-        parts: list[Any] = [buffers["_bounds"], buffers["_pinned"], buffers["_template"]]
-        if not parts[0].is_cpu:  # in one piece: on a GPU each reading waits for all work before it
+        parts: list[Any] = [buffers["_bounds"], buffers["_pinned"], buffers["_template"], *times]
+        if not (
+            parts[0].is_cpu and parts[-1].is_cpu
+        ):  # in one piece: on a GPU each reading waits for all work before it
             sizes, shapes = [part.numel() for part in parts], [part.shape for part in parts]
-            whole = torch.cat([part.flatten() for part in parts]).cpu().split(sizes)
+            there = next(part.device for part in parts if not part.is_cpu)
+            flat = [part.detach().to(there, torch.float64).flatten() for part in parts]
+            whole = torch.cat(flat).cpu().split(sizes)
             parts = [part.view(shape) for part, shape in zip(whole, shapes, strict=True)]
-        return [part.tolist() for part in parts]
+        # What torch.func puts in the place of a time has no list, but a number.
+        return [part.tolist() if part.dim() else part.item() for part in parts]
+
+    def _look(self) -> tuple[Interval, tuple[float, float]]:
+        """Returns the interval, and t0 and t_f as they are, as numbers."""
+        try:
+            *interval, t0, t_f = self._numbers(self.t0, self.t_f)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ValueError(
+                "t0 or t_f is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
+            ) from error
+        return self._interval_of_numbers(interval), (t0, t_f)
 
     @property
     def t_span(self) -> Tensor:
@@ -215,7 +234,7 @@ class LearnableInterval(nn.Module):
     @property
     def duration(self) -> Tensor:
         """The length t_f - t0 of the interval, differentiable; the integral of eq. (13)."""
-        t0, t_f, _, _ = self._times()
+        t0, t_f, _, _ = self._times(*self._look())
         return t_f - t0
 
     @torch.no_grad()
@@ -256,25 +275,24 @@ class LearnableInterval(nn.Module):
         return True
 
     def _times(
-        self, interval: Interval | None = None, ends: tuple[float, float] | None = None
+        self, interval: Interval, now: tuple[float, float], ends: tuple[float, float] | None = None
     ) -> tuple[Tensor, Tensor, float, float]:
         """Returns t0 and t_f as they are to be used now: the parameters, or other values that pass their gradient.
 
-        And both as numbers: on a GPU each reading of a tensor waits for all work before it.
+        And both as numbers.
 
         Args:
-            interval: where t_f may lie; default: the span's own.
+            interval, now: of :meth:`_look`.
             ends: other values; default: those of t0 and t_f, clipped.
         """
         t0: Tensor = self.t0
         t_f: Tensor = self.t_f
-        now = _number(t0, "t0"), _number(t_f, "t_f")
         if ends is not None:
             value = ends
         elif self._is_laid(interval, now, t_f.dtype):
             value = now
         else:
-            value = self._clipped(interval or self.interval, *now)
+            value = self._clipped(interval, *now)
         if value != now:
             if ends is None and self.training and isinstance(t_f, nn.Parameter):
                 self.clip_()
@@ -316,9 +334,10 @@ class LearnableInterval(nn.Module):
         Args:
             t_span, save_at, dense: as they are passed to the span.
         """
-        interval, settles, descending, cut = self.interval, None, False, False
+        interval, now = self._look()
+        settles, descending, cut = None, False, False
         if t_span is None and isinstance(save_at, tuple) and not save_at and interval.settled:
-            return self._plan_of_template(interval)
+            return self._plan_of_template(interval, now)
         span: Sequence[float] | None = None
         ends = None
         asked = _as_numbers(save_at)
@@ -338,7 +357,7 @@ class LearnableInterval(nn.Module):
                 span = None
         elif not interval.settled:
             settles = replace(interval, settled=True)
-        t0, t_f, first, last = self._times(interval, ends)
+        t0, t_f, first, last = self._times(interval, now, ends)
         rounding = resolution(dtype, first, last)
         start: Tensor | None = t0
         end: Tensor | None = t_f
@@ -395,9 +414,9 @@ class LearnableInterval(nn.Module):
         # A span that starts before the template is entered in its steps, not in one long one.
         return interval.nodes(begin, end, not interval.adaptive or self.learn_t0, dtype)
 
-    def _plan_of_template(self, interval: Interval) -> Plan:
+    def _plan_of_template(self, interval: Interval, now: tuple[float, float]) -> Plan:
         """Returns what a call without times of its own is to solve."""
-        t0, t_f, *numbers = self._times(interval)
+        t0, t_f, *numbers = self._times(interval, now)
         ends, dtype = (numbers[0], numbers[1]), t_f.dtype
         if not self._is_laid(interval, ends, dtype):
             nodes = interval.nodes(*ends, self.learn_t0, self.t_f.dtype)
@@ -457,17 +476,6 @@ class LearnableInterval(nn.Module):
             for child in self.children():
                 child._apply(fn)
         return super()._apply(keep_precise, recurse=False)
-
-
-def _number(time: Tensor, name: str) -> float:
-    try:
-        return time.item()
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
-        raise ValueError(
-            f"{name} is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
-        ) from error
 
 
 def _differentiated(time: Tensor) -> bool:

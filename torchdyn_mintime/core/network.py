@@ -220,7 +220,8 @@ class StaticSolve(nn.Module):
         self.integral_loss: Any = copy.deepcopy(node.integral_loss, memo)
         self._order, self._return_t_eval, self._name, self._asked = node.order, node.return_t_eval, name, asked
         if isinstance(stepper, LearnedStepper):
-            self._stepper: Stepper = stepper.as_numbers()
+            taking: Any = stepper.toward(plan.grid.nodes[-1] - plan.grid.nodes[0])
+            self._stepper: Stepper = taking.as_numbers()
         else:
             self.solver: nn.Module = copy.deepcopy(node.solver, memo)  # a hypersolver has parameters
             self._stepper = make_stepper(self.solver)

@@ -76,9 +76,9 @@ class RandomSpan(nn.Module):
         found = require_spans(self.model)
         try:
             for span in found:
-                _, _, t0, t_f = span._times()
+                _, _, t0, t_f = span._times(*span._look())
                 span._end_shift = self._shift(t0, t_f)
-                self.drawn.append(span._times()[3])
+                self.drawn.append(span._times(*span._look())[3])
             yield
         finally:
             for span in found:

@@ -43,7 +43,7 @@ FEW = 4
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: it is made at every call, and each field would be set the long way
 class LastSolve:
     """What a span remembers of its last forward. It is neither copied nor saved with the span.
 

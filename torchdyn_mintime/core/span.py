@@ -210,14 +210,15 @@ class LearnableSpan(LearnableInterval):
             self._series.check(plan, t_span, self.t_f)
         if self._replacement is not None:
             t_eval, sol = self._replacement(self, x, Call(self, x, plan, args))
-            return (t_eval, sol) if self.node.return_t_eval else sol
+            return (t_eval, sol) if self.field.node.return_t_eval else sol
         t_eval, sol = self._returned(self._solve(x, plan, args), plan.rows)
         if self.training and t_span is not None and plan.grid.keep is None:
             sol = self._series.watch(t_eval, sol)
-        return (t_eval, sol) if self.node.return_t_eval else sol
+        return (t_eval, sol) if self.field.node.return_t_eval else sol
 
     def _returned(self, last: LastSolve, rows: list[int] | None) -> tuple[Tensor, Tensor]:
-        times, states = last.grid.times(self.t_f.dtype, self.t_f.device), last.states
+        t_f = self.t_f
+        times, states = last.grid.times(t_f.dtype, t_f.device), last.states
         return (times, states) if rows is None else (times[rows], states[rows])
 
     def _solve(
@@ -246,8 +247,10 @@ class LearnableSpan(LearnableInterval):
 
     def _warn_of_pieces(self, last: LastSolve) -> None:
         """Says once where the times that a call asks for, and not the tolerance, decide the steps of an adaptive solver."""
+        if not self._method.stepper.adaptive:
+            return
         pieces, steps = len(last.grid.nodes) - 1, len(last.steps) - 1
-        lands = self.adaptive and self.interpolator is None and pieces >= len(self.interval.template)  # not its points
+        lands = self.interpolator is None and pieces >= len(self.interval.template)  # not its points
         if lands and pieces >= MANY_PIECES and steps < 2 * pieces and self._first_time("pieces"):
             warnings.warn(
                 f"the {pieces + 1} times asked for have cut the solve by {self.stepper.name} into pieces: it lands on each, in "
@@ -395,19 +398,20 @@ class LearnableSpan(LearnableInterval):
     # -------------------------------------------------------------------------------------------- copies and checkpoints
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "odeint":
-                raise AttributeError(
-                    "a LearnableSpan has no odeint: call the span itself, span(x, t_span), which ends at t_f; span.node.odeint "
-                    "is torchdyn's own solve over the span that is passed"
-                ) from None
-            # A property that raises AttributeError ends up here, where torch's text would replace its reason.
-            found = getattr(type(self), name, None)
-            if isinstance(found, property) and found.fget is not None:
-                return found.fget(self)
-            raise
+        own = self.__dict__
+        for kind in ("_parameters", "_buffers", "_modules"):  # at every call: torch's own way here is as long again
+            if kind in own and name in own[kind]:
+                return own[kind][name]
+        if name == "odeint":
+            raise AttributeError(
+                "a LearnableSpan has no odeint: call the span itself, span(x, t_span), which ends at t_f; span.node.odeint "
+                "is torchdyn's own solve over the span that is passed"
+            )
+        # A property that raises AttributeError ends up here, where torch's text would replace its reason.
+        found = getattr(type(self), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        return super().__getattr__(name)
 
     def release(self) -> None:
         """Lets go of graphs that torchdyn's modules keep of an evaluation."""
@@ -573,13 +577,10 @@ def _refuse_adjoint(solver: nn.Module, node: NeuralODE) -> None:
 
 def _learned_solver(state: Mapping[str, Tensor], prefix: str, present: nn.Module) -> LearnableSolver | None:
     """Returns the solver to put in for the one that a state holds; None where there is none, or the present one fits."""
-    free, settings = (state.get(prefix + name) for name in ("free", "_settings"))
-    if free is None or settings is None:
+    made = LearnableSolver.of_state(state, prefix)
+    if made is None or (isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()):
         return None
-    order, first_node = settings.tolist()
-    made = LearnableSolver(free.shape[-1], order=order, first_node=bool(first_node))
-    same = isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()
-    return None if same else made
+    return made
 
 
 def _method_of(node: Any) -> Method:
