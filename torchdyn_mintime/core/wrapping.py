@@ -388,8 +388,8 @@ def parameter_groups(
         model: a wrapped model.
         lr: learning rate of everything else.
         span_lr: learning rate of the times, in units of time per step for Adam; default ``lr``.
-        solver_lr: learning rate of the coefficients of LearnableSolvers, numbers between -1 and 1 as a rule.
-        weight_decay: of everything else. A decay of t_f would be a price of time that nobody set.
+        solver_lr: learning rate of the coefficients of LearnableSolvers, which are mostly between -1 and 1.
+        weight_decay: decay of everything else. On times it would act as a second price of time.
 
     Returns:
         Two groups, the times last, and a third one where a span has a LearnableSolver; parameters that require no gradient

@@ -57,7 +57,7 @@ class EndError:
         rms: root of the mean square over all entries.
         most: what 95 % of the states stay below, each with its own root of the mean square.
         worst: the largest of the states.
-        log_density: of a flow, the root of the mean square error of its log-density (nats); else None.
+        log_density: for a flow, the root mean square error of its log-density (nats); else None.
     """
 
     rms: float
@@ -74,9 +74,9 @@ class SolverFit:
         node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
             it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
             two points, descending for ``inverse=True``.
-        evaluations: of the field in a solve.
-        error: of the fitted solver, on states held out of the fit.
-        others: the same of stock solvers with as many evaluations, by name, where their number divides.
+        evaluations: how often a solve evaluates the field.
+        error: the error of the fitted solver, on states held out of the fit.
+        others: that of stock solvers with as many evaluations, by name, where their number divides.
     """
 
     node: NeuralODE
@@ -115,7 +115,7 @@ def fit_solver(
     Args:
         model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part.
         x0: initial states ``[n, ...]`` as they will be in use; some 1,000 for states of few dimensions, 100 for images.
-        evaluations: of the field in a solve; with ``tol``, the most that it may take.
+        evaluations: how often a solve evaluates the field; with ``tol``, the most that it may.
         tol: take the fewest evaluations whose held-out rms error is at most this share of the displacement.
         reference: the exact ends ``[n, ...]``, where they are known; default: by dopri5 in float64 at 1e-7.
         inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
