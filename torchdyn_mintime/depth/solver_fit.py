@@ -351,7 +351,7 @@ def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
     """Raises where two evaluations of a field differ, or it does not take the states."""
     if kinds := bound.random_or_stateful():
         raise ValueError(
-            f"{', '.join(kinds)} in training mode within the field: each evaluation is of another field; call .eval() first"
+            f"{', '.join(kinds)} in training mode within the field, so that no two evaluations are equal; call .eval() first"
         )
     time = x.new_tensor(t)
     try:
