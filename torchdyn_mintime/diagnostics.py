@@ -1,4 +1,4 @@
-r"""What a trained model is: how far its solver is from its ODE, its loss along the path, and its Hamiltonian.
+r"""Measures a trained model: how far its solver is from its ODE, its loss along the path, and its Hamiltonian.
 
 The Hamiltonian, with Phi the loss as a function of z(t_f), w the price of time, and L the running cost,
 
@@ -72,12 +72,12 @@ solved_exactly, skipped = evaluate_with_reference, evaluate_without_ode  # the n
 
 @dataclass(frozen=True)
 class Profile:
-    """Loss against time: what the loss would be, did the span end earlier (figure 1a).
+    """Loss against time: what the loss would be if the span ended earlier (figure 1a).
 
     Attributes:
         times: ``[points]`` from the start of the solve to its end: from t0 to t_f, unless the model asks for less, or for
             the way back.
-        loss: ``[points]``, mean over the batches.
+        loss: ``[points]``, the mean over the batches.
         accuracy: ``[points]``, or None.
     """
 
@@ -114,7 +114,7 @@ def loss_profile(
         batches: of ``x`` or ``(x, *target)``.
         loss, accuracy: ``function(output, *target)``, the mean over a batch; of a span itself the output is z(t).
         span: which one, if the model has several; the others are solved to their ends.
-        points: equal parts of the interval and one, of an adaptive solver; of a fixed-step one its own steps are taken.
+        points: how many times, evenly spread, for an adaptive solver. A fixed-step solver takes its own steps.
 
     Raises:
         ValueError: there is no such span, or the model uses more of its trajectory than the last state.
@@ -527,7 +527,7 @@ def report(
     """Prints all figures of this module for one model as a table, and returns them. The model is left as it was.
 
     The Hamiltonian is constant for every autonomous model, so that its drift shows solver error alone; only its
-    distance from 0 at a free t_f speaks of optimality. What a model reaches with the ODE skipped is no merit of it.
+    distance from 0 at a free t_f speaks of optimality. What a model reaches with the ODE skipped does not come from its ODE.
 
     Args:
         model: a LearnableSpan, or a module that holds some.

@@ -229,7 +229,7 @@ class LearnableInterval(nn.Module):
         return self.bounds[1]
 
     def default_max_t_f(self) -> float:
-        """Returns how far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
+        """Returns how far t_f may grow by default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
         return self.interval.default_max_t_f
 
     @property

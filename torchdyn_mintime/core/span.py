@@ -34,7 +34,7 @@ class Call:
     Calling it makes the span's own solve, and returns ``(t_eval, sol)``.
 
     Attributes:
-        span: that is called.
+        span: the span that is called.
         x, args: what it is called with.
         plan: what it is to solve.
         sensitivity: the way to gradients, where it is not the span's.
@@ -79,7 +79,8 @@ class LearnableSpan(LearnableInterval):
         t_f: the initial terminal time, where it is not the template's end.
         bounds: (lower, upper) of t_f, eq. (14). Default: t0 + min(step_size, half the template) and the template's end;
             for adaptive solvers the lower is t0 + 1e-3 of the template's length.
-        step_size: of fixed-step solvers; where it is not the template's first spacing, the template is laid anew with it.
+        step_size: the step of fixed-step solvers. Default: the template's first spacing; otherwise the template is made
+            anew with this step.
         learn_t0: whether t0 is a parameter too. It is clipped to t_f - step_size.
         checkpoint: keep one state a step for backward, and evaluate the field once more there. The gradient is the
             same, to rounding, as without: exactly that of the discrete solution (sensitivity "autograd").
@@ -154,7 +155,7 @@ class LearnableSpan(LearnableInterval):
     def lay(self, nodes: Sequence[float], solver: str | nn.Module | None = None) -> None:
         """Takes steps between these times from now on, whatever span is passed, and ends at the last of them.
 
-        Bounds that were given stay. t_f is not clipped to them: who lays the steps keeps to them.
+        Bounds that were given stay. t_f is not clipped to them: the caller must keep to them.
 
         Args:
             nodes: strictly ascending, two or more (units of time); the first is t0. An adaptive solver lands on each.
@@ -278,7 +279,7 @@ class LearnableSpan(LearnableInterval):
 
         As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity. Where the steps were laid
         (:meth:`lay`, a search), each time that is asked for is a point of the solve too, at the price of a step; a
-        LearnableSolver knows the two ends alone. ``dense=True`` needs no more steps.
+        LearnableSolver has states at the two ends alone. ``dense=True`` needs no more steps.
 
         Args:
             x, t_span, dense: as those of :meth:`forward`.
@@ -372,7 +373,7 @@ class LearnableSpan(LearnableInterval):
 
     @property
     def interpolator(self) -> Callable | None:
-        """What gives the points between t0 and t_f without landing on them (dopri5 on request), or None."""
+        """The interpolant that gives points between t0 and t_f without landing on them (dopri5 on request), or None."""
         return interpolator_of(self.node, self.stepper)
 
     @property

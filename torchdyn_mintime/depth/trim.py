@@ -95,7 +95,7 @@ class Trimmed:
         spans: each span of the model.
         loss: (before, after), mean over the batches.
         solver_error: (before, after), see :func:`torchdyn_mintime.diagnostics.solver_error`, on the first batch.
-        threshold: what the loss was to stay below.
+        threshold: the bound of the loss.
         evaluations: how many evaluations of the field the search itself took.
     """
 
@@ -130,7 +130,7 @@ def trim(
     solver_tol: float | None = None,
     keep_step: bool = False,
 ) -> Trimmed:
-    """Sets the fewest steps at which the loss is kept, for a trained model, with an earlier t_f where that saves evaluations.
+    """Sets the fewest steps that keep the loss of a trained model, and an earlier t_f where that saves evaluations.
 
     Every span of the model is trimmed in turn, in eval mode; the parameters of the field stay. A fixed-step span gets a
     new template of equal steps, a frozen one too. A span with an adaptive solver only gets an earlier t_f, one of 100
@@ -145,8 +145,9 @@ def trim(
         batches: of ``x`` or ``(x, *target)``; each is solved some thirty times, mostly with few steps.
         loss: ``loss(output, *target)``, the mean over a batch; of a span itself the output is z(t_f).
         threshold: the loss, as a mean over all batches, may be at most this.
-        slack: asks for a short interval instead: the end lies at most this share of the duration later than the earliest
-            possible, and is the earliest at which so few steps do. Default: of the ends of the fewest evaluations the latest.
+        slack: asks for a short interval instead. The end is then at most this share of the duration later than the earliest
+            possible one, and the earliest of these that takes the fewest steps. Default: the latest end that takes the fewest
+            evaluations.
         solver_tol: the solver error on the first batch may be at most this, for each span (default: not asked).
         keep_step: leave the step size as it is, and only move t_f (to a point of the grid).
 

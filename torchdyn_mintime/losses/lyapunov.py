@@ -64,7 +64,7 @@ ROUNDING = 1e-5
 
 
 class LyapunovRegularizer(nn.Module):
-    r"""A NeuralODE, bare or in a :class:`LearnableSpan`, with the Lyapunov loss of a potential beside it.
+    r"""Adds the Lyapunov loss of a potential to a NeuralODE, bare or in a :class:`LearnableSpan`.
 
     Calls go through to the model. The evaluations made here are not counted in the node's ``nfe``. Where a LearnableSolver
     takes the whole interval in one step, the trajectory looked at is that of 8 steps of rk4.
