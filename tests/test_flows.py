@@ -15,7 +15,7 @@ from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.experiments.datasets import density_moons
-from torchdyn_mintime.flows import ContextCat, FlowModel, Gaussian, HyperCNF, HyperNet, fit_flow
+from torchdyn_mintime.flows import ContextCat, FlowModel, Gaussian, HyperCNF, HyperNet
 from torchdyn_mintime.lightning import MinimumTime
 from torchdyn_mintime.losses.step_doubling import StepDoubling
 from torchdyn_mintime.losses.trajectory import JacobianNorm, KineticEnergy
@@ -554,7 +554,7 @@ def test_solvers_are_fitted_to_both_directions_of_a_flow(kind):
     model, exact, context = few_and_exact(kind)
     x = torch.randn(200, 2, dtype=torch.float64)
     random, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    fit = fit_flow(model, x[:100], context, evaluations=4, progress=False)
+    fit = model.fit_solvers(x[:100], context, evaluations=4, progress=False)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     few = fit.model
@@ -576,13 +576,11 @@ def test_solvers_are_fitted_to_both_directions_of_a_flow(kind):
 
 def test_a_tolerance_holds_for_both_directions():
     model, _, _ = few_and_exact("plain")
-    fit = fit_flow(model, torch.randn(100, 2, dtype=torch.float64), tol=0.05, progress=False)
+    fit = model.fit_solvers(torch.randn(100, 2, dtype=torch.float64), tol=0.05, progress=False)
     assert fit.density.error.rms <= 0.05 and fit.samples.error.rms <= 0.05
     assert fit.model.span.solver.stages == fit.density.evaluations
     with pytest.raises(ValueError, match="no solver of up to 1 evaluations meets tol"):
-        fit_flow(model, torch.randn(100, 2, dtype=torch.float64), tol=1e-6, evaluations=1, progress=False)
-    with pytest.raises(TypeError, match="fit_flow takes a FlowModel; got LearnableSpan"):
-        fit_flow(model.span, torch.randn(100, 2, dtype=torch.float64))
+        model.fit_solvers(torch.randn(100, 2, dtype=torch.float64), tol=1e-6, evaluations=1, progress=False)
 
 
 def test_a_solver_that_was_trained_on_densities_says_that_it_is_none_for_samples(x):

@@ -38,7 +38,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.depth.solver_fit import SolverFit, fit_solver
 from torchdyn_mintime.numerics import LearnableSolver
 
-__all__ = ["ContextCat", "FlowFit", "FlowModel", "Gaussian", "HyperCNF", "HyperNet", "fit_flow"]
+__all__ = ["ContextCat", "FlowFit", "FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
 
 
 class Gaussian(nn.Module):
@@ -430,6 +430,76 @@ class FlowModel(pl.LightningModule):
                 "remove or impute them"
             )
 
+    # ------------------------------------------------------------------------------------------ few evaluations
+
+    def fit_solvers(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        evaluations: int = 8,
+        tol: float | None = None,
+        progress: bool = True,
+    ) -> "FlowFit":
+        """Fits a solver to each direction of the trained flow, for densities and samples at few evaluations.
+
+        An explicit method that is fitted to one direction errs as much as midpoint does in the other. The two solvers are
+        therefore fitted apart (:func:`~torchdyn_mintime.fit_solver`), to states with their log-density: one from the data
+        ``x``, one from as many draws of the base. The flow itself is not changed; the new one has the same field, and takes the
+        right solver by the direction of a solve.
+
+        Args:
+            x: data as it will be in use, ``[n, dim]``, some 1,000.
+            context: ``[n, ...]`` or ``[1, ...]``, of a conditional flow.
+            evaluations, tol, progress: those of ``fit_solver``, for each direction.
+
+        Raises:
+            TypeError, ValueError, IntegrationError: those of :meth:`log_prob` and of ``fit_solver``.
+
+        Example:
+            >>> from torchdyn.models import CNF
+            >>> net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+            >>> model = FlowModel(NeuralODE(CNF(net), solver="rk4"), Gaussian(2))  # doctest: +ELLIPSIS
+            Your vector field ...
+            >>> fit = model.fit_solvers(torch.randn(256, 2), evaluations=2, progress=False)
+            >>> fit.model.log_prob(torch.randn(4, 2)).shape, fit.model.sample(5).shape
+            (torch.Size([4]), torch.Size([5, 2]))
+            >>> fit.model.span.nfe
+            2
+        """
+        self._check(x, "data x")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the user's random numbers stay as they are
+            drawn = self.base.sample((len(x),)).to(x)
+
+        def fit(start: Tensor, inverse: bool) -> SolverFit:
+            with self._given(context, len(x)):
+                return fit_solver(
+                    self.span,
+                    self._state(start.detach()),
+                    evaluations=evaluations,
+                    tol=tol,
+                    inverse=inverse,
+                    log_density=-1 if self.log_density == "last" else cost_columns(self.span.node),
+                    progress=progress,
+                )
+
+        at_start = self.base_at == "start"
+        density, samples = fit(x, at_start), fit(drawn, not at_start)
+        forward, backward = (samples, density) if at_start else (density, samples)
+        solver: Any = copy.deepcopy(forward.node.solver)  # that of the fit stays one for one direction
+        solver.other = backward.node.solver
+        few = LearnableSpan(with_solver(forward.node, solver, forward.node.t_span))
+        freeze_times([few])
+        made = FlowModel(
+            few,
+            self.base,
+            lr=self.lr,
+            span_lr=self.span_lr,
+            log_density=self.log_density,
+            base_at=self.base_at,
+        )
+        return FlowFit(made, density, samples)
+
     # ------------------------------------------------------------------------------------------ Lightning
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -464,12 +534,9 @@ class FlowModel(pl.LightningModule):
         return loss
 
 
-# --------------------------------------------------------------------------------------------------- few evaluations
-
-
 @dataclass(frozen=True)
 class FlowFit:
-    """Solvers fitted to a flow, one for each direction.
+    """Solvers fitted to a flow, one for each direction (:meth:`FlowModel.fit_solvers`).
 
     Attributes:
         model: a :class:`FlowModel` over the same field, with these solvers and frozen times.
@@ -483,79 +550,6 @@ class FlowFit:
 
     def __str__(self) -> str:
         return f"density: {self.density}\nsamples: {self.samples}"
-
-
-def fit_flow(
-    model: FlowModel,
-    x: Tensor,
-    context: Tensor | None = None,
-    *,
-    evaluations: int = 8,
-    tol: float | None = None,
-    progress: bool = True,
-) -> FlowFit:
-    """Fits a solver to each direction of a trained flow, for densities and samples at few evaluations.
-
-    An explicit method that is fitted to one direction errs as much as midpoint does in the other. The two solvers are therefore
-    fitted apart (:func:`~torchdyn_mintime.fit_solver`), to states with their log-density: one from the data ``x``, one from as
-    many draws of the base. The new model takes the right one by the direction of the solve. The field is not changed, and the
-    new model shares it.
-
-    Args:
-        model: a trained flow.
-        x: data as it will be in use, ``[n, dim]``, some 1,000.
-        context: ``[n, ...]`` or ``[1, ...]``, of a conditional flow.
-        evaluations, tol, progress: those of ``fit_solver``, for each direction.
-
-    Raises:
-        TypeError, ValueError, IntegrationError: those of ``model.log_prob`` and of ``fit_solver``.
-
-    Example:
-        >>> from torchdyn.models import CNF
-        >>> net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
-        >>> model = FlowModel(NeuralODE(CNF(net), solver="rk4"), Gaussian(2))  # doctest: +ELLIPSIS
-        Your vector field ...
-        >>> fit = fit_flow(model, torch.randn(256, 2), evaluations=2, progress=False)
-        >>> fit.model.log_prob(torch.randn(4, 2)).shape, fit.model.sample(5).shape
-        (torch.Size([4]), torch.Size([5, 2]))
-        >>> fit.model.span.nfe
-        2
-    """
-    if not isinstance(model, FlowModel):
-        raise TypeError(f"fit_flow takes a FlowModel; got {type(model).__name__}. For a NeuralODE use fit_solver")
-    model._check(x, "data x")
-    span = model.span
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the user's random numbers stay as they are
-        drawn = model.base.sample((len(x),)).to(x)
-
-    def fit(start: Tensor, inverse: bool) -> SolverFit:
-        with model._given(context, len(x)):
-            return fit_solver(
-                span,
-                model._state(start.detach()),
-                evaluations=evaluations,
-                tol=tol,
-                inverse=inverse,
-                log_density=-1 if model.log_density == "last" else cost_columns(span.node),
-                progress=progress,
-            )
-
-    at_start = model.base_at == "start"
-    density, samples = fit(x, at_start), fit(drawn, not at_start)
-    forward, backward = (samples, density) if at_start else (density, samples)
-    solver: Any = copy.deepcopy(forward.node.solver)  # that of the fit stays one for one direction
-    solver.other = backward.node.solver
-    few = LearnableSpan(with_solver(forward.node, solver, forward.node.t_span))
-    freeze_times([few])
-    made = FlowModel(
-        few,
-        model.base,
-        lr=model.lr,
-        span_lr=model.span_lr,
-        log_density=model.log_density,
-        base_at=model.base_at,
-    )
-    return FlowFit(made, density, samples)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -507,7 +507,9 @@ class LearnableSpan(LearnableInterval):
     def _interval_of(self, state: Mapping[str, Tensor | None], prefix: str) -> Interval:
         """Returns the interval of a state_dict; what is None there stays as it is here."""
         template, bounds, filled, pinned = (state[name] for name in ("template", "bounds", "filled", "pinned"))
-        interval = self.interval.from_numbers(
+        # What is loaded whole does not ask for what is here, which may be no numbers yet (`to_empty`).
+        here = self.interval if template is None or bounds is None else self._interval
+        interval = here.from_numbers(
             template,
             None if bounds is None else bounds.tolist(),
             self.t_f.dtype,
@@ -535,7 +537,7 @@ class _StepsSeen:
     def __init__(self) -> None:
         self.time: int | None = None
         self.first: nn.Parameter | None = None
-        self.field, self.steps = -1, 0
+        self.field, self.steps, self.depended = -1, 0, False
 
     def go_on(self, span: LearnableSpan) -> bool:
         """Returns whether to look further; warns where the field was stepped ``LIMIT`` times and t_f never."""
@@ -547,13 +549,16 @@ class _StepsSeen:
         if first is None or (self.time is not None and span.t_f._version != self.time):
             return False
         if first._version != self.field:  # each step of an optimizer writes in place
-            self.steps += span.t_f.grad is not None and self.time is not None
+            # The gradient may be cleared by now, with those of the whole model.
+            self.steps += self.time is not None and (self.depended or span.t_f.grad is not None)
             self.time, self.field = span.t_f._version, first._version
+        assert span.last is not None
+        self.depended = span.last.grid.end is not None and span.last.reaches_end
         if self.steps < self.LIMIT:
             return True
         warnings.warn(
-            f"the vector field was stepped {self.steps} times, and t_f, which has a gradient, never: an optimizer that was "
-            "made before the model was wrapped has no times. Make it after wrap(model), or "
+            f"the vector field was stepped {self.steps} times, and t_f, which requires a gradient, never: an optimizer that "
+            "was made before the model was wrapped has no times. Make it after wrap(model), or "
             "optimizer.add_param_group({'params': [span.t_f]}); span.t_f.requires_grad_(False) keeps t_f as it is",
             stacklevel=5,
         )

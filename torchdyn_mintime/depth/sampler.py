@@ -148,7 +148,8 @@ def compress_sampler(
         met = error <= min(tol, solver_tol)
     search.first, search.fresh_solver = Depth(f"learned-{evaluations}", 1), refitted
     frozen = Trial.at([search.first])
-    frozen.loss, frozen.solver_error, frozen.reference_loss = error, error, 0.0
+    frozen.loss = frozen.held_out_loss = frozen.solver_error = error
+    frozen.reference_loss = 0.0
     frozen.passed, frozen.seconds = met, perf_counter() - begun
     start = copied(span)  # what the fit alone gives
     solver: Any = span.solver

@@ -73,7 +73,8 @@ class SolverFit:
     Attributes:
         node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
             it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
-            two points, descending for ``inverse=True``.
+            two points, descending for ``inverse=True``. torchdyn's own nodes do not pass ``args`` on: where the field takes
+            some, call ``LearnableSpan(fit.node)``, which does.
         evaluations: how often a solve evaluates the field.
         error: the error of the fitted solver, on states held out of the fit.
         others: that of stock solvers with as many evaluations, by name, where their number divides.
@@ -121,7 +122,7 @@ def fit_solver(
         inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
             likelihood is wanted. A solver fitted forward is no better than midpoint there, and a LearnableSpan warns. A span
             takes both, each in its direction, after ``forward.node.solver.other = backward.node.solver``; for flows
-            :func:`~torchdyn_mintime.flows.fit_flow` does so.
+            :meth:`FlowModel.fit_solvers <torchdyn_mintime.flows.FlowModel.fit_solvers>` does so.
         args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
         log_density: which column of the state is a log-density, whose error has a size of its own. Default: the first one of
             the rates of torchdyn's ``CNF``, and none of other fields.

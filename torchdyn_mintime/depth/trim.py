@@ -157,7 +157,7 @@ def trim(
 
     Raises:
         ValueError: the loss is above the threshold as it is, or the solver error above its tolerance; or the model uses the
-            states at the points of a span that it passes.
+            states at the points of a span that it passes, or passes a span that is a part of the learned interval.
         TypeError, ValueError: an argument cannot be used. The model is as before.
 
     Example:
@@ -189,6 +189,8 @@ def trim(
         error = solver_error(model, x)  # also says if none was solved
         if solver_tol is not None and not error <= solver_tol:
             raise ValueError(f"the solver error is {error:.3g}, above solver_tol={solver_tol:.3g} already")
+        for name, span in found:
+            _refuse_a_part(name, span)
         whole = {span for _, span in found if _uses_trajectory(model, span, x)}
         for span in whole:
             if not (keep_step or span.adaptive or span.pinned):  # of a pinned one no span that is passed counts
@@ -216,6 +218,17 @@ def _uses_trajectory(model: nn.Module, span: LearnableSpan, x: Tensor) -> bool:
         return False
     except ValueError:
         return True
+
+
+def _refuse_a_part(name: str, span: LearnableSpan) -> None:
+    """Raises a ValueError where the model has asked for a part of the interval: steps are laid over the whole of it."""
+    steps, ends = last_solve(span).steps, (span.t0.item(), span.t_f.item())
+    asked = min(steps[0], steps[-1]), max(steps[0], steps[-1])
+    if math.dist(asked, ends) > 1e-6 * (ends[1] - ends[0]):
+        raise ValueError(
+            f"the model asks {name or 'the span'} for [{asked[0]:.6g}, {asked[1]:.6g}], a part of its interval [{ends[0]:.6g}, "
+            f"{ends[1]:.6g}], and trim lays the steps of the whole; set `span.t_span` to a template of that part"
+        )
 
 
 def _refuse_passed_points(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:

@@ -196,7 +196,7 @@ class LearnableSolver(nn.Module):
             warnings.warn(
                 f"this LearnableSolver of {self.stages} stages was fitted to solves {fitted} in time and is run {run}, where "
                 "it errs as midpoint does. Fit a solver to that direction too (fit_solver with inverse=True) and set it as its "
-                "`other`; for flows see fit_flow",
+                "`other`; for flows FlowModel.fit_solvers fits both",
                 stacklevel=2,
             )
         return self if self.other is None else self.other
