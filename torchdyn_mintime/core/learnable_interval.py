@@ -120,10 +120,11 @@ class LearnableInterval(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in made.items():
                 buffer = getattr(self, name)
-                if buffer.shape == tensor.shape:  # in place: DDP broadcasts the buffers that it has seen at its start
+                # In place: DDP broadcasts the buffers that it has seen at its start.
+                if buffer.shape == tensor.shape and not buffer.is_meta:
                     buffer.copy_(tensor)
                 else:
-                    self._buffers[name] = tensor.to(buffer.device)
+                    self._buffers[name] = tensor.to(self.t_f.device)
         self._interval, self._read = value, self._numbers()
 
     def _interval_of_numbers(self, numbers: list[list]) -> Interval:
@@ -228,7 +229,7 @@ class LearnableInterval(nn.Module):
         return self.bounds[1]
 
     def default_max_t_f(self) -> float:
-        """Returns how far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
+        """Returns how far t_f may grow by default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
         return self.interval.default_max_t_f
 
     @property
@@ -300,6 +301,12 @@ class LearnableInterval(nn.Module):
                 # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
                 # The difference is zero: a sum with the distance would be rounded to the units of a t_f far away.
                 t0, t_f = (v + (t - t.detach()) for v, t in zip(value, (t0, t_f), strict=True))
+                if ends is None and value[1] != now[1] and self._first_time("outside"):
+                    text = (
+                        "t_f = %.6g lies outside its bounds, and is taken as %.6g; a copy whose parameters alone are averaged "
+                        "keeps the bounds that it was made with: copy the buffers too"
+                    )
+                    _log.warning(text, now[1], value[1])
             value = t0.item(), t_f.item()
         if self._end_shift:
             t_f = t_f + self._end_shift
@@ -350,13 +357,18 @@ class LearnableInterval(nn.Module):
             descending = values[0] > values[-1]
             span = values[::-1] if descending else values
             if not interval.settled:  # this first one is what the user meant
+                before = interval.template[-1]
                 interval = settles = interval.settle(span, own)
-                first, last = interval.template[0], interval.template[-1]
-                ends = interval.clipped(first, last, own, self.learn_t0)  # to bounds that were given
+                # A t_f that lies elsewhere was given, or is an average that knows of no span yet.
+                last = interval.template[-1] if abs(now[1] - before) <= 4 * resolution(own, before) else now[1]
+                ends = interval.clipped(interval.template[0], last, own, self.learn_t0)  # to bounds that were given
             if settles is not None or (interval.pinned and not dense):  # dense keeps to the template's steps anyway
                 span = None
         elif not interval.settled:
             settles = replace(interval, settled=True)
+            if interval.given_bounds is None and now[1] > interval.bounds[1]:  # an average that knows of no span yet
+                settles = replace(settles, given_bounds=(interval.bounds[0], now[1]))
+            interval = settles
         t0, t_f, first, last = self._times(interval, now, ends)
         rounding = resolution(dtype, first, last)
         start: Tensor | None = t0
@@ -459,9 +471,8 @@ class LearnableInterval(nn.Module):
         assert plan.settles is not None
         self.interval = plan.settles
         if plan.ends is not None:
-            self.t0.fill_(plan.settles.template[0])
-            self.t_f.fill_(plan.settles.template[-1])
-            self.clip_()
+            for tensor, value in zip((self.t0, self.t_f), plan.ends, strict=True):
+                tensor.fill_(value)
 
     def _apply(self, fn, recurse=True):
         interval = [id(t) for t in (self._bounds, self._pinned, self._template)]

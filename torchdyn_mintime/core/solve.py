@@ -91,6 +91,12 @@ class LastSolve:
         return self.states[-1] if self._end is None else self._end
 
     @property
+    def seen(self) -> list[float]:
+        """The times of ``steps`` up to the last one that the caller sees: ``save_at`` may have left out the end."""
+        last, forwards = self.grid.returned[-1], self.steps[-1] > self.steps[0]
+        return [*(t for t in self.steps if (t < last if forwards else t > last)), last]
+
+    @property
     def reaches_end(self) -> bool:
         """Whether the last of the states is that at the end of the solve: ``save_at`` may have left it out."""
         return self.grid.returns_end
@@ -318,6 +324,15 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
                 name(found.tensors)
 
 
+_NOT_ACCEPTED = (
+    r"mat1 and mat2|cannot be multiplied|size of tensor a|Sizes of tensors|size mismatch|must match the (existing )?size"
+    r"|[Ee]xpected (input|tensor|weight|\d+D|\d-D|more than 1 value|m1 and m2)|Given (groups|(normalized_)?shape)|channels"
+    r"|input\.size|is invalid for input|should contain \d+ elements|inconsistent tensor size|imension out of range"
+    r"|same dtype|scalar type|weight type"
+)
+"""In torch's own words. An error that a field raises by itself keeps its own text, and its own type."""
+
+
 def _explain(error: RuntimeError, bound: BoundField, x: Tensor) -> None:
     """Raises a clearer error where the field does not accept the state, or cannot be evaluated without autograd."""
     text = str(error)
@@ -328,5 +343,5 @@ def _explain(error: RuntimeError, bound: BoundField, x: Tensor) -> None:
         ) from error
     if isinstance(error, torch.OutOfMemoryError) or re.search("same device|CUDA error|CUBLAS|CUDNN", text):
         return  # such texts name sizes too
-    if re.search(r"shape|size|dimension|channels|mat1 and mat2|same dtype|scalar type|weight type", text):
+    if re.search(_NOT_ACCEPTED, text):
         raise bound.refusal(x, error) from error

@@ -34,7 +34,7 @@ class Call:
     Calling it makes the span's own solve, and returns ``(t_eval, sol)``.
 
     Attributes:
-        span: that is called.
+        span: the span that is called.
         x, args: what it is called with.
         plan: what it is to solve.
         sensitivity: the way to gradients, where it is not the span's.
@@ -79,7 +79,8 @@ class LearnableSpan(LearnableInterval):
         t_f: the initial terminal time, where it is not the template's end.
         bounds: (lower, upper) of t_f, eq. (14). Default: t0 + min(step_size, half the template) and the template's end;
             for adaptive solvers the lower is t0 + 1e-3 of the template's length.
-        step_size: of fixed-step solvers; where it is not the template's first spacing, the template is laid anew with it.
+        step_size: the step of fixed-step solvers. Default: the template's first spacing; otherwise the template is made
+            anew with this step.
         learn_t0: whether t0 is a parameter too. It is clipped to t_f - step_size.
         checkpoint: keep one state a step for backward, and evaluate the field once more there. The gradient is the
             same, to rounding, as without: exactly that of the discrete solution (sensitivity "autograd").
@@ -154,7 +155,7 @@ class LearnableSpan(LearnableInterval):
     def lay(self, nodes: Sequence[float], solver: str | nn.Module | None = None) -> None:
         """Takes steps between these times from now on, whatever span is passed, and ends at the last of them.
 
-        Bounds that were given stay. t_f is not clipped to them: who lays the steps keeps to them.
+        Bounds that were given stay. t_f is not clipped to them: the caller must keep to them.
 
         Args:
             nodes: strictly ascending, two or more (units of time); the first is t0. An adaptive solver lands on each.
@@ -278,7 +279,7 @@ class LearnableSpan(LearnableInterval):
 
         As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity. Where the steps were laid
         (:meth:`lay`, a search), each time that is asked for is a point of the solve too, at the price of a step; a
-        LearnableSolver knows the two ends alone. ``dense=True`` needs no more steps.
+        LearnableSolver has states at the two ends alone. ``dense=True`` needs no more steps.
 
         Args:
             x, t_span, dense: as those of :meth:`forward`.
@@ -372,7 +373,7 @@ class LearnableSpan(LearnableInterval):
 
     @property
     def interpolator(self) -> Callable | None:
-        """What gives the points between t0 and t_f without landing on them (dopri5 on request), or None."""
+        """The interpolant that gives points between t0 and t_f without landing on them (dopri5 on request), or None."""
         return interpolator_of(self.node, self.stepper)
 
     @property
@@ -506,7 +507,9 @@ class LearnableSpan(LearnableInterval):
     def _interval_of(self, state: Mapping[str, Tensor | None], prefix: str) -> Interval:
         """Returns the interval of a state_dict; what is None there stays as it is here."""
         template, bounds, filled, pinned = (state[name] for name in ("template", "bounds", "filled", "pinned"))
-        interval = self.interval.from_numbers(
+        # What is loaded whole does not ask for what is here, which may be no numbers yet (`to_empty`).
+        here = self.interval if template is None or bounds is None else self._interval
+        interval = here.from_numbers(
             template,
             None if bounds is None else bounds.tolist(),
             self.t_f.dtype,
@@ -534,7 +537,7 @@ class _StepsSeen:
     def __init__(self) -> None:
         self.time: int | None = None
         self.first: nn.Parameter | None = None
-        self.field, self.steps = -1, 0
+        self.field, self.steps, self.depended = -1, 0, False
 
     def go_on(self, span: LearnableSpan) -> bool:
         """Returns whether to look further; warns where the field was stepped ``LIMIT`` times and t_f never."""
@@ -546,13 +549,16 @@ class _StepsSeen:
         if first is None or (self.time is not None and span.t_f._version != self.time):
             return False
         if first._version != self.field:  # each step of an optimizer writes in place
-            self.steps += span.t_f.grad is not None and self.time is not None
+            # The gradient may be cleared by now, with those of the whole model.
+            self.steps += self.time is not None and (self.depended or span.t_f.grad is not None)
             self.time, self.field = span.t_f._version, first._version
+        assert span.last is not None
+        self.depended = span.last.grid.end is not None and span.last.reaches_end
         if self.steps < self.LIMIT:
             return True
         warnings.warn(
-            f"the vector field was stepped {self.steps} times, and t_f, which has a gradient, never: an optimizer that was "
-            "made before the model was wrapped has no times. Make it after wrap(model), or "
+            f"the vector field was stepped {self.steps} times, and t_f, which requires a gradient, never: an optimizer that "
+            "was made before the model was wrapped has no times. Make it after wrap(model), or "
             "optimizer.add_param_group({'params': [span.t_f]}); span.t_f.requires_grad_(False) keeps t_f as it is",
             stacklevel=5,
         )

@@ -140,7 +140,7 @@ class Shallowest:
         judge: a function that returns a figure, such as the loss on other data; lower is better. If it is set before the
             start, this figure is held against the target in the place of the training loss.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
-        first: the depth of every span to begin with, set before the start by who knows of a model that is nearly true there.
+        first: the depth of every span to begin with, where a model is known to be nearly true. Set it before the start.
             :meth:`fit` looks at it before any training.
         fresh_solver: ``fresh_solver(span, stages)`` makes the LearnableSolver that a span begins a depth with, fitted to its
             field as it is then. It may be set before the start. By default it is near the solver before, and fitted to a batch.

@@ -57,7 +57,7 @@ class EndError:
         rms: root of the mean square over all entries.
         most: what 95 % of the states stay below, each with its own root of the mean square.
         worst: the largest of the states.
-        log_density: of a flow, the root of the mean square error of its log-density (nats); else None.
+        log_density: for a flow, the root mean square error of its log-density (nats); else None.
     """
 
     rms: float
@@ -73,10 +73,11 @@ class SolverFit:
     Attributes:
         node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
             it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
-            two points, descending for ``inverse=True``.
-        evaluations: of the field in a solve.
-        error: of the fitted solver, on states held out of the fit.
-        others: the same of stock solvers with as many evaluations, by name, where their number divides.
+            two points, descending for ``inverse=True``. torchdyn's own nodes do not pass ``args`` on: where the field takes
+            some, call ``LearnableSpan(fit.node)``, which does.
+        evaluations: how often a solve evaluates the field.
+        error: the error of the fitted solver, on states held out of the fit.
+        others: that of stock solvers with as many evaluations, by name, where their number divides.
     """
 
     node: NeuralODE
@@ -115,7 +116,7 @@ def fit_solver(
     Args:
         model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part.
         x0: initial states ``[n, ...]`` as they will be in use; some 1,000 for states of few dimensions, 100 for images.
-        evaluations: of the field in a solve; with ``tol``, the most that it may take.
+        evaluations: how often a solve evaluates the field; with ``tol``, the most that it may.
         tol: take the fewest evaluations whose held-out rms error is at most this share of the displacement.
         reference: the exact ends ``[n, ...]``, where they are known; default: by dopri5 in float64 at 1e-7.
         inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
@@ -351,7 +352,7 @@ def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
     """Raises where two evaluations of a field differ, or it does not take the states."""
     if kinds := bound.random_or_stateful():
         raise ValueError(
-            f"{', '.join(kinds)} in training mode within the field: each evaluation is of another field; call .eval() first"
+            f"{', '.join(kinds)} in training mode within the field, so that no two evaluations are equal; call .eval() first"
         )
     time = x.new_tensor(t)
     try:

@@ -43,15 +43,14 @@ SMOOTHING = 0.9
 
 
 class TargetLoss:
-    """Finds the shortest interval at which a target loss is met, the price of time with it.
+    """Finds the shortest interval that meets a target loss, and the price of time that belongs to it.
 
     It moves the times itself: call :meth:`step` after backward and before the optimizer's step, which then passes the
     times over. The best feasible model (the smallest duration at which the mean loss of the last ``window`` steps was at
     most the target) is kept; :meth:`restore_best` brings it back.
 
-    With ``batches`` the loss over these decides instead: every ``window`` steps the model as it is then is looked at on all
-    of them, in eval mode. A loop that measures such a loss by itself calls :meth:`judge`. The price then holds this
-    loss on the target.
+    With ``batches`` the loss over all of them decides instead. It is measured every ``window`` steps, in eval mode, and the
+    price holds this loss on the target. A loop that measures such a loss by itself passes it to :meth:`judge`.
 
     Args:
         model: a LearnableSpan, or a module that holds some; they share one price.
@@ -59,7 +58,7 @@ class TargetLoss:
         max_t_f: how far t_f may grow. Default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1.
         window: how many of the last losses have their mean held against the target: as many as an epoch has steps, and 1
             where each loss is of all data. The loss of one minibatch is often far below that mean. Two standard errors are
-            added to it. A longer window than the default is a look at a model that has changed since.
+            added to it. A longer window averages over a model that has changed meanwhile.
         batches: a list or a loader of ``x`` or ``(x, *target)``, on the model's device.
         loss: with ``batches``, ``loss(output, *target)``, the mean over a batch; of a span itself the output is z(t_f).
 
@@ -169,7 +168,7 @@ class TargetLoss:
                 self._move(i, span, price, beta)
 
     def judge(self, loss: float | Tensor) -> None:
-        """Holds the loss of the model as it is, over all the data that count, against the target: on validation data, say.
+        """Compares the loss of the model as it is with the target: the loss over all data that count, such as validation data.
 
         From the first call on, only models that are judged so count as feasible, and the price follows this loss.
 

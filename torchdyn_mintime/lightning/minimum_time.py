@@ -91,8 +91,10 @@ class MinimumTime(SpanCallback):
         # An epoch that nobody knows the length of counts as one of many steps, and so does one that is longer.
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches
         self.price = TargetLoss(pl_module, self.target, window=max(1, min(LONGEST_WINDOW, math.ceil(min(steps, 1e6)))))
-        if state := self._take_loaded().get("price"):
+        loaded = self._take_loaded()
+        if state := loaded.get("price"):
             self.price.load_state_dict(state)
+            self._validated = loaded.get("validated", False)
 
     @staticmethod
     def _check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,7 +197,9 @@ class MinimumTime(SpanCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the price of time and the best model, for a checkpoint."""
-        return self._loaded or ({} if self.price is None else {"price": self.price.state_dict()})
+        if self._loaded or self.price is None:
+            return self._loaded
+        return {"price": self.price.state_dict(), "validated": self._validated}
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:
