@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.interval import Interval, check_span, resolution
 from torchdyn_mintime.numerics import Grid, IntegrationError, merge
+from torchdyn_mintime.numerics.problem import leaves
 
 __all__ = ["LearnableInterval"]
 
@@ -146,7 +147,15 @@ class LearnableInterval(nn.Module):
             sizes, shapes = [part.numel() for part in parts], [part.shape for part in parts]
             whole = torch.cat([part.flatten() for part in parts]).cpu().split(sizes)
             parts = [part.view(shape) for part, shape in zip(whole, shapes, strict=True)]
-        return [part.tolist() for part in parts]
+        try:
+            return [part.tolist() for part in parts]
+        except RuntimeError as error:
+            if "storage" not in str(error):  # a batched tensor has none
+                raise
+            raise ValueError(
+                "the interval is a batch of intervals (torch.vmap over the buffers of a span), and each of them has a grid of "
+                "its own; leave the span's buffers out, or loop over them instead"
+            ) from error
 
     @property
     def t_span(self) -> Tensor:
@@ -321,6 +330,8 @@ class LearnableInterval(nn.Module):
             return self._plan_of_template(interval)
         span: Sequence[float] | None = None
         ends = None
+        for name, times in (("t_span", t_span), ("save_at", save_at)):
+            self._check_constant(times, name)
         asked = _as_numbers(save_at)
         dtype = own = self.t_f.dtype
         for given in (t_span, save_at):  # times are compared to the rounding of the coarsest of them
@@ -389,6 +400,23 @@ class LearnableInterval(nn.Module):
         if rows is not None and rows == list(range(len(rows))):
             rows = None
         return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut)
+
+    def _check_constant(self, times: Any, name: str) -> None:
+        """Refuses times that require a gradient, which no call gives. Those made of t0 and t_f, as ``t_eval``, have it by them.
+
+        Raises:
+            ValueError: they are made of something else.
+        """
+        parts = times if isinstance(times, list | tuple) else [times]
+        learned = [t for t in parts if isinstance(t, Tensor) and t.requires_grad]
+        if not learned or not torch.is_grad_enabled() or not isinstance(self.t_f, nn.Parameter):
+            return
+        made_of = [leaf for t in learned for leaf in ([t] if t.is_leaf else leaves(t, ()))]
+        if any(leaf is not self.t_f and leaf is not self.t0 for leaf in made_of):
+            raise ValueError(
+                f"{name} requires a gradient, which a span does not give: the time that is learned is its own t_f. Pass "
+                f"{name}.detach(), and learn span.t_f; span.node(x, t_span) is torchdyn's own solve over times of yours"
+            )
 
     def _steps_between(self, interval: Interval, begin: float, end: float, dtype: torch.dtype) -> list[float]:
         """Returns the ends, and the points of the template between them."""
@@ -463,11 +491,17 @@ def _number(time: Tensor, name: str) -> float:
     try:
         return time.item()
     except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
-        raise ValueError(
-            f"{name} is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
-        ) from error
+        text = str(error)
+        if "vmap" in text:
+            raise ValueError(
+                f"{name} is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
+            ) from error
+        if "tracing" in text:
+            raise ValueError(
+                f"{name} is traced (torch.func.linearize), and the grid follows from its value; trace the other arguments "
+                "alone, or take torch.func.jvp"
+            ) from error
+        raise
 
 
 def _differentiated(time: Tensor) -> bool:
