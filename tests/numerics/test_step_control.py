@@ -66,7 +66,7 @@ def test_a_solve_from_zero_takes_the_steps_of_its_interval(length):
     """z' = (1 - z) / length from 0, where the state says nothing of a scale."""
     f = lambda t, z: (1 - z) / length  # noqa: E731
     solution = integrate(f, torch.zeros(1, dtype=torch.float64), Grid([0.0, length]), make_stepper("dopri5"))
-    assert len(solution.steps) < 12
+    assert len(solution.steps) < 20  # from a millionth of the interval each is at most ten times the last
     assert solution.states[-1].item() == pytest.approx(1 - math.exp(-1), abs=1e-3)
 
 

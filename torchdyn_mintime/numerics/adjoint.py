@@ -260,6 +260,7 @@ class _Backward(nn.Module):
                 dz = problem.f(t, state)
                 outputs: Sequence[Tensor] = [dz]
                 weights: Sequence[Tensor] = [-p]
+                cost: Tensor | None = None
                 if problem.running_cost is not None:
                     cost = problem.running_cost(t, state)
                     outputs, weights = [dz, cost], [-p, self._weights.view(cost.shape) / -scale]
@@ -273,7 +274,7 @@ class _Backward(nn.Module):
                     kept = bool(problem.outside)
                     grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=kept)
                     self._used.update(i for i, g in enumerate(grads[1:]) if g is not None)
-            if found:
+            if found:  # once the graph is gone, what is still there was made outside
                 dz, outputs, pairs = dz.detach(), (), []
                 cost = None
                 check_outside(found)
