@@ -5,6 +5,7 @@ tolerance of 1e-9 agrees with autograd to about 1e-6, and a replayed step to rou
 """
 
 import copy
+import types
 
 import pytest
 import torch
@@ -112,6 +113,51 @@ def test_so_do_several_at_once(way, places):
     expected = gradients(loss, *tensors)
     loss, tensors = conditioned_loss(way, "dopri5", places)
     assert_equal(gradients(loss, *tensors), expected)
+
+
+class Switched(nn.Module):
+    """A field that uses a condition from the middle of the interval on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net, self.held, self.around = nn.Linear(2, 2).double(), None, None
+
+    def forward(self, t, x, args=None):
+        dx = torch.tanh(self.net(x))
+        if t > 0.5:
+            given = ((args or {}).get("c"), self.held, self.around and self.around())
+            dx = dx + sum(c for c in given if c is not None)
+        return dx
+
+
+@backwards
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("place", ["args", "attribute", "attribute with a graph", "closure"])
+def test_a_condition_that_is_used_late_gets_its_gradient_or_is_refused(way, solver, place):
+    found = []
+    for chosen in ("autograd", way):
+        field, leaf = Switched(), torch.linspace(1, 2, 2, dtype=D).requires_grad_()
+        condition = torch.sin(leaf)
+        args = {"c": condition} if place == "args" else {}
+        field.held = {"attribute": leaf, "attribute with a graph": condition}.get(place)
+        field.around = (lambda c: lambda: c)(condition) if place == "closure" else None
+        loss = span_of(field, chosen, solver)(state(), args=args)[1].square().sum()
+        if chosen != "autograd" and place in ("closure", "attribute with a graph"):
+            with pytest.raises(ValueError, match="not yet in its first evaluation"):
+                loss.backward()
+            return
+        found.append(gradients(loss, leaf, field.net.weight))
+    # The field jumps: where a fixed step of an adjoint meets the jump, it is of first order.
+    assert_equal(found[1], found[0], 1e-12 if way == "checkpoint" else 2e-2)
+
+
+@pytest.mark.parametrize("kind", [nn.ParameterDict, dict, types.MappingProxyType])
+def test_args_may_be_any_mapping(kind):
+    span = span_of(Conditioned())
+    args = kind({"c": nn.Parameter(torch.ones(2, dtype=D))})
+    span(state(), args=args)[1][-1].sum().backward()
+    assert args["c"].grad is not None
 
 
 @backwards
@@ -228,6 +274,32 @@ def test_what_is_set_on_the_field_after_a_forward_is_put_back_for_its_backward(w
 
 
 @backwards
+def test_what_is_frozen_after_the_forward_has_its_gradient_still(way):
+    found = []
+    for frozen in (False, True):
+        field, x = Conditioned(), state()
+        span = span_of(field, way, "rk4")
+        loss = span(x)[1][-1].square().sum()
+        field.net.weight.requires_grad_(not frozen)
+        with torch.no_grad():
+            span.t_f.mul_(0.9)  # as clip_ does; the solve has its own number
+        loss.backward()
+        assert field.net.weight.requires_grad is not frozen
+        found.append(field.net.bias.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_scripted_module_may_be_a_part_of_the_field(way):
+    found = []
+    for script in (lambda m: m, torch.jit.script):
+        torch.manual_seed(0)
+        field = nn.Sequential(script(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()))
+        found.append(gradients(span_of(field, way, "rk4")(state())[1].square().sum(), *field.parameters()))
+    assert_equal(found[1], found[0], 1e-10)
+
+
+@backwards
 def test_the_entries_of_args_are_those_of_the_forward(way):
     found = []
     for changed in (False, True):
@@ -252,8 +324,9 @@ class Restless(nn.Module):
             linear.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.95]], dtype=D)  # its iteration converges slowly
             self.net = nn.utils.parametrizations.spectral_norm(linear, n_power_iterations=1)
         self.kind, self.label, self.calls = kind, torch.ones(2, dtype=D), [0]
+        self.late = {"gain": 1.0}
 
-    def forward(self, x):
+    def forward(self, t, x, args=None):
         self.calls[0] += 1
         x = self.net(x) + self.label
         if self.kind == "functional dropout":
@@ -262,13 +335,24 @@ class Restless(nn.Module):
             x = x + 0.1 * torch.randn_like(x)
         if self.kind == "count in a list":
             x = x * self.calls[0]
-        return x
+        if self.kind == "noise late" and t > 0.5:
+            x = x + torch.randn_like(x)
+        return x * self.late["gain"] if t > 0.5 else x
 
 
 @backwards
 @solvers
 @pytest.mark.parametrize(
-    "kind", ["spectral norm", "functional dropout", "noise", "count in a list", "label written in place"]
+    "kind",
+    [
+        "spectral norm",
+        "functional dropout",
+        "noise",
+        "noise late",
+        "count in a list",
+        "label written in place",
+        "late entry",
+    ],
 )
 def test_a_field_that_does_not_repeat_is_refused(way, solver, kind):
     field = Restless(kind)
@@ -280,6 +364,8 @@ def test_a_field_that_does_not_repeat_is_refused(way, solver, kind):
     loss = span(state())[1][-1].sum()
     if kind == "label written in place":
         field.label.zero_()
+    if kind == "late entry":
+        field.late["gain"] = 2.0
     with pytest.raises(ValueError, match="not the one of the forward solve"):
         loss.backward()
 
@@ -359,6 +445,22 @@ def test_a_hamiltonian_field_has_the_gradient_of_autograd(way, solver, save_at):
         found.append(
             gradients(loss, x, span.t_f, *[p for n, p in span.node.vf.named_parameters() if "2.bias" not in n])
         )
+    assert_equal(found[1], found[0])
+
+
+@backwards
+def test_a_field_may_keep_what_it_differentiates(way):
+    class Keeping(Hamiltonian):
+        def forward(self, x):
+            with torch.enable_grad():
+                self.inside = (x * 1.0).detach().requires_grad_()
+                return torch.autograd.grad(self.energy(self.inside).sum(), self.inside, create_graph=True)[0]
+
+    found = []
+    for chosen in ("autograd", way):
+        field = Keeping()
+        loss = span_of(field, chosen, "rk4")(state())[1][-1].square().sum()
+        found.append(gradients(loss, field.energy[0].weight))
     assert_equal(found[1], found[0])
 
 

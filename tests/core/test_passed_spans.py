@@ -345,6 +345,35 @@ def test_a_series_is_not_compared_with_states_at_other_times(solver, sensitivity
         series(lambda t, sol: (sol - data).square().mean(), solver=solver, sensitivity=sensitivity)
 
 
+def test_a_price_on_the_last_time_makes_it_no_other_series():
+    with pytest.raises(ValueError, match="has cut the span passed"):
+        series(lambda t, sol: sol.square().mean() + 0.1 * t[-1])
+
+
+def test_a_series_of_a_trajectory_is_not_compared_either():
+    span = make(linspace(0, 1, 21))
+    optimizer = torch.optim.SGD([span.t_f], lr=0.004)
+    (span.trajectory(X, linspace(0, 1, 21)).square().mean() + 5 * span.duration).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="has cut the span passed"):
+        span.trajectory(X, linspace(0, 1, 21))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_times_that_would_lose_their_gradient_are_refused(frozen):
+    span = make(linspace(0, 1, 5))
+    span.t_f.requires_grad_(not frozen)
+    end = torch.tensor(1.0, dtype=X.dtype, requires_grad=True)
+    with pytest.raises(ValueError, match="t_span requires a gradient"):
+        span(X, end * linspace(0, 1, 5))
+    with pytest.raises(ValueError, match="save_at requires a gradient"):
+        span(X, save_at=[0.5 * end])
+    with torch.no_grad():
+        span(X, end * linspace(0, 1, 5))
+    t_eval = span(X)[0]
+    span(X, t_eval.flip(0), save_at=[t_eval[-1]])  # of its own times
+
+
 @pytest.mark.parametrize(
     "loss_of",
     [

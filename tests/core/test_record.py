@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacfwd, jvp, vmap
+from torch.func import functional_call, grad, jacfwd, jvp, linearize, stack_module_state, vmap
 from torchdyn.core import NeuralODE
 from torchdyn.models import CNF
 from torchdyn.nn import DataControl, DepthCat
@@ -284,6 +284,21 @@ def test_a_batch_of_times_is_refused_in_words():
     span, x = span_of(), state()
     with pytest.raises(ValueError, match="t_f is a batch of times"):
         vmap(lambda t: functional_call(span, {"t_f": t}, (x,))[1][-1])(torch.tensor([0.5, 0.7], dtype=D))
+
+
+def test_what_a_transform_hides_is_said_in_words():
+    spans, x = [span_of(), span_of()], state()
+    parameters, buffers = stack_module_state(spans)
+    parameters.pop("t_f")
+    with pytest.raises(ValueError, match="batch of intervals"):
+        vmap(lambda p, b: functional_call(spans[0], (p, b), (x,))[1][-1])(parameters, buffers)
+    ends = vmap(lambda p: functional_call(spans[0], p, (x,))[1][-1])(parameters)
+    torch.testing.assert_close(ends[1], spans[1](x)[1][-1])
+    adaptive = span_of(solver="tsit5")
+    with pytest.raises(ValueError, match="tsit5 chooses its steps by the values of the state"):
+        vmap(lambda z: adaptive(z[None])[1][-1])(x)
+    with pytest.raises(ValueError, match="t_f is traced"):
+        linearize(lambda t: functional_call(spans[0], {"t_f": t}, (x,))[1][-1], spans[0].t_f.detach())
 
 
 @pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint", "checkpoint"])

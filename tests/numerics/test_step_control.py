@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.numerics import Grid, integrate, make_stepper
 from torchdyn_mintime.numerics.step_control import MAX_FACTOR, MIN_FACTOR, SAFETY, error_norm, factor, first_step, rms
 
 NORM = functools.partial(error_norm, atol=1e-3, rtol=1e-3)
@@ -58,6 +59,15 @@ def test_a_field_next_to_zero_starts_the_same_as_a_number_and_as_a_tensor(scale)
     found = first_step(*start, number)
     assert float(first_step(*start, NORM)) == pytest.approx(found, rel=1e-5)
     assert found == pytest.approx(1e-6)  # where there is nothing to go by
+
+
+@pytest.mark.parametrize("length", [1e-12, 1e-3, 1e6, 1e12])
+def test_a_solve_from_zero_takes_the_steps_of_its_interval(length):
+    """z' = (1 - z) / length from 0, where the state says nothing of a scale."""
+    f = lambda t, z: (1 - z) / length  # noqa: E731
+    solution = integrate(f, torch.zeros(1, dtype=torch.float64), Grid([0.0, length]), make_stepper("dopri5"))
+    assert len(solution.steps) < 20  # from a millionth of the interval each is at most ten times the last
+    assert solution.states[-1].item() == pytest.approx(1 - math.exp(-1), abs=1e-3)
 
 
 def test_a_trial_step_that_is_not_finite_is_the_first_step():

@@ -118,7 +118,8 @@ class _Roles:
         self.modules = modules
         self.outer: Any = field
         self.base: Any = field.vf if isinstance(field.vf, DEFuncBase) else None
-        self._seen = [(m, _size(m), tuple(m._modules.values())) for m in modules]
+        own = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # which keeps its attributes elsewhere
+        self._seen = [(m, _size(m), tuple(m._modules.values())) for m in own]
         self.traces: list[Any] = [m for m in modules if hasattr(m, "trace_estimator")]
         self.controlled: list[Any] = [m for m in modules if hasattr(m, "_control")]
         self.timed = [m for m in modules if hasattr(m, "t")]
@@ -131,7 +132,7 @@ class _Roles:
         of_evaluations = {(id(m), name) for m, name in self.written} | {(id(m), "nfe") for m in modules}
         self.attributes = [
             (m, name)
-            for m in modules
+            for m in own
             for name in vars(m)
             if name not in _OF_EVERY_MODULE and (id(m), name) not in of_evaluations
         ]
@@ -196,7 +197,7 @@ class Field:
         """
         node, roles = self.node, self._roles()
         _check_state(x, node)
-        if args is not None and not isinstance(args, Mapping):
+        if args is not None and not isinstance(args, Mapping | nn.ParameterDict | nn.ModuleDict):
             raise TypeError(f"args must be a mapping, which the field gets as its `args`; got {type(args).__name__}")
         core = self._core(roles)
         if args and not self._takes_args(roles):
@@ -216,7 +217,7 @@ class Field:
                         node.controlled = True
                         module._control = x[:, excess:].detach()
             # A copy: the caller may put other entries into the same mapping before the backward of this solve.
-            return BoundField(node, roles, core, copy.copy(args) if args else {}, alone)
+            return BoundField(node, roles, core, _copied(args) if args else {}, alone)
 
     @contextmanager
     def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
@@ -429,11 +430,16 @@ class BoundField:
         for buffer, value in self._before:
             buffer.data.copy_(value)
 
-    def tensors(self) -> list[Tensor]:
-        """Returns the tensors that require a gradient among the field's ``args`` and its modules' attributes and buffers."""
+    def tensors(self, sure: bool = False) -> list[Tensor]:
+        """Returns the tensors that require a gradient among the field's ``args`` and its modules' attributes and buffers.
+
+        Args:
+            sure: leave out attributes with a graph, which may be what an earlier evaluation left there.
+        """
         values = [vars(module).get(name) for module, name in self._roles.attributes]
         buffers = [module._buffers.get(name) for module, name in self._roles.buffers]
-        return list(_with_gradient([self.args, *values, *buffers]))
+        held = [t for t in _with_gradient([*values, *buffers]) if t.is_leaf or not sure]
+        return list({id(t): t for t in (*_with_gradient(self.args), *held)}.values())
 
     @property
     def drops_out(self) -> bool:
@@ -489,11 +495,20 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
         vars(module)[name] = value
 
 
+def _copied(args: Any) -> Any:
+    try:
+        return copy.copy(args)
+    except TypeError:  # a read-only view of a dict
+        return dict(args)
+
+
 def _with_gradient(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors that require a gradient in a value: itself, or what its lists, tuples and mappings hold."""
+    """Yields the tensors that require a gradient in a value: itself, or what its lists, tuples, mappings and modules hold."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield value
+    elif isinstance(value, nn.Module):
+        yield from (p for p in value.parameters() if p.requires_grad)
     elif isinstance(value, Mapping):
         for entry in value.values():
             yield from _with_gradient(entry)

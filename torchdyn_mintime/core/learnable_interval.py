@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.interval import Interval, check_span, resolution
 from torchdyn_mintime.numerics import Grid, IntegrationError, merge
+from torchdyn_mintime.numerics.problem import leaves
 
 __all__ = ["LearnableInterval"]
 
@@ -145,27 +146,37 @@ class LearnableInterval(nn.Module):
         """Returns the buffers as numbers, bounds, pinned and template, and then the times."""
         buffers = self._buffers  # at every call of a span: torch's way to an attribute is a slow one
         parts: list[Any] = [buffers["_bounds"], buffers["_pinned"], buffers["_template"], *times]
-        if not (
-            parts[0].is_cpu and parts[-1].is_cpu
-        ):  # in one piece: on a GPU each reading waits for all work before it
+        if not (parts[0].is_cpu and parts[-1].is_cpu):
+            # In one piece: on a GPU each reading waits for all work before it.
             sizes, shapes = [part.numel() for part in parts], [part.shape for part in parts]
             there = next(part.device for part in parts if not part.is_cpu)
             flat = [part.detach().to(there, torch.float64).flatten() for part in parts]
             whole = torch.cat(flat).cpu().split(sizes)
             parts = [part.view(shape) for part, shape in zip(whole, shapes, strict=True)]
-        # What torch.func puts in the place of a time has no list, but a number.
-        return [part.tolist() if part.dim() else part.item() for part in parts]
+        try:
+            # What torch.func puts in the place of a time has no list, but a number.
+            return [part.tolist() if part.dim() else part.item() for part in parts]
+        except RuntimeError as error:
+            text = str(error)
+            if "storage" in text:  # a batched tensor has none
+                raise ValueError(
+                    "the interval is a batch of intervals (torch.vmap over the buffers of a span), and each of them has a grid "
+                    "of its own; leave the span's buffers out, or loop over them instead"
+                ) from error
+            if "vmap" in text:
+                raise ValueError(
+                    "t0 or t_f is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
+                ) from error
+            if "tracing" in text:
+                raise ValueError(
+                    "t0 or t_f is traced (torch.func.linearize), and the grid follows from its value; trace the other "
+                    "arguments alone, or take torch.func.jvp"
+                ) from error
+            raise
 
     def _look(self) -> tuple[Interval, tuple[float, float]]:
         """Returns the interval, and t0 and t_f as they are, as numbers."""
-        try:
-            *interval, t0, t_f = self._numbers(self.t0, self.t_f)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-            raise ValueError(
-                "t0 or t_f is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
-            ) from error
+        *interval, t0, t_f = self._numbers(self.t0, self.t_f)
         return self._interval_of_numbers(interval), (t0, t_f)
 
     @property
@@ -347,6 +358,8 @@ class LearnableInterval(nn.Module):
             return self._plan_of_template(interval, now)
         span: Sequence[float] | None = None
         ends = None
+        for name, times in (("t_span", t_span), ("save_at", save_at)):
+            self._check_constant(times, name)
         asked = _as_numbers(save_at)
         dtype = own = self.t_f.dtype
         for given in (t_span, save_at):  # times are compared to the rounding of the coarsest of them
@@ -420,6 +433,23 @@ class LearnableInterval(nn.Module):
         if rows is not None and rows == list(range(len(rows))):
             rows = None
         return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut)
+
+    def _check_constant(self, times: Any, name: str) -> None:
+        """Refuses times that require a gradient, which no call gives. Those made of t0 and t_f, as ``t_eval``, have it by them.
+
+        Raises:
+            ValueError: they are made of something else.
+        """
+        parts = times if isinstance(times, list | tuple) else [times]
+        learned = [t for t in parts if isinstance(t, Tensor) and t.requires_grad]
+        if not learned or not torch.is_grad_enabled() or not isinstance(self.t_f, nn.Parameter):
+            return
+        made_of = [leaf for t in learned for leaf in ([t] if t.is_leaf else leaves(t, ()))]
+        if any(leaf is not self.t_f and leaf is not self.t0 for leaf in made_of):
+            raise ValueError(
+                f"{name} requires a gradient, which a span does not give: the time that is learned is its own t_f. Pass "
+                f"{name}.detach(), and learn span.t_f; span.node(x, t_span) is torchdyn's own solve over times of yours"
+            )
 
     def _steps_between(self, interval: Interval, begin: float, end: float, dtype: torch.dtype) -> list[float]:
         """Returns the ends, and the points of the template between them."""

@@ -15,8 +15,8 @@ __all__ = ["Series"]
 class Series:
     """Learns from backward whether the loss compares rows, and refuses the call that would shift them.
 
-    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval``. What the last
-    backward before t_f cuts a span has shown holds from then on.
+    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval`` there: a price on
+    ``t_eval[-1]`` says nothing of the data. What the last backward before t_f cuts a span has shown holds from then on.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Series:
             seen["states"] = bool(gradient[1:-1].any())
 
         def times(gradient: Tensor) -> None:
-            seen["times"] = True
+            seen["times"] = bool(gradient[1:-1].any())
 
         sol.register_hook(states)
         if t_eval is not None and t_eval.requires_grad:
@@ -55,7 +55,7 @@ class Series:
         if not plan.cut:
             return
         if self._compares is None and "states" in self._seen:
-            self._compares = self._seen["states"] and "times" not in self._seen
+            self._compares = self._seen["states"] and not self._seen.get("times", False)
         if not self._compares or len(plan.grid.returned) != len(t_span):
             return
         raise ValueError(

@@ -184,7 +184,9 @@ class Method:
                 # A checkpoint takes the steps again, with the parameters of what takes them.
                 module = node if checkpoint else node.vf
                 free = {name: p for name, p in module.named_parameters() if p.requires_grad}
-                problem = Problem(f, module, free, restored=bound.in_backward, **settings)
+                named = {id(p) for p in free.values()}
+                outside = [t for t in bound.tensors(sure=True) if id(t) not in named] if learning else []
+                problem = Problem(f, module, free, restored=bound.in_backward, outside=outside, **settings)
                 if checkpoint:
                     solution = _naming_outside(bound, problem, lambda p: solve_checkpointed(p, start, grid))
                 else:
@@ -200,6 +202,11 @@ class Method:
                 raise ValueError(
                     "torch.func's transforms and forward mode pass a span with sensitivity='autograd' and without "
                     f"checkpoints alone; this one has {sensitivity!r}, checkpoint={checkpoint}"
+                ) from error
+            if self.stepper.adaptive and "vmap" in str(error):
+                raise ValueError(
+                    f"{self.stepper.name} chooses its steps by the values of the state, which torch.vmap hides; take a solver "
+                    "of fixed steps such as 'rk4', or loop"
                 ) from error
             _explain(error, bound, x)
             raise
@@ -315,13 +322,15 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
         problem.outside = [*problem.outside, *new]
         return bool(new)
 
-    while True:
+    for _ in range(3):
         try:
             return solve(problem)
         except OutsideTensors as found:
             bound.nfe = evaluations  # the one that found them is no part of the solve
             if not name(bound.tensors()):
                 name(found.tensors)
+    problem.searched = False  # they are others at every evaluation: the field makes them
+    return solve(problem)
 
 
 _NOT_ACCEPTED = (

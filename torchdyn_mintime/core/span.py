@@ -288,11 +288,16 @@ class LearnableSpan(LearnableInterval):
             ValueError: there is no state for a time that is asked for, or the span starts later than the steps that were laid.
         """
         plan = self._plan(t_span, (), dense)
+        if self.training and t_span is not None:
+            self._series.check(plan, t_span, self.t_f)
         if t_span is not None and not dense and (self.interval.pinned or self.interval.one_step):
             # These solve the whole interval by steps of their own, and the caller's points are others.
             plan = self._plan(t_span, self.interval.asked(t_span.tolist(), plan.grid.nodes, self.t_f.dtype))
         call = Call(self, x, plan, sensitivity="autograd")
-        return (call() if self._replacement is None else self._replacement(self, x, call))[1]
+        if self._replacement is not None:
+            return self._replacement(self, x, call)[1]
+        sol = call()[1]
+        return sol if t_span is None or not self.training else self._series.watch(None, sol)
 
     # ---------------------------------------------------------------------------------------- what the last forward did
 

@@ -31,8 +31,11 @@ from torchdyn_mintime.numerics.problem import (
     Watched,
     autocast,
     autocast_state,
+    check_outside,
     check_same,
     cut_at,
+    requiring_grad,
+    strangers,
 )
 from torchdyn_mintime.numerics.steppers import Stepper
 
@@ -70,7 +73,7 @@ def solve_adjoint(problem: AdjointProblem, x: Tensor, grid: Grid) -> tuple[Solut
         OutsideTensors: the field uses tensors that require a gradient and that the problem does not name.
         ValueError: from the backward pass, where the field is not the one of the forward solve any more.
     """
-    info: dict[str, Any] = {"learning": torch.is_grad_enabled()}
+    info: dict[str, Any] = {"search": torch.is_grad_enabled() and problem.searched}
     differentiated = (*problem.parameters.values(), *problem.outside)
     states, cost = _Adjoint.apply(problem, info, grid, x, grid.start, grid.end, *differentiated)
     return Solution(states, info["steps"]), cost
@@ -108,12 +111,12 @@ class _Adjoint(torch.autograd.Function):
         record = problem.interpolated
         cost = None
         if problem.running_cost is None:
-            f = Watched(problem.f, differentiated, info["learning"])
+            f = Watched(problem.f, differentiated, info["search"])
             solution = integrate(f, z, plain, problem.stepper, record=record, **settings)
         else:
             with problem.restored():
                 flat_field, y = with_running_cost(problem.f, problem.running_cost, z, grid.nodes[0])
-            f = Watched(flat_field, differentiated, info["learning"])
+            f = Watched(flat_field, differentiated, info["search"])
             flat = integrate(f, y, plain, problem.stepper, error_size=z.numel(), record=record, **settings)
             cut = z.numel()
             cost = flat.states[-1, cut:].clone()
@@ -128,7 +131,8 @@ class _Adjoint(torch.autograd.Function):
         # An empty tensor stands for a derivative that was not recorded.
         points = [y for _, z, k in solution.path for y in (z, z.new_empty(0) if k is None else k)]
         returned = grid.keep is None or grid.keep[0]
-        ctx.save_for_backward(None if returned else x, f.first, solution.states, *differentiated, *points)
+        ctx.time_of_last, *last = f.last or (None, None, None)
+        ctx.save_for_backward(None if returned else x, f.first, *last, solution.states, *differentiated, *points)
         info["steps"] = solution.steps
         return (solution.states if asked else solution.states[:-1].clone()), cost
 
@@ -136,7 +140,7 @@ class _Adjoint(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_states, grad_cost):
         problem, names = ctx.problem, list(ctx.problem.parameters)
-        x, first, states, *saved = ctx.saved_tensors
+        x, first, at_last, last, states, *saved = ctx.saved_tensors
         # The states are outputs: a field that differentiates inside would take them for part of its own graph.
         states = states.detach()
         x = states[0] if x is None else x.detach()
@@ -156,8 +160,9 @@ class _Adjoint(torch.autograd.Function):
             if own.get(n) is not p
         }
         outside = differentiated[len(names) :]
-        with problem.restored(), autocast(*ctx.autocast), cut_at(outside):
-            arguments = (x, first, states, grad_states, outside)
+        evaluations = ((x.new_tensor(ctx.grid.nodes[0]), None, first), (ctx.time_of_last, at_last, last))
+        with problem.restored(), autocast(*ctx.autocast), cut_at(outside), requiring_grad(differentiated):
+            arguments = (x, evaluations, states, grad_states, outside)
             x, start, end, mu = torch.func.functional_call(solver, leaves, arguments)
         grads = [None if g is None else g.to(p.dtype) for g, p in zip(mu, differentiated, strict=True)]
         return (None, None, None, x, start, end, *grads)
@@ -197,14 +202,17 @@ class _Backward(nn.Module):
         self._grid, self._steps, self._path, self._ends = grid, steps, path, ends
         self._used: set[int] = set()
 
-    def forward(self, x: Tensor, first: Tensor, states: Tensor, grad_states: Tensor, outside: Sequence[Tensor]):
+    def forward(self, x: Tensor, evaluations, states: Tensor, grad_states: Tensor, outside: Sequence[Tensor]):
         problem, grid = self._problem, self._grid
         own = dict(self.module.named_parameters())
         parameters = [*(own[n] for n in self._names), *outside]
         flat, y = problem.f, x
         if problem.running_cost is not None:
             flat, y = with_running_cost(problem.f, problem.running_cost, x, grid.nodes[0])
-        check_same(flat(x.new_tensor(grid.nodes[0]), y).detach(), first)
+        # Of the forward solve, the first evaluation and the last: what changes as time goes on shows in the last alone.
+        for t, at, value in evaluations:
+            if value is not None:
+                check_same(flat(t, y if at is None else at).detach(), value)
         last = len(grid.nodes) - 1
         kept = [i for i in range(last + 1) if grid.keep is None or grid.keep[i]]
         p, mu = torch.zeros_like(states[-1]), states.new_zeros(sum(q.numel() for q in parameters))
@@ -259,11 +267,13 @@ class _Backward(nn.Module):
                 dz = problem.f(t, state)
                 outputs: Sequence[Tensor] = [dz]
                 weights: Sequence[Tensor] = [-p]
+                cost: Tensor | None = None
                 if problem.running_cost is not None:
                     cost = problem.running_cost(t, state)
                     outputs, weights = [dz, cost], [-p, self._weights.view(cost.shape) / -scale]
                 pairs = [(o, w.to(o.dtype)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
                 wanted = (state, *parameters)
+                found = strangers([o for o, _ in pairs], parameters, (state, t)) if problem.searched else []
                 grads: Sequence[Tensor | None] = [None] * len(wanted)
                 if pairs:
                     outputs, weights = zip(*pairs, strict=True)
@@ -271,6 +281,10 @@ class _Backward(nn.Module):
                     kept = bool(problem.outside)
                     grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=kept)
                     self._used.update(i for i, g in enumerate(grads[1:]) if g is not None)
+            if found:  # once the graph is gone, what is still there was made outside
+                dz, outputs, pairs = dz.detach(), (), []
+                cost = None
+                check_outside(found)
             flat = [
                 (torch.zeros_like(q) if g is None else g).reshape(-1).to(y.dtype)
                 for g, q in zip(grads, wanted, strict=True)

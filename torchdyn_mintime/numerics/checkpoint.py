@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.numerics.integrate import Grid, Solution, _cast, _interpolate, _stage_times, integrate
-from torchdyn_mintime.numerics.problem import Problem, Watched, autocast, autocast_state, check_same, cut_at
+from torchdyn_mintime.numerics.problem import (
+    Problem,
+    Watched,
+    autocast,
+    autocast_state,
+    check_outside,
+    cut_at,
+    deviation,
+    refuse_other,
+    requiring_grad,
+    strangers,
+)
 
 __all__ = ["solve_checkpointed"]
 
@@ -39,9 +50,10 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem: Problem, info, grid: Grid, x, start, end, *differentiated):
         stepper, fixed = problem.stepper, not problem.stepper.adaptive
-        start, end = (None if t is None else t.detach() for t in (start, end))
+        # Copies: t_f may be clipped in place before the backward.
+        start, end = (None if t is None else t.detach().clone() for t in (start, end))
         solution = integrate(
-            Watched(problem.f, differentiated),
+            Watched(problem.f, differentiated, problem.searched),
             x.detach(),
             Grid(grid.nodes, start, end, None if fixed else grid.keep),
             stepper,
@@ -73,7 +85,7 @@ class _Checkpointed(torch.autograd.Function):
         parameters, outside = differentiated[: len(names)], differentiated[len(names) :]
         replay = _Replay(problem, ctx.grid, ctx.steps)
         current = dict(problem.module.named_parameters())
-        with problem.restored(), autocast(*ctx.autocast), cut_at(outside):
+        with problem.restored(), autocast(*ctx.autocast), cut_at(outside), requiring_grad(differentiated):
             if all(current.get(n) is p for n, p in zip(names, parameters, strict=True)):
                 x, start, end, totals = replay(started, grad_states, differentiated)
             else:  # the module holds others by now (functional_call): put those of the forward solve in their place
@@ -103,6 +115,7 @@ class _Replay(nn.Module):
         passes = self._passes()
         totals: list[Tensor | None] = [None] * (len(parameters) + 2)
         carried: Tensor | None = None
+        deviations: list[Tensor] = []
         for i in range(last, -1, -1):
             t, t_new = steps[i], steps[i + 1]
             if (arriving := incoming.get(t_new)) is not None and (passes is None or i == last):
@@ -123,12 +136,13 @@ class _Replay(nn.Module):
                 if passes is not None and inside:
                     interpolator = self._problem.interpolator
                     _interpolate(interpolator, passes[i][0], nodes, keep, outputs, step, z, z_new, stages)
-            if i in (0, last):
-                check_same((z_new - z).detach(), started[i + 1] - z.detach(), scale=started[i + 1])
+            before, after = started[i], started[i + 1]
+            deviations.append(deviation(z_new.detach() - before, after - before, scale=after))
             weights = inside
             if carried is not None:
                 outputs, weights = [*outputs, z_new], [*inside, carried]
             wanted = [z, *parameters, *(time for time in ends if time is not None)]
+            found_outside = strangers(outputs, parameters, (z, start, end)) if self._problem.searched else []
             # What lies behind an outside tensor is passed again at every step.
             kept_graph = bool(self._problem.outside)
             carried, *found = torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=kept_graph)
@@ -138,6 +152,10 @@ class _Replay(nn.Module):
                     total = totals[k]
                     # The first is copied: what autograd returns may be shared with something else.
                     totals[k] = g.clone() if total is None else total.add_(g)
+            del z_new, stages, outputs
+            check_outside(found_outside)
+        if deviations:
+            refuse_other(deviations)
         if (arriving := incoming.get(nodes[0])) is not None:
             carried = arriving if carried is None else carried + arriving
         *totals, start, end = totals

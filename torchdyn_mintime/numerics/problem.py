@@ -1,5 +1,6 @@
 """What a solve with a gradient of its own needs to know, and the looks at a field that such a solve stands on."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchdyn_mintime.numerics.step_control import rms
 from torchdyn_mintime.numerics.steppers import Stepper
 
-__all__ = ["OutsideTensors", "Problem"]
+__all__ = ["OutsideTensors", "Problem", "leaves"]
 
 VectorField = Callable[[Any, Tensor], Tensor]
 
@@ -29,6 +30,8 @@ class Problem:
         stepper, atol, rtol, interpolator: of the solve (see :func:`integrate`).
         restored: a context in which the field is as it was in the forward solve (data control, noise).
         outside: further tensors that f uses and that get a gradient: conditions, parameters of other modules.
+        searched: whether f is searched for tensors that would get none. A field that makes leaves of its own at every
+            evaluation, and keeps them, cannot be.
     """
 
     f: VectorField
@@ -40,10 +43,11 @@ class Problem:
     interpolator: Callable | None = None
     restored: Callable[[], AbstractContextManager] = nullcontext
     outside: Sequence[Tensor] = ()
+    searched: bool = True
 
 
 class OutsideTensors(Exception):
-    """A field uses tensors that require a gradient and that its :class:`Problem` does not name.
+    """A field uses, in its first evaluation, tensors that require a gradient and that its :class:`Problem` does not name.
 
     Attributes:
         tensors: the leaves of the graph that these tensors are made of.
@@ -55,15 +59,16 @@ class OutsideTensors(Exception):
 
 
 class Watched:
-    """A field whose first evaluation is kept, and searched for tensors that would get no gradient.
+    """A field whose first and last evaluations are kept; the first is searched for tensors that would get no gradient.
 
     Args:
         f: the field.
         known: the tensors that get one.
-        search: False keeps the first value alone.
+        search: False searches nothing.
 
     Attributes:
         first: the value of the first evaluation.
+        last: the time, the state and the value of the last one; None before the second.
 
     Raises:
         OutsideTensors: from that evaluation, where it used others.
@@ -72,28 +77,66 @@ class Watched:
     def __init__(self, f: VectorField, known: Iterable[Tensor], search: bool = True):
         self.timed = getattr(f, "timed", True)
         self.first: Tensor | None = None
+        self.last: tuple[Any, Tensor, Tensor] | None = None
         self._f, self._known, self._search = f, list(known), search
 
     def __call__(self, t: Any, z: Tensor) -> Tensor:
         if self.first is not None:
-            return self._f(t, z)
+            dz = self._f(t, z)
+            self.last = t, z, dz
+            return dz
         if not self._search:
             self.first = self._f(t, z)
             return self.first
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             dz = self._f(t, z)
-        known = {id(z), id(t), *map(id, self._known)}
-        strangers = [weakref.ref(leaf) for leaf in _leaves(dz, self._known) if id(leaf) not in known]
+        found = strangers([dz], self._known, (z, t))
         self.first = dz = dz.detach()
-        # What the field made for itself in the evaluation is gone with its graph.
-        found = [leaf for stranger in strangers if (leaf := stranger()) is not None]
-        if found:
-            raise OutsideTensors(found)
+        if outside := still_there(found):
+            raise OutsideTensors(outside)
         return dz
 
 
-def _leaves(output: Tensor, known: Sequence[Tensor]) -> Iterator[Tensor]:
+def strangers(outputs: Iterable[Tensor], known: Sequence[Tensor], inputs: Iterable[Any]) -> list[weakref.ref]:
+    """Returns the leaves of a graph that are not ``known`` and no ``inputs``; see :func:`still_there`."""
+    own = {*map(id, inputs), *map(id, known)}
+    return [weakref.ref(leaf) for output in outputs for leaf in leaves(output, known) if id(leaf) not in own]
+
+
+def still_there(found: Iterable[weakref.ref]) -> list[Tensor]:
+    """Returns which of :func:`strangers` are held outside: what a field makes for itself is gone with the graph."""
+    return [leaf for stranger in found if (leaf := stranger()) is not None]
+
+
+def check_outside(found: Iterable[weakref.ref]) -> None:
+    """Checks, in a backward, that no evaluation has used a tensor that gets no gradient. The graph must be gone.
+
+    Raises:
+        ValueError: one has.
+    """
+    if outside := still_there(found):
+        raise ValueError(
+            f"the vector field uses a tensor of shape {tuple(outside[0].shape)} that requires a gradient, but not yet in its "
+            "first evaluation, so that its gradient would be lost. Pass it in `args`, or use sensitivity='autograd' without "
+            "checkpoints"
+        )
+
+
+@contextmanager
+def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Lets a gradient be asked for of tensors that were frozen since the forward solve, as autograd would give it."""
+    frozen = [t for t in tensors if not t.requires_grad]
+    for t in frozen:
+        t.requires_grad_()
+    try:
+        yield
+    finally:
+        for t in frozen:
+            t.requires_grad_(False)
+
+
+def leaves(output: Tensor, known: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yields the leaves of a graph, without what lies behind ``known`` (a condition is the output of an encoder)."""
     seen: set[Any] = {p.grad_fn for p in known}
     nodes = [output.grad_fn]
@@ -127,27 +170,48 @@ def _stop(place: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     return tuple(torch.zeros_like(g) if i == place and g is not None else g for i, g in enumerate(grads))
 
 
-def check_same(again: Tensor, first: Tensor, scale: Tensor | None = None) -> None:
+def check_same(again: Tensor, first: Tensor) -> None:
     """Checks that an evaluation in backward repeats that of the forward solve.
 
     Args:
         again, first: both values.
-        scale: where the values are sums with something larger: that, whose rounding they carry.
 
     Raises:
         ValueError: they differ in more than the last third of their digits.
+    """
+    refuse_other([deviation(again, first)])
+
+
+def deviation(again: Tensor, first: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Returns by how much two values differ, by how much they may, and their size, all as root mean squares.
+
+    Args:
+        again, first: both values.
+        scale: where the values are sums with something larger: that, whose rounding they carry.
     """
     _, mixed, dtype = autocast_state(first.device.type)
     # Under autocast the field rounds what it is given: a state that differs in its last place may give another rounding.
     eps = torch.finfo(dtype if mixed else first.dtype).eps
     # Rounding is some units in the last place, more where a GPU adds in another order. A field that has changed, or that
     # draws anew, differs by far more; one that still does by less gives a gradient that is as good.
-    allowed = eps ** (2 / 3) * rms(first) + (0.0 if scale is None else 10 * eps * rms(scale))
-    difference = rms(again - first)
-    if difference > allowed:  # of NaN neither is true: the gradient will show it
+    size = rms(first)
+    allowed = eps ** (2 / 3) * size + (0.0 if scale is None else 10 * eps * rms(scale))
+    return torch.stack([rms(again - first), allowed, size])
+
+
+def refuse_other(deviations: Sequence[Tensor]) -> None:
+    """Refuses a backward in which some value does not repeat that of the forward solve (:func:`deviation`).
+
+    Raises:
+        ValueError: one differs in more than the last third of its digits.
+    """
+    # Of NaN it is not true: the gradient will show it.
+    differing = [(found, size) for found, allowed, size in torch.stack([*deviations]).tolist() if found > allowed]
+    if differing:
+        found, size = differing[0]
         raise ValueError(
             f"the vector field is not the one of the forward solve any more: in backward, the same state gives a value that "
-            f"differs by {(difference / rms(first)).item():.2g} of its size. Something that the field reads has changed in "
+            f"differs by {found / size if size else math.inf:.2g} of its size. Something that the field reads has changed in "
             "between, or changes with every evaluation (dropout, spectral norm in training mode, random numbers, a tensor "
             "written in place); keep it fixed from forward to backward, or use sensitivity='autograd' without checkpoints"
         )

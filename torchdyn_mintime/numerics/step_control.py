@@ -83,11 +83,13 @@ def first_step(
         norm: ``norm(value, x)``, such as :func:`error_norm` at given tolerances, as a number or as a scalar tensor.
     """
     d0, d1 = norm(x, x), norm(k1, x)
-    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    # Where the state or the field say nothing of a scale, that of the interval: time has none of its own.
+    tiny = 1e-6 * length
+    h0 = tiny if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h0 = min(h0, length)
     d2 = norm(f(time(h0), x + direction * h0 * k1) - k1, x) / h0
     if not d2 < math.inf:
         return h0
     steepest = max(d1, d2)
-    h1 = max(1e-6, h0 * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1.0 / (order + 1))
+    h1 = max(tiny, h0 * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1.0 / (order + 1))
     return min(100 * h0, h1)
