@@ -1,7 +1,7 @@
 # Every command of the project, on a machine with Python 3.11 or newer and nothing else:
 #
 #   make demo     train vanilla, minimum-time, the search and controls, print a table for each task, draw the pictures
-#   make test     all tests, doctests included        make test ARGS="-k span -x"
+#   make test     all tests, doctests included        make test WORKERS=0 ARGS="-k span -x" for some, in one process
 #   make coverage lines and branches that the tests reach, an error below 95 %; a quarter of an hour
 #   make mutation small defects in the core that the tests must find; two hours on one core
 #   make lint     ruff: rules and format              make format   mends what it can
@@ -19,6 +19,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
@@ -28,7 +29,7 @@ demo: $(VENV)/.test-installed
 	$(BIN)/python -m torchdyn_mintime demo $(ARGS)
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Without the tutorials: their kernels are processes of their own, which are not measured.
 coverage: $(VENV)/.test-installed

@@ -13,9 +13,12 @@ from torchdyn.models.cnf import CNF, autograd_trace
 
 from benchmarks.contestants import contestants, mlp, node_of, plain_rk4, rk4_step, state, task
 from benchmarks.deployed import deployed
+from benchmarks.learned import one_step
 from benchmarks.timing import MIB, Row, Run, compare, saved_bytes
 from torchdyn_mintime.core import LearnableSpan
+from torchdyn_mintime.depth.searched_model import SearchedModel
 from torchdyn_mintime.losses.step_doubling import StepDoubling
+from torchdyn_mintime.numerics import LearnableSolver
 
 __all__ = ["PARTS"]
 
@@ -56,7 +59,8 @@ def adaptive(rounds: int) -> Iterator[Row]:
     for (gain, what), solver, backward in product(fields, ("tsit5", "dopri5"), (False, True)):
         net = mlp(3, 32, gain=gain)
         found = contestants(net, state(512, 3), 1, backward=backward, solver=solver)
-        runs = {name: found[name] for name in ("NeuralODE", "LearnableSpan", f"torchdiffeq {solver}") if name in found}
+        named = ("NeuralODE", "LearnableSpan", f"torchdiffeq {solver}", f"torchode {solver}")
+        runs = {name: found[name] for name in named if name in found}
         yield from compare("adaptive", f"{solver}, {what}, {PASS[backward]}", runs, rounds, net)
 
 
@@ -103,6 +107,31 @@ def penalty(rounds: int) -> Iterator[Row]:
         runs = {"by hand": task(by_hand, [*wanted, t_f]), "StepDoubling": task(ours, [*wanted, span.t_f])}
         case = f"{steps} step{'s' * (steps > 1)}, {size}-{width}-{size}, batch {batch}"
         yield from compare("penalty", case, runs, rounds, net)
+    for stages in (2, 4):
+        net, x = mlp(2, 64), state(64, 2)
+        runs = _of_the_search(net, x, stages)
+        yield from compare("penalty", f"the search, {stages} learned stages, 2-64-2, batch 64", runs, rounds, net)
+
+
+def _of_the_search(net: nn.Module, x: Tensor, stages: int) -> dict[str, Run]:
+    """Returns an iteration of the search without its optimizer: both losses, and the penalty against 4 steps of rk4."""
+    span = LearnableSpan(node_of(net, solver=LearnableSolver(stages)), torch.linspace(0, 1, 2))
+    searched = SearchedModel(span, torch.optim.SGD(net.parameters(), lr=0.0))
+    a, b = (v.detach().float().requires_grad_() for v in (span.solver.a, span.solver.b))
+
+    def by_hand() -> Tensor:
+        end, exact = one_step(net, x, a, b, 1.0), plain_rk4(net, x, 4)
+        apart = (end - exact).square().mean() / (exact - x).detach().square().mean()
+        return end.square().mean() + exact.square().mean() + 2 * apart
+
+    def loss() -> Tensor:
+        return span(x)[1][-1].square().mean()
+
+    def ours() -> Tensor:
+        return loss() + searched.objective(1.0, 4, loss)
+
+    weights = list(net.parameters())
+    return {"by hand": task(by_hand, [*weights, a, b]), "Shallowest": task(ours, [*weights, span.solver.free])}
 
 
 def dense(rounds: int) -> Iterator[Row]:

@@ -1,6 +1,7 @@
-"""The same solve by everyone: a plain Python loop, LearnableSpan, bare NeuralODE and torchdiffeq."""
+"""The same solve by everyone: a plain Python loop, LearnableSpan, bare NeuralODE, torchdiffeq, and torchode if installed."""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torchdyn.core import NeuralODE
 from benchmarks.timing import Run
 from torchdyn_mintime.core import LearnableSpan
 
-__all__ = ["contestants", "mlp", "node_of", "plain_rk4", "rk4_step", "state", "task"]
+__all__ = ["contestants", "in_torchode", "mlp", "node_of", "plain_rk4", "rk4_step", "state", "task"]
 
 
 def mlp(size: int, width: int, seed: int = 0, gain: float = 1.0) -> nn.Sequential:
@@ -98,9 +99,23 @@ def contestants(
 
     method = {"tsit5": "dopri5"}.get(solver, solver)  # torchdiffeq's tsit5 is not among its documented methods
     rate = net if timed else lambda t, z: net(z)
-    return {
+    runs = {
         "plain loop": task(lambda: plain(net, x, steps), wanted),
         "LearnableSpan": task(lambda: span(x)[1][-1], [*wanted, span.t_f] if backward else []),
         "NeuralODE": task(lambda: node(x, grid)[1][-1], wanted),
         f"torchdiffeq {method}": task(lambda: odeint(rate, x, grid, method=method, rtol=1e-3, atol=1e-3)[-1], wanted),
     }
+    if span.adaptive and x.dim() == 2 and importlib.util.find_spec("torchode"):
+        runs[f"torchode {solver}"] = task(in_torchode(rate, x, grid, solver), wanted)
+    return runs
+
+
+def in_torchode(rate: Callable[[Any, Tensor], Tensor], x: Tensor, grid: Tensor, solver: str) -> Callable[[], Tensor]:
+    """Returns torchode's solve at the tolerance 1e-3. It controls the error of each row by itself, with steps of its own."""
+    import torchode
+
+    term = torchode.ODETerm(rate)
+    method = {"dopri5": torchode.Dopri5, "tsit5": torchode.Tsit5}[solver](term=term)
+    adjoint = torchode.AutoDiffAdjoint(method, torchode.IntegralController(atol=1e-3, rtol=1e-3, term=term))
+    times = grid.expand(len(x), -1)
+    return lambda: adjoint.solve(torchode.InitialValueProblem(y0=x, t_eval=times)).ys[:, -1]

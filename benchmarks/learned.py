@@ -14,7 +14,7 @@ import torchdyn_mintime as tm
 from benchmarks.timing import alternate
 
 
-def by_hand(net: nn.Module, x: Tensor, a, b, h) -> Tensor:
+def one_step(net: nn.Module, x: Tensor, a, b, h) -> Tensor:
     """Returns the state after one step with the matrix ``a`` and the weights ``b``."""
     stages: list[Tensor] = []
     for row in (*a, b):
@@ -37,9 +37,9 @@ def main() -> None:
         numbers, h = (a.tolist(), b.tolist()), torch.ones((), requires_grad=True)
         runs = [
             torch.no_grad()(lambda span=span, x=x: span(x)),
-            torch.no_grad()(lambda net=net, x=x, numbers=numbers: by_hand(net, x, *numbers, 1.0)),
+            torch.no_grad()(lambda net=net, x=x, numbers=numbers: one_step(net, x, *numbers, 1.0)),
             lambda span=span, x=x: span(x)[1][-1].square().mean().backward(),
-            lambda net=net, x=x, a=a, b=b, h=h: by_hand(net, x, a, b, h).square().mean().backward(),
+            lambda net=net, x=x, a=a, b=b, h=h: one_step(net, x, a, b, h).square().mean().backward(),
         ]
         one, two, three, four = (1e6 * statistics.median(t) for t in alternate(runs, 5))
         print(

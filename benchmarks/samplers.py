@@ -1,15 +1,21 @@
-"""Fields of flow matching, and samplers of few evaluations: ``python -m benchmarks.samplers planes,digits,densities 1``.
+"""Fields of flow matching, and samplers of few evaluations: ``python -m benchmarks.samplers planes,digits,densities 5 10``.
 
-Each field carries one distribution of the plane to another along straight lines between independent draws. Printed are
-the error of the end relative to the displacement, on fresh states, and its share of midpoint's with as many evaluations.
+Named are the tables, the number of seeds and the first one. Each field carries one distribution of the plane to another along
+straight lines between independent draws. Printed are the error of the end relative to the displacement, on fresh states, and
+its share of midpoint's with as many evaluations. The control is midpoint on the best of a family of time grids.
 ``distances`` prints the distance W2 of samples to the data, of fitted solvers and with the weights free (``compress_sampler``).
+Seconds are those of one core.
 """
 
+import copy
 import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,10 +24,13 @@ from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import CNF
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.experiments import datasets
+from torchdyn_mintime.experiments.models import tutorial_flow_parts
 from torchdyn_mintime.experiments.samplers import Velocity, distance, eight_gaussians, exact_ends, matched, moons
-from torchdyn_mintime.flows import Gaussian
+from torchdyn_mintime.flows import Gaussian, HyperCNF
 
 EVALUATIONS = (4, 6, 8, 10)
+FLOW_ITERATIONS = 200
 
 
 def rings(n: int) -> Tensor:
@@ -58,57 +67,88 @@ TASKS: dict[str, tuple[Callable[[int], Tensor], Callable[[int], Tensor]]] = {
 }
 
 
-def fresh_error(solver: str | nn.Module, field: nn.Module, x0: Tensor, exact: Tensor, steps: int = 1) -> float:
-    """Returns the error of ends relative to the displacement."""
-    node = NeuralODE(field, solver=solver)
+def trained(name: str, seed: int) -> nn.Module:
+    """Returns the field of a task, trained once and kept in ``results/samplers``; torch's random state is then the seed's."""
+    path = Path("results/samplers") / f"{name.replace(' ', '-')}-{seed}.pt"
+    torch.manual_seed(seed)
+    field = Velocity()
+    if path.exists():
+        field.load_state_dict(torch.load(path))
+    else:
+        begun = time.process_time()
+        matched(*TASKS[name], field)
+        print(f"{name}, seed {seed}: trained in {time.process_time() - begun:.0f} s", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(field.state_dict(), path)
+    torch.manual_seed(1000 + seed)
+    return field.eval()
+
+
+def end_of(solver: str | nn.Module, field: nn.Module, x0: Tensor, times: Tensor) -> Tensor:
+    """Returns the end of a solve by steps between these times."""
     with torch.no_grad():
-        span = tm.LearnableSpan(node, torch.linspace(0, 1, steps + 1))
-        end = span(x0)[1][-1]
+        return tm.LearnableSpan(NeuralODE(field, solver=solver), times)(x0)[1][-1]
+
+
+def relative(end: Tensor, exact: Tensor, x0: Tensor) -> float:
+    """Returns the error of ends relative to the displacement."""
     return ((end - exact).square().mean() / (exact - x0).square().mean()).sqrt().item()
 
 
-def planes(seeds: int) -> None:
+def fresh_error(solver: str | nn.Module, field: nn.Module, x0: Tensor, exact: Tensor, steps: int = 1) -> float:
+    """Returns the error of equal steps, relative to the displacement."""
+    return relative(end_of(solver, field, x0, torch.linspace(0, 1, steps + 1)), exact, x0)
+
+
+def best_grid(field: nn.Module, x0: Tensor, exact: Tensor, steps: int) -> Tensor:
+    """Returns the times 1 - (1 - s^a)^b, s equal steps, at which midpoint errs least on the states: of 169 pairs (a, b)."""
+    equal, powers = torch.linspace(0, 1, steps + 1), torch.logspace(-1, 1, 13, base=3)
+    grids = [1 - (1 - equal**a) ** b for a in powers for b in powers]
+    return min(grids, key=lambda times: relative(end_of("midpoint", field, x0, times), exact, x0))
+
+
+def planes(seeds: range) -> None:
     """Prints the table of the fields of the plane."""
-    ratios: dict[int, list[float]] = {n: [] for n in EVALUATIONS}
-    for name, (start, end) in TASKS.items():
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            begun = time.perf_counter()
-            field = matched(start, end, Velocity())
-            trained = time.perf_counter() - begun
+    shares: dict[str, dict[int, list[float]]] = {which: {n: [] for n in EVALUATIONS} for which in ("fitted", "grid")}
+    for name, (start, _) in TASKS.items():
+        for seed in seeds:
+            field = trained(name, seed)
             states, fresh = start(1280), start(4096)
-            exact = exact_ends(field, fresh)
-            node = NeuralODE(field)
+            known, exact = exact_ends(field, states), exact_ends(field, fresh)
             for n in EVALUATIONS:
-                begun = time.perf_counter()
-                fit = tm.fit_solver(node, states, evaluations=n, progress=False)
-                seconds = time.perf_counter() - begun
+                begun = time.process_time()
+                fit = tm.fit_solver(NeuralODE(field), states, evaluations=n, progress=False)
+                seconds = time.process_time() - begun
                 error = fresh_error(fit.node.solver, field, fresh, exact)
                 midpoint = fresh_error("midpoint", field, fresh, exact, n // 2)
-                ratios[n].append(error / midpoint)
+                times = best_grid(field, states, known, n // 2)
+                control = relative(end_of("midpoint", field, fresh, times), exact, fresh)
+                shares["fitted"][n].append(error / midpoint)
+                shares["grid"][n].append(control / midpoint)
                 print(
                     f"{name}, seed {seed}, {n:2d} evaluations: error {error:.4f} (held out {fit.error.rms:.4f}), midpoint "
-                    f"{midpoint:.4f}, share {error / midpoint:.2f}, fit {seconds:.0f} s, field {trained:.0f} s",
+                    f"{midpoint:.4f}, share {error / midpoint:.2f}, best grid's {control / midpoint:.2f}, fit {seconds:.0f} s",
                     flush=True,
                 )
-    for n, values in ratios.items():
-        print(
-            f"{n:2d} evaluations: median share of midpoint's error {statistics.median(values):.2f}, {min(values):.2f} to "
-            f"{max(values):.2f}"
-        )
+    for which, found in shares.items():
+        for n, values in found.items():
+            print(
+                f"{which}, {n:2d} evaluations: median share of midpoint's error {statistics.median(values):.2f}, "
+                f"{min(values):.2f} to {max(values):.2f}"
+            )
 
 
-def digits(seeds: int) -> None:
+def digits(seeds: range) -> None:
     """Prints the same of digits of 8 by 8 pixels, from a normal distribution."""
     images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
-    for seed in range(seeds):
+    for seed in seeds:
         torch.manual_seed(seed)
         begin = lambda n: torch.randn(n, 1, 8, 8)  # noqa: E731
         field = matched(begin, lambda n: images[torch.randint(len(images), (n,))], Velocity(64, 256))
         states, fresh = begin(512), begin(1024)
         exact = exact_ends(field, fresh)
         for n in (4, 8):
-            begun = time.perf_counter()
+            begun = time.process_time()
             fit = tm.fit_solver(NeuralODE(field), states, evaluations=n, progress=False)
             error, midpoint = (
                 fresh_error(fit.node.solver, field, fresh, exact),
@@ -116,50 +156,168 @@ def digits(seeds: int) -> None:
             )
             print(
                 f"digits, seed {seed}, {n} evaluations: error {error:.4f}, midpoint {midpoint:.4f}, share "
-                f"{error / midpoint:.2f}, fit {time.perf_counter() - begun:.0f} s",
+                f"{error / midpoint:.2f}, fit {time.process_time() - begun:.0f} s",
                 flush=True,
             )
 
 
-def densities(seeds: int) -> None:
-    """Prints the negative log-likelihood (nats) of flows of the plane by fitted solvers, beside the exact one."""
-    for name, data in (("moons", lambda n: moons(n) / 3), ("rings", lambda n: rings(n) / 3)):
-        for seed in range(seeds):
+def nll_of(field: nn.Module, solver: str | nn.Module, base: Any, x: Tensor, steps: int = 1, tol: float = 1e-6) -> float:
+    """Returns the negative log-likelihood (nats) of data by a flow's field."""
+    node = NeuralODE(field, solver=solver, atol=tol, rtol=tol)
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, steps + 1))
+    return tm.FlowModel(span, base).nll(x).item()
+
+
+def trained_flow(data: Callable[..., Tensor], generator: torch.Generator) -> tm.FlowModel:
+    """Returns the paper's flow, trained as in ``table flows`` but with 8 steps."""
+    span = tm.LearnableSpan(NeuralODE(HyperCNF(), solver="rk4"), torch.linspace(0, 1, 9))
+    span.t_f.requires_grad_(False)
+    model = tm.FlowModel(span, Gaussian(2, variance=0.1))
+    optimizer = torch.optim.Adam(span.vf.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FLOW_ITERATIONS)
+    for _ in range(FLOW_ITERATIONS):
+        optimizer.zero_grad()
+        model.nll(data(512, generator)).backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+@torch.no_grad()
+def densities(seeds: range) -> None:
+    """Prints the negative log-likelihood of the paper's flows by fitted solvers, the fields as they are.
+
+    And how far the log-density of samples, solved from the base, is from the exact likelihood of the same points.
+    """
+    for name, data in (("moons", datasets.density_moons), ("circles", datasets.density_circles)):
+        for seed in seeds:
             torch.manual_seed(seed)
-            net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-            node = NeuralODE(CNF(net), solver="rk4")
-            model = tm.FlowModel(tm.LearnableSpan(node, torch.linspace(0, 1, 5)), Gaussian(2))
-            model.span.t_f.requires_grad_(False)
-            optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
-            for _ in range(300):
-                loss = model.nll(data(256))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            x, fresh = (torch.nn.functional.pad(data(n), (1, 0)) for n in (1280, 2048))
-
-            def nll(solver, nodes, tolerance=1e-3, net=net, fresh=fresh, base=model.base):
-                solved = NeuralODE(CNF(net), solver=solver, atol=tolerance, rtol=tolerance)
-                with torch.no_grad():
-                    end = tm.LearnableSpan(solved, torch.linspace(0, 1, nodes + 1))(fresh)[1][-1]
-                return (end[:, 0] - base.log_prob(end[:, 1:])).mean().item()
-
-            exact = nll("dopri5", 1, 1e-6)
+            generator = torch.Generator().manual_seed(seed)
+            fresh = data(4096, generator)
+            begun = time.process_time()
+            with torch.enable_grad():
+                model = trained_flow(data, generator)
+            seconds = time.process_time() - begun
+            field, base = model.span.vf.vf.vf, model.base
+            exact_model = tm.FlowModel(tm.LearnableSpan(NeuralODE(field, solver="dopri5", atol=1e-7, rtol=1e-7)), base)
+            print(
+                f"density of {name}, seed {seed}: 32 evaluations nll {model.nll(fresh):.3f}, exact "
+                f"{exact_model.nll(fresh):.3f}, field {seconds:.0f} s",
+                flush=True,
+            )
             for n in (4, 6, 8):
-                fit = tm.fit_solver(node, x, evaluations=n, progress=False)
+                begun = time.process_time()
+                fit = model.fit_solvers(data(1024, generator), evaluations=n, progress=False)
+                seconds = time.process_time() - begun
+                z = base.sample((2048,))
+                one_way = tm.FlowModel(tm.LearnableSpan(fit.density.node), base)
+                off = {}
+                with warnings.catch_warnings(action="ignore", category=UserWarning):  # run against its direction
+                    for which, sampler in {"fitted": fit.model, "fitted to densities alone": one_way}.items():
+                        points, change = sampler.decode(z)
+                        off[which] = exact_model.log_prob(points) - base.log_prob(z) + change
+                nats = ", ".join(f"{which} {v.abs().quantile(0.5):.3f}" for which, v in off.items())
                 print(
-                    f"density of {name}, seed {seed}, {n} evaluations: nll {nll(fit.node.solver, 1):.4f}, midpoint "
-                    f"{nll('midpoint', n // 2):.4f}, exact {exact:.4f}",
+                    f"  frozen, {n} evaluations: nll {fit.model.nll(fresh):.3f}, midpoint "
+                    f"{nll_of(field, 'midpoint', base, fresh, n // 2):.3f}; log-density of samples, median error: {nats} nats; "
+                    f"both fits {seconds:.0f} s",
                     flush=True,
                 )
 
 
-def distances(seeds: int, draws: int = 5, points: int = 1000) -> None:
+def trained_densities(seeds: range) -> None:
+    """Prints the same where the fields are trained further (``compress``), to .01 nats above their loss on the worst batch."""
+    for name, data in (("moons", datasets.density_moons), ("circles", datasets.density_circles)):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
+            fresh = data(4096, generator)
+            model = trained_flow(data, generator)
+            batches = [data(512, generator) for _ in range(6)]
+            with torch.no_grad():
+                target = 0.01 + max(model.nll(x).item() for x in batches)
+            begun = time.process_time()
+            made, verdict = tm.compress(
+                model,
+                batches[:4],
+                lambda found: -found.mean(),
+                target=target,
+                solver_tol=0.03,
+                held_out=batches[4:],
+                progress=False,
+            )
+            seconds = time.process_time() - begun
+            with torch.no_grad():
+                values = [model.nll(fresh), made.nll(fresh)]
+                found = [nll_of(m.span.vf.vf.vf, "dopri5", model.base, fresh, tol=1e-7) for m in (model, made)]
+            print(
+                f"density of {name}, seed {seed}: 32 evaluations nll {values[0]:.3f}, exact {found[0]:.3f}; compressed, "
+                f"{verdict.best.evaluations} evaluations, found {verdict.feasible}: nll {values[1]:.3f}, exact {found[1]:.3f}, "
+                f"solver error {verdict.best.solver_error:.3f}, {seconds:.0f} s\n{verdict}",
+                flush=True,
+            )
+
+
+def tutorial(seeds: range) -> None:
+    """Prints the likelihood of the flow of torchdyn's tutorial, by dopri5 and by fitted solvers, all with the exact trace."""
+    for seed in seeds:
+        torch.manual_seed(seed)
+        data, parts, base = datasets.spiral(seed, 4000), tutorial_flow_parts(), Gaussian(2)
+        generator = torch.Generator().manual_seed(seed)
+        draw: Any = data.draw
+        span = tm.LearnableSpan(
+            NeuralODE(parts["field"], solver="dopri5", atol=1e-4, rtol=1e-4), torch.tensor([0.0, 1.0])
+        )
+        span.t_f.requires_grad_(False)
+        model = tm.FlowModel(span, base)
+        optimizer = torch.optim.AdamW(parts["field"].parameters(), lr=5e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+        begun = time.process_time()
+        for _ in range(500):
+            optimizer.zero_grad()
+            model.nll(draw(512, generator)).backward()
+            optimizer.step()
+            schedule.step()
+        print(f"tutorial, seed {seed}: trained in {time.process_time() - begun:.0f} s", flush=True)
+        field, fresh, x = CNF(parts["field"].net), data.x_test, draw(640, generator)
+        with torch.no_grad():
+            for tol in (1e-4, 1e-7):
+                taken = tm.LearnableSpan(NeuralODE(field, solver="dopri5", atol=tol, rtol=tol))
+                value = tm.FlowModel(taken, base).nll(fresh).item()
+                print(f"  dopri5 at {tol:g}: {taken.nfe} evaluations, nll {value:.3f}", flush=True)
+            states = torch.nn.functional.pad(x, (1, 0))
+            for n in (8, 12):
+                begun = time.process_time()
+                fit = tm.fit_solver(NeuralODE(field), states, evaluations=n, progress=False)
+                print(
+                    f"  fitted, {n} evaluations: nll {nll_of(field, fit.node.solver, base, fresh):.3f}, midpoint "
+                    f"{nll_of(field, 'midpoint', base, fresh, n // 2):.3f}, fit {time.process_time() - begun:.0f} s",
+                    flush=True,
+                )
+
+
+def distilled(field: nn.Module, solver: nn.Module, x0: Tensor, exact: Tensor, iterations: int = 500) -> nn.Module:
+    """Returns a copy of a field trained with its solver to the ends alone, with no penalty: a network that need be no ODE."""
+    made = copy.deepcopy(field)
+    span = tm.LearnableSpan(NeuralODE(made, solver=solver))
+    solver.requires_grad_(True)
+    optimizer = torch.optim.Adam([*made.parameters(), *solver.parameters()], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        rows = torch.randint(len(x0), (256,))
+        loss = (span(x0[rows])[1][-1] - exact[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return made
+
+
+def distances(seeds: range, draws: int = 5, points: int = 1000) -> None:
     """Prints W2 to the data: means over draws, and how far the exact sampler's own draws are apart."""
     for name, (start, end) in TASKS.items():
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            field = matched(start, end, Velocity())
+        for seed in seeds:
+            field = trained(name, seed)
             node, states = NeuralODE(field), start(4096)
             fresh, data = start(draws * points), end(draws * points)
 
@@ -171,29 +329,48 @@ def distances(seeds: int, draws: int = 5, points: int = 1000) -> None:
                 with torch.no_grad():
                     return tm.LearnableSpan(NeuralODE(field, solver=solver), torch.linspace(0, 1, steps + 1))(x)[1][-1]
 
-            exact, noise = mean(exact_ends(field, fresh))
+            known = exact_ends(field, fresh)
+            exact, noise = mean(known)
             print(f"{name}, seed {seed}: exact {exact:.3f}, within {exact + 2 * noise:.3f}", flush=True)
             for n in (4, 6, 8, 16):
                 print(f"  midpoint, {n} evaluations: {mean(ends('midpoint', n // 2))[0]:.3f}", flush=True)
             for n in (3, 4, 5, 6):
                 fit = tm.fit_solver(node, states[:1280], evaluations=n, progress=False)
                 print(f"  frozen, {n} evaluations: {mean(ends(fit.node.solver))[0]:.3f}", flush=True)
-            begun = time.process_time()
-            sampler, verdict = tm.compress_sampler(node, states, tol=0.1, progress=False)
-            with torch.no_grad():
-                moved = mean(sampler(fresh)[1][-1])[0]
+            for tol in (0.1, 0.03):
+                begun = time.process_time()
+                sampler, verdict = tm.compress_sampler(node, states, tol=tol, progress=False)
+                seconds = time.process_time() - begun
+                with torch.no_grad():
+                    moved = sampler(fresh)[1][-1]
+                print(
+                    f"  weights moving, tol {tol:g}: {verdict.best.evaluations} evaluations (a fitted solver alone "
+                    f"{verdict.trials[0].evaluations}), W2 {mean(moved)[0]:.3f}, error {relative(moved, known, fresh):.3f}, "
+                    f"solver error {verdict.best.solver_error:.3f}, {seconds:.0f} s",
+                    flush=True,
+                )
+            few = tm.fit_solver(node, states[:1280], evaluations=3, progress=False).node.solver
+            network = distilled(field, few, states, exact_ends(field, states))
+            end_of_network, own = end_of(few, network, fresh, torch.tensor([0.0, 1.0])), exact_ends(network, fresh)
             print(
-                f"  weights moving, {verdict.best.evaluations} evaluations: {moved:.3f}, solver error "
-                f"{verdict.best.solver_error:.3f}, {time.process_time() - begun:.0f} s of CPU time",
+                f"  control, no penalty, 3 evaluations: W2 {mean(end_of_network)[0]:.3f}, error "
+                f"{relative(end_of_network, known, fresh):.3f}, solver error {relative(end_of_network, own, fresh):.3f}",
                 flush=True,
             )
 
 
-TABLES = {"distances": distances, "planes": planes, "digits": digits, "densities": densities}
+TABLES = {
+    "distances": distances,
+    "planes": planes,
+    "digits": digits,
+    "densities": densities,
+    "trained-densities": trained_densities,
+    "tutorial": tutorial,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tables = sys.argv[1].split(",") if len(sys.argv) > 1 else list(TABLES)
-    number = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    count, first = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((2, 1), (3, 0)))
     for table in tables:
-        TABLES[table](number)
+        TABLES[table](range(first, first + count))

@@ -2,11 +2,8 @@
 
 import re
 from importlib.metadata import version as installed_version
-from pathlib import Path
 
 from docutils.parsers.rst.states import Inliner
-
-HERE = Path(__file__).parent
 
 project = "torchdyn_mintime"
 author = "the torchdyn_mintime authors"
@@ -33,8 +30,10 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_ivar = True  # an attribute that a docstring lists and the class annotates is described once
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines the names of modules
 html_title = f"torchdyn_mintime {release}"
-html_static_path = [name for name in ("_static",) if (HERE / name).is_dir()]
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 
 def _plain_bar(inliner, match, lineno):

@@ -121,6 +121,8 @@ def test_the_loss_profile_is_of_the_call(how, solver):
     # Eight steps of rk4 are exact to about 1e-5, two ("a span of its own") to 1e-3.
     assert profile.rate == pytest.approx(rates, rel=5e-3)
     assert profile.times[0].item() == (how == "descending")
+    assert profile.times[-1].item() == {"descending": 0.0, "an earlier time": 0.3}.get(how, 1.0)
+    assert profile.loss[-1].item() == pytest.approx(square(model(x)).item(), rel=1e-6)
     assert profile.loss[0].item() == pytest.approx(square(0.5 * x).item())
 
 
@@ -158,12 +160,22 @@ def test_figures_that_replace_the_end_alone_refuse_a_model_that_sees_more(how):
             figure()
 
 
+@pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5"])
+@pytest.mark.parametrize("how", Model.CALLS)
+def test_the_solver_error_is_that_of_the_state_that_the_model_sees(how, solver):
+    model, x = Model(how, solver), states()
+    out, exact = model(x), model.exact(x)
+    error = (out - exact).square().mean().sqrt() / (exact - 0.5 * x).square().mean().sqrt()
+    # dopri5's own error is 1e-9, below that of the reference.
+    assert solver_error(model, x) == pytest.approx(error.item(), rel=1e-3, abs=1e-7)
+
+
 def test_a_loss_that_ends_before_t_f_has_no_hamiltonian():
     with pytest.raises(ValueError, match="its loss does not depend on t_f"):
         hamiltonian(Model("an earlier time"), states(), square)
 
 
-@pytest.mark.parametrize("how", ["args", "descending", "a span of its own"])
+@pytest.mark.parametrize("how", ["args", "descending", "a span of its own", "an earlier time"])
 def test_the_report_is_of_the_call_and_leaves_the_model_as_it_was(how):
     from rich.console import Console
 
@@ -173,6 +185,7 @@ def test_the_report_is_of_the_call_and_leaves_the_model_as_it_was(how):
     found = report(model, [x], square, console=Console(quiet=True))
     assert found.loss[1] == pytest.approx(square(model.exact(x)).item(), rel=1e-6)
     assert (found.spans[0].steps, found.nfe) == (steps, nfe)
+    assert (found.spans[0].hamiltonian is None) == (how == "an earlier time")
     assert found.solver_error == pytest.approx(solver_error(model, x))
     assert model.span.last is last
 

@@ -522,6 +522,76 @@ def test_the_base_at_the_start_is_the_flow_the_other_way(x):
     assert torch.allclose(matched.decode(x)[0], other.decode(x)[0], rtol=1e-12)
 
 
+# ------------------------------------------------------------------------------------------ few evaluations both ways
+
+
+def lively(net):
+    """A net that moves points by about their own size."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2.0)
+    return net.double()
+
+
+def few_and_exact(kind):
+    """A flow solved by three steps of rk4, the same to 1e-9, and a context."""
+    base_at = "start" if "start" in kind else "end"
+    context = torch.ones(1, 3, dtype=torch.float64) if "context" in kind else None
+    torch.manual_seed(3)
+    net = lively(conditional_net() if context is not None else timed_mlp() if "timed" in kind else mlp())
+    log_density = "last" if "last" in kind else "first"
+    field = LastDensity(net) if log_density == "last" else CNF(net)
+    models = []
+    for options in ({"solver": "rk4"}, {"solver": "dopri5", "atol": 1e-9, "rtol": 1e-9}):
+        points = 4 if options["solver"] == "rk4" else 2
+        span = tm.LearnableSpan(NeuralODE(field, **options), torch.linspace(0, 1, points, dtype=torch.float64))
+        models.append(FlowModel(span, Gaussian(2).double(), base_at=base_at, log_density=log_density))
+    return *models, context
+
+
+@pytest.mark.parametrize("kind", ["plain", "timed, base at the start", "log-density last", "context"])
+def test_solvers_are_fitted_to_both_directions_of_a_flow(kind):
+    model, exact, context = few_and_exact(kind)
+    x = torch.randn(200, 2, dtype=torch.float64)
+    random, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    fit = model.fit_solvers(x[:100], context, evaluations=4, progress=False)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    few = fit.model
+    assert next(few.parameters()) is not None and few.span.vf is model.span.vf and not few.span.t_f.requires_grad
+    with torch.no_grad():
+        for way in ("encode", "decode"):
+            (end, change), (wanted, other) = (getattr(m, way)(x[100:], context) for m in (few, exact))
+            assert few.span.nfe == 4
+            bounds = fit.density if way == "encode" else fit.samples
+            # Of other states than those that were held out, of which there are 25.
+            assert (end - wanted).square().mean() < 0.05**2 * (wanted - x[100:]).square().mean()
+            assert (change - other).square().mean().sqrt() < 3 * bounds.error.log_density
+        # There and back: the likelihood of the same points agrees.
+        z, change = few.encode(x[100:], context)
+        back, same = few.decode(z, context)
+        assert (back - x[100:]).square().mean().sqrt() < 0.1 and (same - change).square().mean().sqrt() < 0.1
+    assert few.sample(3, context).shape == (3, 2) and "nats" in str(fit)
+
+
+def test_a_tolerance_holds_for_both_directions():
+    model, _, _ = few_and_exact("plain")
+    fit = model.fit_solvers(torch.randn(100, 2, dtype=torch.float64), tol=0.05, progress=False)
+    assert fit.density.error.rms <= 0.05 and fit.samples.error.rms <= 0.05
+    assert fit.model.span.solver.stages == fit.density.evaluations
+    with pytest.raises(ValueError, match="no solver of up to 1 evaluations meets tol"):
+        model.fit_solvers(torch.randn(100, 2, dtype=torch.float64), tol=1e-6, evaluations=1, progress=False)
+
+
+def test_a_solver_that_was_trained_on_densities_says_that_it_is_none_for_samples(x):
+    model = flow(CNF(mlp()), solver=tm.LearnableSolver(3))
+    model.sample(2)  # at its start it errs as midpoint does, both ways
+    model.nll(x)
+    model.log_prob(x)
+    with pytest.warns(UserWarning, match="fitted to solves forward in time and is run backward"):
+        model.sample(2)
+
+
 class Sampler(nn.Module):
     """A flow for densities, and a second node over its net, for samples alone."""
 

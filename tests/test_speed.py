@@ -339,6 +339,33 @@ def test_forward_and_backward(benchmark, name, steps):
     benchmark(contestants(mlp(3, 32), state(512, 3), steps, backward=True)[name])
 
 
+LIMITS = {
+    "shallow": {
+        ("1 step, forward", "LearnableSpan"): 1.9,
+        ("1 step, forward + backward", "LearnableSpan"): 1.75,
+        ("4 steps, forward", "LearnableSpan"): 1.55,
+        ("4 steps, forward + backward", "LearnableSpan"): 1.4,
+    },
+    "penalty": {
+        ("4 steps, 3-32-3, batch 512", "StepDoubling"): 1.2,
+        ("the search, 4 learned stages, 2-64-2, batch 64", "Shallowest"): 1.9,
+    },
+    "adaptive": {("tsit5, as initialised, forward + backward", "LearnableSpan"): 0.85},
+    "dense": {("rk4, 200 times", "dense=True"): 1.6},
+    "trace": {("dimension 2, forward + backward", "closed form"): 0.55},
+}
+"""What docs/performance.md says of these ratios, and a fifth more: they change by 5 to 10 % from run to run."""
+
+
+@pytest.mark.parametrize("part", LIMITS)
+def test_no_ratio_has_grown(benchmark, request, part):
+    if not request.config.getoption("benchmark_only"):
+        pytest.skip("a comparison of times, for a quiet machine: pytest tests/test_speed.py --benchmark-only")
+    rows = benchmark.pedantic(lambda: list(cases.PARTS[part](15)), rounds=1)
+    found = {(row["case"], row["contestant"]): row["ratio"] for row in rows}
+    assert {key: found[key] for key, limit in LIMITS[part].items() if found[key] > limit} == {}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run on a GPU, rehearsed
 

@@ -1,4 +1,4 @@
-r"""What a trained model is: how far its solver is from its ODE, its loss along the path, and its Hamiltonian.
+r"""Measures a trained model: how far its solver is from its ODE, its loss along the path, and its Hamiltonian.
 
 The Hamiltonian, with Phi the loss as a function of z(t_f), w the price of time, and L the running cost,
 
@@ -72,12 +72,12 @@ solved_exactly, skipped = evaluate_with_reference, evaluate_without_ode  # the n
 
 @dataclass(frozen=True)
 class Profile:
-    """Loss against time: what the loss would be, did the span end earlier (figure 1a).
+    """Loss against time: what the loss would be if the span ended earlier (figure 1a).
 
     Attributes:
         times: ``[points]`` from the start of the solve to its end: from t0 to t_f, unless the model asks for less, or for
             the way back.
-        loss: ``[points]``, mean over the batches.
+        loss: ``[points]``, the mean over the batches.
         accuracy: ``[points]``, or None.
     """
 
@@ -114,7 +114,7 @@ def loss_profile(
         batches: of ``x`` or ``(x, *target)``.
         loss, accuracy: ``function(output, *target)``, the mean over a batch; of a span itself the output is z(t).
         span: which one, if the model has several; the others are solved to their ends.
-        points: equal parts of the interval and one, of an adaptive solver; of a fixed-step one its own steps are taken.
+        points: how many times, evenly spread, for an adaptive solver. A fixed-step solver takes its own steps.
 
     Raises:
         ValueError: there is no such span, or the model uses more of its trajectory than the last state.
@@ -136,7 +136,7 @@ def loss_profile(
         for x, *target in prepared:
             model(x)
             last, node = last_solve(target_span), target_span.node
-            nodes = _even(last.steps, points) if target_span.adaptive else last.steps
+            nodes = _even(last.seen, points) if target_span.adaptive else last.seen
             with untraced(last.bound):
                 states = integrate(
                     last.bound.function, last.x, Grid(nodes), target_span.stepper, atol=node.atol, rtol=node.rtol
@@ -174,7 +174,7 @@ def path_ratio(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None
         model(x)
         last = last_solve(target_span)
         with untraced(last.bound):
-            path = reference_solution(last.bound, position(target_span, last.x), _even(last.steps, points))
+            path = reference_solution(last.bound, position(target_span, last.x), _even(last.seen, points))
     path = path.flatten(2) if path.dim() > 2 else path[:, None]
     length = path.diff(dim=0).norm(dim=2).sum()
     distance = (path[-1] - path[0]).norm(dim=1).sum()
@@ -432,7 +432,7 @@ def turnpike(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None, 
     with evaluating(model), undisturbed(model):
         model(x)
         last = last_solve(target_span)
-        times = _even(last.steps, points)
+        times = _even(last.seen, points)
         start = position(target_span, last.x)
         with untraced(last.bound):
             states = reference_solution(last.bound, start, times)
@@ -456,7 +456,7 @@ class SpanReport:
         steps, nfe: of a forward of the first batch.
         path_ratio: length of the ODE's paths over the straight distance.
         profile: loss against time; ``profile.rate`` is the rate of convergence that held.
-        hamiltonian: along the steps, on the first batch; None for alf.
+        hamiltonian: along the steps, on the first batch; None for alf, and where the model does not look at z(t_f).
     """
 
     name: str
@@ -527,7 +527,7 @@ def report(
     """Prints all figures of this module for one model as a table, and returns them. The model is left as it was.
 
     The Hamiltonian is constant for every autonomous model, so that its drift shows solver error alone; only its
-    distance from 0 at a free t_f speaks of optimality. What a model reaches with the ODE skipped is no merit of it.
+    distance from 0 at a free t_f speaks of optimality. What a model reaches with the ODE skipped does not come from its ODE.
 
     Args:
         model: a LearnableSpan, or a module that holds some.
@@ -552,6 +552,7 @@ def report(
         with undisturbed(model), torch.no_grad():
             found = solved_spans(model, x)
             counts = {name: (span.steps, span.nfe) for name, span in named_spans(model) if span in found}
+            ending = {span for span in found if last_solve(span).reaches_end}
             own = mean_loss(model, prepared, loss, () if accuracy is None else (accuracy,))
         exact = evaluate_with_reference(model, prepared, loss, accuracy)
         without = evaluate_without_ode(model, prepared, loss, accuracy)
@@ -564,7 +565,7 @@ def report(
                 path_ratio(model, x, span=span),
                 loss_profile(model, prepared, loss, accuracy, span=span),
                 None
-                if isinstance(span.stepper, AsynchronousLeapfrog)
+                if isinstance(span.stepper, AsynchronousLeapfrog) or span not in ending
                 else hamiltonian(model, x, loss, *target, weight=weight, span=span),
             )
             for name, span in named_spans(model)

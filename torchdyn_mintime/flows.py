@@ -10,11 +10,12 @@ state is torchdyn's own, ``[batch, 1 + dim]`` with l in the first column, so tha
 that were trained by flow matching run the other way, from the base at t0 to data at t_f.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,9 +25,20 @@ from torch.distributions import Distribution
 from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import REQUIRES_NOISE
 
-from torchdyn_mintime.core import LearnableSpan, checks, cost_columns, evaluating, parameter_groups, undisturbed
+from torchdyn_mintime.core import (
+    LearnableSpan,
+    checks,
+    cost_columns,
+    evaluating,
+    freeze_times,
+    parameter_groups,
+    undisturbed,
+    with_solver,
+)
+from torchdyn_mintime.depth.solver_fit import SolverFit, fit_solver
+from torchdyn_mintime.numerics import LearnableSolver
 
-__all__ = ["ContextCat", "FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
+__all__ = ["ContextCat", "FlowFit", "FlowModel", "Gaussian", "HyperCNF", "HyperNet"]
 
 
 class Gaussian(nn.Module):
@@ -318,8 +330,10 @@ class FlowModel(pl.LightningModule):
                 return self._run(start.clone(), reverse, None if context is None else context.clone())
         span = self.span
         costs, last = cost_columns(span.node), self.log_density == "last"
-        zero = start.new_zeros(len(start), 1)
-        state = torch.cat([zero.expand(-1, costs), *((start, zero) if last else (zero, start))], 1)
+        state, solver = self._state(start), span.solver
+        if isinstance(solver, LearnableSolver) and solver.free.requires_grad and torch.is_grad_enabled():
+            # What is trained one way errs as midpoint does on the way back.
+            solver.direction = solver.direction or (-1 if reverse else 1)
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
         if not span.interval.settled:
             span.interval = replace(span.interval, settled=True)
@@ -328,6 +342,12 @@ class FlowModel(pl.LightningModule):
         with self._given(context, len(start)):
             end = span.trajectory(state, points.flip(0) if reverse else None)[-1, :, costs:]
         return (end[:, :-1], -end[:, -1]) if last else (end[:, 1:], end[:, 0])
+
+    def _state(self, start: Tensor) -> Tensor:
+        """Returns the state that a solve from data or base points begins with."""
+        zero = start.new_zeros(len(start), 1)
+        both = (start, zero) if self.log_density == "last" else (zero, start)
+        return torch.cat([zero.expand(-1, cost_columns(self.span.node)), *both], 1)
 
     @contextmanager
     def _given(self, context: Tensor | None, n: int) -> Iterator[None]:
@@ -410,6 +430,76 @@ class FlowModel(pl.LightningModule):
                 "remove or impute them"
             )
 
+    # ------------------------------------------------------------------------------------------ few evaluations
+
+    def fit_solvers(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        evaluations: int = 8,
+        tol: float | None = None,
+        progress: bool = True,
+    ) -> "FlowFit":
+        """Fits a solver to each direction of the trained flow, for densities and samples at few evaluations.
+
+        An explicit method that is fitted to one direction errs as much as midpoint does in the other. The two solvers are
+        therefore fitted apart (:func:`~torchdyn_mintime.fit_solver`), to states with their log-density: one from the data
+        ``x``, one from as many draws of the base. The flow itself is not changed; the new one has the same field, and takes the
+        right solver by the direction of a solve.
+
+        Args:
+            x: data as it will be in use, ``[n, dim]``, some 1,000.
+            context: ``[n, ...]`` or ``[1, ...]``, of a conditional flow.
+            evaluations, tol, progress: those of ``fit_solver``, for each direction.
+
+        Raises:
+            TypeError, ValueError, IntegrationError: those of :meth:`log_prob` and of ``fit_solver``.
+
+        Example:
+            >>> from torchdyn.models import CNF
+            >>> net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+            >>> model = FlowModel(NeuralODE(CNF(net), solver="rk4"), Gaussian(2))  # doctest: +ELLIPSIS
+            Your vector field ...
+            >>> fit = model.fit_solvers(torch.randn(256, 2), evaluations=2, progress=False)
+            >>> fit.model.log_prob(torch.randn(4, 2)).shape, fit.model.sample(5).shape
+            (torch.Size([4]), torch.Size([5, 2]))
+            >>> fit.model.span.nfe
+            2
+        """
+        self._check(x, "data x")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the user's random numbers stay as they are
+            drawn = self.base.sample((len(x),)).to(x)
+
+        def fit(start: Tensor, inverse: bool) -> SolverFit:
+            with self._given(context, len(x)):
+                return fit_solver(
+                    self.span,
+                    self._state(start.detach()),
+                    evaluations=evaluations,
+                    tol=tol,
+                    inverse=inverse,
+                    log_density=-1 if self.log_density == "last" else cost_columns(self.span.node),
+                    progress=progress,
+                )
+
+        at_start = self.base_at == "start"
+        density, samples = fit(x, at_start), fit(drawn, not at_start)
+        forward, backward = (samples, density) if at_start else (density, samples)
+        solver: Any = copy.deepcopy(forward.node.solver)  # that of the fit stays one for one direction
+        solver.other = backward.node.solver
+        few = LearnableSpan(with_solver(forward.node, solver, forward.node.t_span))
+        freeze_times([few])
+        made = FlowModel(
+            few,
+            self.base,
+            lr=self.lr,
+            span_lr=self.span_lr,
+            log_density=self.log_density,
+            base_at=self.base_at,
+        )
+        return FlowFit(made, density, samples)
+
     # ------------------------------------------------------------------------------------------ Lightning
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -442,6 +532,24 @@ class FlowModel(pl.LightningModule):
         loss = self.nll(x, context)
         self.log(name, loss.detach(), prog_bar=True, batch_size=len(x))
         return loss
+
+
+@dataclass(frozen=True)
+class FlowFit:
+    """Solvers fitted to a flow, one for each direction (:meth:`FlowModel.fit_solvers`).
+
+    Attributes:
+        model: a :class:`FlowModel` over the same field, with these solvers and frozen times.
+        density: the fit of the way from data to the base, which ``model.log_prob`` takes.
+        samples: the fit of the way from the base to data, which ``model.sample`` takes.
+    """
+
+    model: FlowModel
+    density: SolverFit
+    samples: SolverFit
+
+    def __str__(self) -> str:
+        return f"density: {self.density}\nsamples: {self.samples}"
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS",
+    "INK",
+    "STYLE",
     "FlowFrames",
     "bars",
     "column_of_axes",
@@ -43,8 +45,33 @@ __all__ = [
     "violation",
 ]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255", "#117733")
-"""Okabe and Ito's, told apart by colour-blind readers too; two more for ten classes."""
+COLOURS = ("#1F83C4", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9467BD", "#999999", "#B5476D", "#5B9A3C")
+"""Okabe and Ito's, told apart by colour-blind readers too: the blue lighter and the black replaced, for dark pages."""
+
+INK = "#7F7F7F"
+"""A grey that can be read on white and on black: of letters, axes and bounds."""
+
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "font.size": 9,
+}
+"""Settings of matplotlib for pictures on light and on dark pages: nothing behind them, and letters that both show.
+
+Call ``plt.rcParams.update(plots.STYLE)`` before the first picture.
+"""
 
 STYLES = ("-", "-", "--", "-.", ":")
 
@@ -248,7 +275,7 @@ def convergence(axis: "Axes", certificate: "Certificate", *, title: str = "V alo
     for ratio, held in zip(ratios.T[:most].numpy(), certificate.held[:most].tolist(), strict=True):
         axis.plot(t.numpy(), ratio, color=COLOURS[0] if held else COLOURS[1], linewidth=0.7, alpha=0.6)
     bound = (-certificate.rate * (t - t[0])).exp().numpy()
-    axis.plot(t.numpy(), bound, color="black", linestyle="--", label=f"exp(-{certificate.rate:g} (t - t0))")
+    axis.plot(t.numpy(), bound, color=INK, linestyle="--", label=f"exp(-{certificate.rate:g} (t - t0))")
     axis.set(xlabel="time t", ylabel="V(z(t)) / V(z(t0))", title=title, yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -325,7 +352,7 @@ def profile(axis: "Axes", found: "Profile", *, title: str = "loss along the traj
 def hamiltonian(axis: "Axes", found: "Hamiltonian", *, title: str = "Hamiltonian along the path") -> None:
     """Draws eq. (21) along the path, with 0, where an optimal free t_f puts it."""
     curves(axis, {"H": (found.times.tolist(), found.values.tolist())}, x="time t", y="H", title=title)
-    axis.axhline(0.0, color="black", linestyle="--", linewidth=0.8)
+    axis.axhline(0.0, color=INK, linestyle="--", linewidth=0.8)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,40 @@ def test_an_average_is_solved_to_its_own_t_f(kind, solver, when, end):
     assert average(X, passed)[0][-1].item() == pytest.approx(t_f, rel=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("t_f", [0.4, 1.6])
+@pytest.mark.parametrize("passed", [None, torch.linspace(0, 2, 9)], ids=["no span", "a span"])
+def test_an_average_of_parameters_alone_made_before_the_first_span_is_solved_to_its_own_t_f(training, t_f, passed):
+    average = make().train(training)
+    put(average, t_f)  # as a loop over two lists of parameters does: it knows of no buffers
+    t_eval, _ = average(X, passed)
+    assert t_eval[-1].item() == average.t_f.item() == pytest.approx(t_f)
+    t_eval[-1].backward()
+    assert average.t_f.grad == 1.0
+
+
+def test_an_average_that_is_outside_the_bounds_it_was_copied_with_is_said(caplog):
+    average = make(torch.linspace(0, 1, 6)).eval()
+    put(average, 1.6)
+    for _ in range(2):
+        assert average(X)[0][-1] == 1.0
+    assert caplog.text.count("copy the buffers too") == 1
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("t_span", [None, torch.tensor([0.0, 0.1, 0.5, 1.0])], ids=["even", "uneven"])
+def test_a_state_loads_into_a_model_without_data(assign, t_span):
+    """As where a large model is made on the device "meta", and its weights are loaded or shared out later."""
+    span = make(t_span, bounds=(0.2, 3.0), t_f=0.7)
+    empty = make(t_span).to("meta")
+    empty = empty if assign else empty.to_empty(device="cpu")
+    for buffer in empty.buffers():
+        if not buffer.is_meta:
+            buffer.fill_(float("nan"))
+    empty.load_state_dict(span.state_dict(), assign=assign)
+    assert torch.equal(empty(X)[1], span(X)[1]) and empty.bounds == span.bounds
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bounds_that_were_raised_after_the_copy(kind):
     span = make(torch.linspace(0, 1, 21))

@@ -526,6 +526,17 @@ def test_a_running_cost_on_the_loss_is_counted_once_by_two_backwards(sensitivity
 
 
 @pytest.mark.parametrize("sensitivity", BACKWARDS[1:])
+def test_a_running_cost_that_was_added_already_is_not_added_again_by_a_second_backward(sensitivity):
+    def two(span, z):
+        cost = span.running_cost.sum()
+        z.sum().backward(retain_graph=True)
+        cost.backward()
+
+    with pytest.raises(ValueError, match="put both on one loss"):
+        _with_cost(sensitivity, two)
+
+
+@pytest.mark.parametrize("sensitivity", BACKWARDS[1:])
 def test_a_weight_for_every_entry_of_the_batch(sensitivity):
     weights = torch.linspace(-1, 2, 5, dtype=D)
     got = _with_cost(sensitivity, lambda span, z: (span.running_cost * weights).sum().backward())

@@ -53,6 +53,14 @@ def flow(trace, solver, seed=0):
     return NeuralODE(CNF(net, trace_estimator=trace, noise_dist=noise).double(), solver=solver)
 
 
+def two_way():
+    """A solver with another one for the way back."""
+    solver = moved(3, seed=1)
+    solver.direction, solver.other = 1, moved(4, seed=2)
+    solver.other.direction = -1
+    return solver
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Values
 
@@ -298,6 +306,73 @@ def test_copies_stand_alone_and_hold_the_method():
             other.node.solver.free.add_(1.0)
         assert torch.equal(span(model.x)[1][-1], expected)
         assert not torch.allclose(other(model.x)[1][-1], expected)  # the copy steps by its own coefficients
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("descending", [False, True])
+def test_each_direction_takes_the_solver_that_was_fitted_to_it(descending, checkpoint):
+    model, span = made("keyword", two_way(), checkpoint=checkpoint)
+    _, alone = made("keyword", moved(4, seed=2) if descending else moved(3, seed=1))
+    asked = ENDS.flip(0) if descending else ENDS
+    taking, idle = (span.solver.other, span.solver) if descending else (span.solver, span.solver.other)
+    with torch.no_grad():
+        assert torch.equal(span(model.x, asked)[1], alone(model.x, asked)[1])
+        inside = torch.tensor([0.3, 0.7]).double()
+        assert torch.equal(
+            span.trajectory(model.x, inside.flip(0) if descending else inside, dense=True),
+            alone.trajectory(model.x, inside.flip(0) if descending else inside, dense=True),
+        )
+    # In one way or another, the same sums in another order.
+    span(model.x, asked)[1][-1].square().sum().backward()
+    alone(model.x, asked)[1][-1].square().sum().backward()
+    assert torch.allclose(taking.free.grad, alone.solver.free.grad, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(span.t_f.grad, alone.t_f.grad, rtol=1e-9, atol=1e-12)
+    assert idle.free.grad is None or not idle.free.grad.any()
+    assert span.nfe in (taking.stages, 2 * taking.stages)  # the backward of checkpoints evaluates once more
+
+    network = tm.as_network(span, model.x)
+    assert torch.allclose(network(model.x)[1][-1], span(model.x)[1][-1], rtol=0, atol=1e-13)
+
+
+def test_both_directions_are_copied_and_saved():
+    model, span = made("depthcat", two_way())
+    down = ENDS.flip(0)
+    expected = span(model.x)[1], span(model.x, down)[1]
+    file = io.BytesIO()
+    torch.save(span.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file)
+    _, loaded = made("depthcat", seed=5)
+    _, stock = made("depthcat", "rk4", seed=6)
+    for other in (loaded, stock):
+        other.load_state_dict(state)
+    for other in (copy.deepcopy(span), pickle.loads(pickle.dumps(span)), loaded, stock):
+        assert other.solver.direction == 1 and other.solver.other.direction == -1
+        assert torch.equal(other(model.x)[1], expected[0]) and torch.equal(other(model.x, down)[1], expected[1])
+    # One that has none loads into one that has, and takes its other one away.
+    _, plain = made("depthcat", moved(3, seed=7))
+    loaded.load_state_dict(plain.state_dict())
+    assert loaded.solver.other is None and loaded.solver.direction == 0
+
+
+def test_a_state_from_before_directions_loads():
+    solver, older = moved(3), moved(3, seed=3)
+    state = older.state_dict()
+    state["_settings"] = state["_settings"][:2]
+    solver.direction = 1
+    solver.load_state_dict(state)
+    assert solver.direction == 0 and torch.equal(solver.free, older.free)
+
+
+def test_a_solver_that_is_run_against_its_direction_says_so_once():
+    model, span = made("keyword")
+    span.solver.direction = -1
+    span(model.x, ENDS.flip(0))
+    with pytest.warns(UserWarning, match="3 stages was fitted to solves backward in time and is run forward"):
+        span(model.x)
+    span(model.x)
+    with pytest.raises(ValueError, match="direction must be 1"):
+        span.solver.direction = 2
 
 
 def test_averages_hold_averaged_coefficients():

@@ -160,7 +160,7 @@ class Failing(nn.Module):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. size of the pool"),
         RuntimeError("Expected all tensors to be on the same device, but found at least two; the shape is [2]"),
         RuntimeError("CUDA error: an illegal memory access was encountered; size"),
-        RuntimeError("something of the field's own"),
+        RuntimeError("something of the field's own: an image of another size, shape and dimension"),
         KeyError("a label"),
     ],
     ids=["memory", "device", "CUDA", "own", "KeyError"],
@@ -176,6 +176,12 @@ def test_an_error_of_the_field_is_not_called_one_of_the_state(error, sensitivity
 def test_a_state_that_does_not_fit_is_still_called_so(wrong, sensitivity):
     with pytest.raises(ValueError, match="does not accept a state of shape"):
         span_of(sensitivity=sensitivity)(wrong)
+
+
+def test_a_flow_that_is_given_data_alone_is_told_which_columns_it_needs():
+    net = nn.Linear(2, 2, dtype=D)
+    with pytest.raises(ValueError, match=r"wants \[batch, 1 \+ dim\], first the log-density"):
+        span_of(CNF(net))(torch.randn(3, 2, dtype=D))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -195,13 +201,14 @@ def train(span, optimizer, iterations, zero=None):
         (zero or optimizer.zero_grad)()
 
 
+@pytest.mark.parametrize("whose", ["optimizer", "model"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_an_optimizer_made_before_wrap_is_said_once(optimizer):
+def test_an_optimizer_made_before_wrap_is_said_once(optimizer, whose):
     node = NeuralODE(nn.Linear(2, 2).double(), solver="rk4")
     made = optimizer(node.parameters(), lr=1e-3)
     span = tm.wrap(node)
     with pytest.warns(UserWarning, match="add_param_group") as caught:
-        train(span, made, 60)
+        train(span, made, 60, made.zero_grad if whose == "optimizer" else span.zero_grad)
     assert len(caught) == 1
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_what_is_held_out_must_pass_too(trained):
         trained, [(X, TURNED)], mse_loss, target=0.02, held_out=[far], progress=False, max_iterations=60
     )
     assert not verdict.feasible
+    # The training loss is met: the verdict says which loss is not.
+    failed = verdict.trials[-1]
+    assert failed.loss <= 0.02 < failed.held_out_loss < math.inf
+    assert f"at most {failed.held_out_loss:.4g} on held-out batches" in str(verdict)
+
+
+def test_a_slack_counts_from_what_is_held_out_too(trained):
+    hard = (X[:8], TURNED[:8] + 0.1)
+    _, both = tm.compress(trained, [(X, TURNED), hard], mse_loss, progress=False, max_iterations=1)
+    _, held = tm.compress(trained, [(X, TURNED)], mse_loss, held_out=[hard], progress=False, max_iterations=1)
+    assert held.target == both.target
 
 
 def test_nothing_found_leaves_the_copys_steps_as_they_were(trained):

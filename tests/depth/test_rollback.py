@@ -89,7 +89,9 @@ def test_a_rollback_gives_up_at_last_and_never_starts_from_nothing():
         rollback.look(math.nan)
     rollback.look(1.0)
     assert not rollback.look(9.0) and rollback.look(11.0)  # ten times the best is where it starts
-    with pytest.raises(DivergedError, match=r"the loss exploded to inf after 1 rescues, at the learning rates \[0.5\]"):
+    with pytest.raises(
+        DivergedError, match=r"the loss exploded to inf, also after 1 returns .* at the learning rates \[0.5\]"
+    ):
         rollback.look(math.inf)
     with pytest.raises(ValueError, match="factor .* got 2"):
         Rollback(net, rollback.optimizer, factor=2.0)

@@ -139,11 +139,17 @@ def test_the_inverse_has_a_solver_of_its_own():
     assert backward.node.t_span.tolist() == [1.0, 0.0]
     # There and back: each error is small by itself.
     back = backward.node(ends)[1][-1]
-    tableau_run_backward = forward.node(ends, torch.tensor([1.0, 0.0]).double())[1][-1]
+    span, down = tm.LearnableSpan(forward.node), torch.tensor([1.0, 0.0]).double()
+    with pytest.warns(UserWarning, match="4 stages was fitted to solves forward in time and is run backward"):
+        tableau_run_backward = span(ends, down)[1][-1]
     exact = tm.LearnableSpan(NeuralODE(net, solver="dopri5", atol=1e-9, rtol=1e-9), torch.tensor([0.0, 1.0]).double())
     with torch.no_grad():
         end = exact(ends, torch.tensor([1.0, 0.0]).double())[1][-1]
     assert (back - end).square().mean() < 0.3 * (tableau_run_backward - end).square().mean()
+    # Both in one span, each in its own direction.
+    span.solver.other = backward.node.solver
+    assert torch.allclose(span(ends, down)[1][-1], back, rtol=0, atol=1e-13)
+    assert torch.equal(span(ends)[1][-1], tm.LearnableSpan(forward.node)(ends)[1][-1])
 
 
 def test_a_tolerance_takes_the_fewest_evaluations_that_meet_it():
@@ -189,6 +195,23 @@ def test_a_flow_is_fitted_with_its_log_density(trace):
     assert found.error.log_density < 0.3 * found.others["midpoint"].log_density
     assert found.error.rms < 0.5 * found.others["midpoint"].rms
     assert "nats" in str(found)
+
+
+def test_a_log_density_in_another_column_has_a_size_of_its_own():
+    net = field(10)
+    first = NeuralODE(CNF(net))
+
+    def last(t, x, args=None):  # [z, l], as the wrapper in torchcfm's examples
+        rates = first.vf.vf.vf(torch.nn.functional.pad(x[:, :2], (1, 0)))
+        return torch.cat([rates[:, 1:], -rates[:, :1]], 1)
+
+    node = NeuralODE(last, optimizable_params=list(net.parameters()))
+    column = torch.zeros(STATES, 1).double()
+    one = fit(node, torch.cat([states(), column], 1), evaluations=2, log_density=-1)
+    other = fit(first, torch.cat([column, states()], 1), evaluations=2)
+    # The same sums in another order.
+    assert one.error.log_density == pytest.approx(other.error.log_density, rel=1e-3)
+    assert one.error.rms == pytest.approx(other.error.rms, rel=1e-3)
 
 
 class Labelled(nn.Module):
@@ -292,6 +315,7 @@ def test_nothing_is_changed(wrapped):
         ({"reference": states(5)}, ValueError, "reference must hold the exact end of each row"),
         ({"reference": "exact"}, ValueError, "reference must hold the exact end of each row"),
         ({"args": {"y": 1}}, ValueError, "takes no `args`"),
+        ({"log_density": 2}, ValueError, "log_density=2 must be a column of the states"),
     ],
 )
 def test_bad_input(options, error, match):

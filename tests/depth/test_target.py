@@ -85,6 +85,50 @@ def test_a_window_that_is_not_whole_says_nothing():
         TargetLoss(decay_span(1.0), 0.05, window=0)
 
 
+@pytest.mark.parametrize("bias", [0.5, 2.0])
+def test_with_batches_the_loss_over_them_decides_and_is_held_on_the_target(bias):
+    """The steps see a loss that is off by a factor, as under dropout, or on other data."""
+    span, target = decay_span(3.0), 0.05
+    batches = [(torch.full((rows, 1), 1.0, dtype=torch.float64), torch.zeros(rows, 1)) for rows in (3, 5)]
+
+    def loss(z, y):
+        return (z - y).square().mean() / 2
+
+    price = TargetLoss(span, target, window=8, batches=batches, loss=loss)
+    for _ in range(300):
+        span.zero_grad()
+        value = bias * loss_of(span)
+        value.backward()
+        price.step(value)
+    assert price.restore_best() and span.training
+    assert price.best["loss"] == pytest.approx(loss_of(span).item(), rel=1e-12)
+    # Looked at every 8 steps, between which t_f moves.
+    assert 0.9 * target <= price.best["loss"] <= target
+
+
+def test_a_loss_that_is_judged_takes_the_place_of_the_mean():
+    span = decay_span(1.0)
+    price = TargetLoss(span, 0.05, window=1)
+    price.judge(0.06)
+    price.step(0.01)
+    assert not price.feasible  # the mean of the steps has no say any more
+    price.judge(0.04)
+    assert price.best == {"duration": 1.0, "loss": 0.04, "step": 1}
+    again = TargetLoss(decay_span(1.0), 0.05, window=1)
+    again.load_state_dict(price.state_dict())
+    again.step(0.01)
+    assert again.best == price.best and again.state_dict()["ratio"] == price.state_dict()["ratio"] == 4.0
+    for name, call in (
+        ("nan", lambda: price.judge(math.nan)),
+        ("together", lambda: TargetLoss(span, 1.0, batches=[1])),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+    empty = TargetLoss(span, 0.05, window=1, batches=[], loss=lambda z: 0.0)
+    with pytest.raises(ValueError, match="batches is empty"):
+        empty.step(0.01)
+
+
 @pytest.mark.parametrize("loss", [0.004, 0.03, 0.049, 0.07, 0.9])
 @pytest.mark.parametrize("gradient", [-2.0, -0.02, -0.001, 0.0, 0.01, 1.0])
 def test_a_step_is_its_formula(loss, gradient):

@@ -47,6 +47,24 @@ def test_trim_finds_the_earliest_time_of_a_closed_form():
     assert span.nfe == result.spans[0].nfe[1]
 
 
+@pytest.mark.parametrize("keep_step", [False, True])
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_trim_refuses_a_model_that_asks_for_a_part_of_the_interval(solver, keep_step):
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.span = decay(solver=solver)
+
+        def forward(self, x):
+            return self.span(x, torch.linspace(0.5, 1.0, 6, dtype=torch.float64))[1][-1]
+
+    model = Part()
+    before = model.span.interval, model.span.t_f.item(), model(ONES)
+    with pytest.raises(ValueError, match=r"\[0.5, 1\], a part of its interval \[0, 2\]"):
+        trim(model, [ONES], size, 0.9, keep_step=keep_step)
+    assert (model.span.interval, model.span.t_f.item()) == before[:2] and torch.equal(model(ONES), before[2])
+
+
 def test_trim_takes_fewer_steps_and_says_what_it_saved():
     span = decay()
     result = trim(span, [ONES[:1], ONES[1:]], size, 0.2)

@@ -11,7 +11,7 @@ from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.core.evaluation import evaluate_with_reference, mean_loss
-from torchdyn_mintime.core.reference import exact_solves, solver_error
+from torchdyn_mintime.core.reference import exact_solves, reference_states, solver_error
 from torchdyn_mintime.depth.verification import Verification, verify
 
 
@@ -134,6 +134,43 @@ def test_solved_exactly_a_span_ends_where_its_ode_does():
     # 1e-6: the reference is solved at tolerance 1e-7.
     torch.testing.assert_close(inside, truth, atol=1e-6, rtol=1e-6)
     assert torch.equal(plain, after) and not torch.allclose(plain, truth, atol=1e-3)
+
+
+def test_the_exact_solution_of_a_batch_is_solved_for_once():
+    span, evaluations = model(), []
+    next(m for m in span.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *_: evaluations.append(1))
+    verify(span, measured(span), target=1e9, solver_tol=0.1)
+    looked = len(evaluations)
+    evaluations.clear()
+    with torch.no_grad():
+        t_eval, _ = span(X)
+        reference_states(span, t_eval, share=1e-5)  # verify's own tolerance at a solver_tol of .1
+    assert looked == len(evaluations)
+
+
+@pytest.mark.parametrize("wrapped", ["two in a row", "one, twice", "times in another order"])
+def test_an_exact_solution_stands_for_no_other_call(wrapped):
+    """The second span starts where the exact first one ends, and a time asked for out of order is not the end."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = model("euler", 2), model("euler", 2)
+
+        def forward(self, x):
+            if wrapped == "times in another order":
+                return self.one(x, save_at=[1.0, 0.5])[1].flatten(1)
+            z = self.one(x)[1][-1]
+            return (self.two if wrapped == "two in a row" else self.one)(z)[1][-1]
+
+    net = Model()
+    found = verify(net, [lambda: square(net(X))], target=1e9, solver_tol=1e9)
+    # 1e-4: the look's tolerance is 1e-5 of the displacement; the loss at the steps differs by some percent.
+    assert found.reference_loss == pytest.approx(evaluate_with_reference(net, [X], square)[0], rel=1e-4)
+    assert found.reference_loss != pytest.approx(found.loss, rel=1e-3)
+    # The last call of each span is what solver_error knows; a span called twice may err more in its first.
+    assert found.solver_error >= (1 - 1e-3) * solver_error(net, X)
 
 
 def test_a_model_without_spans_is_refused():

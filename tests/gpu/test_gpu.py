@@ -311,9 +311,7 @@ def test_the_count_of_copies_counts(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["autograd", "checkpoint"])
-@pytest.mark.xfail(
-    strict=True, reason="t0, t_f, the interval and the check that the state is finite are read one by one: four copies"
-)
+@pytest.mark.xfail(strict=True, reason="the times are read in one piece, and whether the state is finite: two copies")
 def test_one_copy_from_the_device_in_forward_and_backward(device, options, record_property):
     if device.type != "cuda":
         pytest.skip("copies are counted on a GPU")

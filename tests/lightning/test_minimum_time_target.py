@@ -1,6 +1,7 @@
 """MinimumTime with a target loss instead of a weight: the price of time is found."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from learners import Learner, annuli, blobs, loader, make_node, trainer
 
@@ -33,6 +34,56 @@ def test_the_target_can_be_held_against_a_logged_metric():
     assert 0.04 - 1e-6 <= span.t_f.item() == pytest.approx(callback.price.best["duration"], rel=1e-6)
     with torch.no_grad():
         assert module.potential(span(data[0])[1][-1], data[1]).mean().item() <= 0.1
+
+
+class Validated(Learner):
+    """Logs the loss of the validation, and keeps each with t_f as it was then."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen, self.moved = [], []
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.loss(*batch))
+
+    def on_validation_end(self):
+        self.seen.append((self.model.t_f.item(), self.trainer.callback_metrics["val"].item()))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 0:
+            self.moved.append(self.model.t_f.item())
+
+
+def test_the_target_is_held_against_a_metric_of_the_validation_for_the_model_that_was_validated():
+    torch.manual_seed(0)
+    learner = Validated(make_node(3, 16), torch.linspace(0, 1, 6), lambda p: torch.optim.Adam(p, lr=0.05), classes=2)
+    data, callback = annuli(), MinimumTime(target=0.5, monitor="val")
+    fit = trainer(10, callback, num_sanity_val_steps=1)
+    fit.fit(learner, loader(data, 32, shuffle=True), loader(data, 64))
+    assert set(learner.moved[1:]) == {1.0}  # nothing is known of the metric in the first epoch
+    best = callback.price.best
+    assert (learner.model.t_f.item(), best["loss"]) in learner.seen and best["loss"] <= 0.5
+    assert best["duration"] <= 1.01 * min(t_f for t_f, loss in learner.seen if loss <= 0.5) < 1.0
+    with torch.no_grad():
+        assert learner.loss(*data).item() == pytest.approx(best["loss"], rel=1e-5)
+
+
+def test_a_training_for_a_metric_of_the_validation_goes_on_from_a_checkpoint(tmp_path):
+    class Saved(pl.Callback):
+        def on_train_epoch_end(self, fit, module):
+            if fit.current_epoch == 1:
+                fit.save_checkpoint(tmp_path / "c.ckpt")
+
+    def fitted(*callbacks, **options):
+        learner = Validated(make_node(3, 8, seed=0), torch.linspace(0, 1, 6), classes=2)
+        callback = MinimumTime(target=0.6, monitor="val")
+        trainer(4, callback, *callbacks).fit(learner, loader(annuli(), 32), loader(annuli(), 64), **options)
+        return learner.model.t_f.item(), callback.price.weight
+
+    torch.manual_seed(0)
+    whole = fitted(Saved())
+    torch.manual_seed(0)
+    assert fitted(ckpt_path=tmp_path / "c.ckpt") == whole
 
 
 def test_the_target_is_met_on_all_the_data_and_not_on_a_lucky_batch():

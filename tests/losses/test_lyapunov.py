@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 
@@ -314,6 +315,33 @@ def test_inside_a_larger_model_before_and_after_wrap():
     assert torch.equal(regularizer.penalty_of_last(y), expected)
     expected.backward()
     assert next(spans(model)).t_f.grad is not None
+
+
+class Gained(nn.Module):
+    """z' = -gain z, with a gain that the call passes; a gain of 1 where it passes none."""
+
+    def forward(self, t, x, args=None):
+        return -(args or {}).get("gain", 1.0) * x
+
+
+@pytest.mark.parametrize(
+    ("bare", "how"),
+    [*itertools.product([False, True], ["by name", "by position"]), (False, "by a model around the span")],
+)
+def test_args_are_those_of_the_last_forward_however_they_were_passed(bare, how):
+    node = NeuralODE(Gained(), solver="rk4")
+    model = node if bare else LearnableSpan(node, torch.linspace(0, 1, 11))
+    regularizer, x, t_span = LyapunovRegularizer(model, square, 1.0), torch.randn(4, 2), torch.linspace(0, 1, 11)
+    if how == "by a model around the span":
+        t_eval, sol = model(x, args={"gain": 3.0})
+    elif how == "by name":
+        t_eval, sol = regularizer(x, t_span, args={"gain": 3.0})
+    else:
+        t_eval, sol = regularizer(x, t_span, (), {"gain": 3.0})
+    _, slope = regularizer.derivatives(t_eval, sol)
+    torch.testing.assert_close(slope, -6 * square(sol.flatten(0, 1)).view_as(slope))
+    # The rate of V is 6; of the field without its args it is 2.
+    assert regularizer.certificate(x, t_span=t_span).rates.min() == pytest.approx(6.0, rel=1e-3)
 
 
 def test_the_last_forward_of_a_bare_node_and_of_none():

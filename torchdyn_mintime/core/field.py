@@ -101,6 +101,8 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 _ABSENT = object()
 
+_NOT_LOCKED = nullcontext()
+
 
 def written_by_evaluations(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     """Returns where an evaluation of torchdyn's layers leaves tensors: the time, and the Galerkin weights made of it."""
@@ -114,6 +116,8 @@ class _Roles:
     def __init__(self, field: nn.Module):
         modules: list[Any] = list(field.modules())
         self.modules = modules
+        self.outer: Any = field
+        self.base: Any = field.vf if isinstance(field.vf, DEFuncBase) else None
         own = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # which keeps its attributes elsewhere
         self._seen = [(m, _size(m), tuple(m._modules.values())) for m in own]
         self.traces: list[Any] = [m for m in modules if hasattr(m, "trace_estimator")]
@@ -138,7 +142,7 @@ class _Roles:
 
     def fit(self, field: nn.Module) -> bool:
         """Returns whether no module was added, removed or replaced, and none has gained or lost an attribute."""
-        if self.modules[0] is not field:
+        if self.outer is not field:
             return False
         for module, size, children in self._seen:
             own = module.__dict__
@@ -171,7 +175,7 @@ class Field:
 
     def _alone(self, roles: _Roles) -> AbstractContextManager:
         """Returns a lock for the length of a solve, of fields whose modules keep something of it."""
-        return self._lock if roles.shared else nullcontext()
+        return self._lock if roles.shared else _NOT_LOCKED
 
     def release(self) -> None:
         """Detaches what solves have left on the modules, graphs of a bare node's solves too."""
@@ -195,7 +199,8 @@ class Field:
         _check_state(x, node)
         if args is not None and not isinstance(args, Mapping | nn.ParameterDict | nn.ModuleDict):
             raise TypeError(f"args must be a mapping, which the field gets as its `args`; got {type(args).__name__}")
-        if args and not self._calls_with_args():
+        core = self._core(roles)
+        if args and not self._takes_args(roles):
             raise ValueError(
                 f"args={dict(args)!r} was given, but the vector field takes no `args`; add it to its forward"
             )
@@ -212,7 +217,7 @@ class Field:
                         node.controlled = True
                         module._control = x[:, excess:].detach()
             # A copy: the caller may put other entries into the same mapping before the backward of this solve.
-            return BoundField(node, roles, self.core(), _copied(args) if args else {}, alone)
+            return BoundField(node, roles, core, _copied(args) if args else {}, alone)
 
     @contextmanager
     def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
@@ -237,16 +242,18 @@ class Field:
 
         And whether it is called with the time, and with ``args``.
         """
-        core = self.node.vf.vf
-        if not isinstance(core, DEFuncBase):
-            return core, True, self._calls_with_args()
-        if _has_hooks(core):
-            return core, True, True
-        return core.vf, core.has_time_arg, core.has_time_arg and self._calls_with_args()
+        return self._core(self._roles())
 
-    def _calls_with_args(self) -> bool:
-        core = self.node.vf.vf
-        called = core.vf if isinstance(core, DEFuncBase) else core
+    def _core(self, roles: _Roles) -> tuple[Callable, bool, bool]:
+        base, takes_args = roles.base, self._takes_args(roles)
+        if base is None:
+            return roles.outer.vf, True, takes_args
+        if _has_hooks(base):
+            return base, True, True
+        return base.vf, base.has_time_arg, base.has_time_arg and takes_args
+
+    def _takes_args(self, roles: _Roles) -> bool:
+        called = (roles.base or roles.outer).vf
         if self._known is None or self._known[0] is not called:
             self._known = (called, takes(called, "args", or_any=True))
         return self._known[1]
@@ -294,7 +301,7 @@ class BoundField:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._count = _Count()
         self.function = self._build(*core)
-        self._attributes: list[Any] | None = None  # until the solve has ended, all is as it was
+        self._attributes: list[dict[str, Any]] | None = None  # until the solve has ended, all is as it was
 
     @property
     def nfe(self) -> int:
@@ -310,8 +317,8 @@ class BoundField:
         own = core if own_timed else _without_time(core)
         if self._roles.traces and not own_timed and (layers := exact_trace.layers_of(core)):
             own = _without_time(partial(exact_trace.rate, *layers))
-        timed_modules, order, count = self._roles.timed, self.node.order, self._count
-        integral_loss = self.node.vf.integral_loss if self.node.vf.sensitivity == "autograd" else None
+        timed_modules, order, count, outer = self._roles.timed, self.node.order, self._count, self._roles.outer
+        integral_loss = outer.integral_loss if outer.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
         captured = self.captured
         held: list[tuple[nn.Module, str, Any]] = []
@@ -353,7 +360,7 @@ class BoundField:
 
     def _remember(self) -> None:
         """Remembers what is set on the field's modules."""
-        self._attributes = [vars(module).get(name, _ABSENT) for module, name in self._roles.attributes]
+        self._attributes = [vars(module).copy() for module in self.modules]
 
     def remember_buffers(self) -> None:
         """Remembers the buffers as they are now, for a backward that evaluates the field again."""
@@ -369,8 +376,11 @@ class BoundField:
         remembered its buffers. Counts and caches that an evaluation itself writes stay as they come out.
         """
         held = [(module, "t", module.t) for module in self._roles.timed]
-        then = () if self._attributes is None else zip(self._roles.attributes, self._attributes, strict=True)
-        changed = [(m, name, vars(m).get(name, _ABSENT), v) for (m, name), v in then]
+        then = {} if self._attributes is None else dict(zip(map(id, self.modules), self._attributes, strict=True))
+        changed = [
+            (m, name, vars(m).get(name, _ABSENT), then[id(m)].get(name, _ABSENT))
+            for m, name in (self._roles.attributes if then else ())
+        ]
         changed = [entry for entry in changed if entry[2] is not entry[3]]
         for module, name, _, value in changed:
             _set(module, name, value)
@@ -401,10 +411,10 @@ class BoundField:
                 self.undo()
                 return
             # A backward is no part of the solve, and counts here alone.
-            vf = self.node.vf
-            vars(vf)["nfe"] += self.nfe  # past torch's __setattr__, which is slow
-            if isinstance(vf.vf, DEFuncBase) and not _has_hooks(vf.vf):
-                vars(vf.vf)["nfe"] += self.nfe
+            roles, nfe = self._roles, self.nfe
+            vars(roles.outer)["nfe"] += nfe  # past torch's __setattr__, which is slow
+            if roles.base is not None and not _has_hooks(roles.base):
+                vars(roles.base)["nfe"] += nfe
             self.release()
             self._remember()  # with what the field has set by itself in its first evaluation
         finally:
@@ -435,6 +445,18 @@ class BoundField:
     def drops_out(self) -> bool:
         """Whether dropout is active, so that no two evaluations are of one field."""
         return any("Dropout" in kind for kind in self.random_or_stateful())
+
+    def refusal(self, x: Tensor, error: Exception) -> ValueError:
+        """Returns the error to raise where the field did not accept a state, with the columns that it needs."""
+        columns = ["the running cost"] * cost_columns(self.node)
+        columns += ["the log-density"] if any(hasattr(m, "trace_estimator") for m in self.modules) else []
+        wants = (
+            f"; it wants [batch, {len(columns)} + dim], first {' and '.join(columns)}, 0 at the start, then the data"
+        )
+        return ValueError(
+            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}{wants if columns else ''}: "
+            f"{error}"
+        )
 
     def random_or_stateful(self) -> list[str]:
         """Returns the kinds of modules in training mode whose evaluations do not repeat."""

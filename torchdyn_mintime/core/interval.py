@@ -62,7 +62,7 @@ class Interval:
 
     @property
     def length(self) -> float:
-        """Of the template, in units of time."""
+        """The length of the template, in units of time."""
         return self.template[-1] - self.template[0]
 
     @property
@@ -72,7 +72,7 @@ class Interval:
 
     @property
     def least_length(self) -> float:
-        """Below which t_f - t0 never falls: a step, or a thousandth of the template where the solver has no step size."""
+        """The least t_f - t0: a step, or a thousandth of the template where the solver has no step size."""
         return self.step_size if self.has_step_size else SHORTEST * self.length
 
     @property
@@ -94,7 +94,7 @@ class Interval:
 
     @property
     def default_max_t_f(self) -> float:
-        """How far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
+        """How far t_f may grow by default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
         return max(2 * self.template[-1] - self.template[0] - self.least_length, self.template[0] + 1.0)
 
     @property

@@ -113,12 +113,7 @@ class LearnableInterval(nn.Module):
     @property
     def interval(self) -> Interval:
         """The template and the bounds, a value that never changes; assign another to change them."""
-        numbers = self._numbers()
-        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
-            bounds, pinned, template = numbers
-            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
-            self._read = numbers
-        return self._interval
+        return self._interval_of_numbers(self._numbers())
 
     @interval.setter
     def interval(self, value: Interval) -> None:
@@ -126,11 +121,19 @@ class LearnableInterval(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in made.items():
                 buffer = getattr(self, name)
-                if buffer.shape == tensor.shape:  # in place: DDP broadcasts the buffers that it has seen at its start
+                # In place: DDP broadcasts the buffers that it has seen at its start.
+                if buffer.shape == tensor.shape and not buffer.is_meta:
                     buffer.copy_(tensor)
                 else:
-                    self._buffers[name] = tensor.to(buffer.device)
+                    self._buffers[name] = tensor.to(self.t_f.device)
         self._interval, self._read = value, self._numbers()
+
+    def _interval_of_numbers(self, numbers: list[list]) -> Interval:
+        if numbers != self._read:  # someone has written to the buffers: an average, a broadcast
+            bounds, pinned, template = numbers
+            self._interval = self._interval.from_numbers(template, bounds, self.t_f.dtype, pinned[0] > 0.5)
+            self._read = numbers
+        return self._interval
 
     @staticmethod
     def _as_tensors(interval: Interval, even: bool) -> dict[str, Tensor]:
@@ -139,23 +142,43 @@ class LearnableInterval(nn.Module):
         # On the processor, whatever the default device is: they follow the module, not the call.
         return {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in values.items()}
 
-    def _numbers(self) -> list[list]:
-        """Returns the buffers as numbers: bounds, pinned, template."""
+    def _numbers(self, *times: Tensor) -> list[Any]:
+        """Returns the buffers as numbers, bounds, pinned and template, and then the times."""
         buffers = self._buffers  # at every call of a span: torch's way to an attribute is a slow one
-        parts: list[Any] = [buffers["_bounds"], buffers["_pinned"], buffers["_template"]]
-        if not parts[0].is_cpu:  # in one piece: on a GPU each reading waits for all work before it
+        parts: list[Any] = [buffers["_bounds"], buffers["_pinned"], buffers["_template"], *times]
+        if not (
+            parts[0].is_cpu and parts[-1].is_cpu
+        ):  # in one piece: on a GPU each reading waits for all work before it
             sizes, shapes = [part.numel() for part in parts], [part.shape for part in parts]
-            whole = torch.cat([part.flatten() for part in parts]).cpu().split(sizes)
+            there = next(part.device for part in parts if not part.is_cpu)
+            flat = [part.detach().to(there, torch.float64).flatten() for part in parts]
+            whole = torch.cat(flat).cpu().split(sizes)
             parts = [part.view(shape) for part, shape in zip(whole, shapes, strict=True)]
+        # What torch.func puts in the place of a time has no list, but a number.
+        return [part.tolist() if part.dim() else part.item() for part in parts]
+
+    def _look(self) -> tuple[Interval, tuple[float, float]]:
+        """Returns the interval, and t0 and t_f as they are, as numbers."""
         try:
-            return [part.tolist() for part in parts]
+            *interval, t0, t_f = self._numbers(self.t0, self.t_f)
         except RuntimeError as error:
-            if "storage" not in str(error):  # a batched tensor has none
-                raise
-            raise ValueError(
-                "the interval is a batch of intervals (torch.vmap over the buffers of a span), and each of them has a grid of "
-                "its own; leave the span's buffers out, or loop over them instead"
-            ) from error
+            text = str(error)
+            if "storage" in text:  # a batched buffer has none
+                raise ValueError(
+                    "the interval is a batch of intervals (torch.vmap over the buffers of a span), and each of them has a grid "
+                    "of its own; leave the span's buffers out, or loop over them instead"
+                ) from error
+            if "vmap" in text:
+                raise ValueError(
+                    "t0 or t_f is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
+                ) from error
+            if "tracing" in text:
+                raise ValueError(
+                    "t0 or t_f is traced (torch.func.linearize), and the grid follows from its value; trace the other "
+                    "arguments alone, or take torch.func.jvp"
+                ) from error
+            raise
+        return self._interval_of_numbers(interval), (t0, t_f)
 
     @property
     def t_span(self) -> Tensor:
@@ -218,13 +241,13 @@ class LearnableInterval(nn.Module):
         return self.bounds[1]
 
     def default_max_t_f(self) -> float:
-        """Returns how far t_f may grow where nothing else is said: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
+        """Returns how far t_f may grow by default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1."""
         return self.interval.default_max_t_f
 
     @property
     def duration(self) -> Tensor:
         """The length t_f - t0 of the interval, differentiable; the integral of eq. (13)."""
-        t0, t_f, _, _ = self._times()
+        t0, t_f, _, _ = self._times(*self._look())
         return t_f - t0
 
     @torch.no_grad()
@@ -265,25 +288,24 @@ class LearnableInterval(nn.Module):
         return True
 
     def _times(
-        self, interval: Interval | None = None, ends: tuple[float, float] | None = None
+        self, interval: Interval, now: tuple[float, float], ends: tuple[float, float] | None = None
     ) -> tuple[Tensor, Tensor, float, float]:
         """Returns t0 and t_f as they are to be used now: the parameters, or other values that pass their gradient.
 
-        And both as numbers: on a GPU each reading of a tensor waits for all work before it.
+        And both as numbers.
 
         Args:
-            interval: where t_f may lie; default: the span's own.
+            interval, now: of :meth:`_look`.
             ends: other values; default: those of t0 and t_f, clipped.
         """
         t0: Tensor = self.t0
         t_f: Tensor = self.t_f
-        now = _number(t0, "t0"), _number(t_f, "t_f")
         if ends is not None:
             value = ends
         elif self._is_laid(interval, now, t_f.dtype):
             value = now
         else:
-            value = self._clipped(interval or self.interval, *now)
+            value = self._clipped(interval, *now)
         if value != now:
             if ends is None and self.training and isinstance(t_f, nn.Parameter):
                 self.clip_()
@@ -291,6 +313,12 @@ class LearnableInterval(nn.Module):
                 # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
                 # The difference is zero: a sum with the distance would be rounded to the units of a t_f far away.
                 t0, t_f = (v + (t - t.detach()) for v, t in zip(value, (t0, t_f), strict=True))
+                if ends is None and value[1] != now[1] and self._first_time("outside"):
+                    text = (
+                        "t_f = %.6g lies outside its bounds, and is taken as %.6g; a copy whose parameters alone are averaged "
+                        "keeps the bounds that it was made with: copy the buffers too"
+                    )
+                    _log.warning(text, now[1], value[1])
             value = t0.item(), t_f.item()
         if self._end_shift:
             t_f = t_f + self._end_shift
@@ -325,9 +353,10 @@ class LearnableInterval(nn.Module):
         Args:
             t_span, save_at, dense: as they are passed to the span.
         """
-        interval, settles, descending, cut = self.interval, None, False, False
+        interval, now = self._look()
+        settles, descending, cut = None, False, False
         if t_span is None and isinstance(save_at, tuple) and not save_at and interval.settled:
-            return self._plan_of_template(interval)
+            return self._plan_of_template(interval, now)
         span: Sequence[float] | None = None
         ends = None
         for name, times in (("t_span", t_span), ("save_at", save_at)):
@@ -342,14 +371,19 @@ class LearnableInterval(nn.Module):
             descending = values[0] > values[-1]
             span = values[::-1] if descending else values
             if not interval.settled:  # this first one is what the user meant
+                before = interval.template[-1]
                 interval = settles = interval.settle(span, own)
-                first, last = interval.template[0], interval.template[-1]
-                ends = interval.clipped(first, last, own, self.learn_t0)  # to bounds that were given
+                # A t_f that lies elsewhere was given, or is an average that knows of no span yet.
+                last = interval.template[-1] if abs(now[1] - before) <= 4 * resolution(own, before) else now[1]
+                ends = interval.clipped(interval.template[0], last, own, self.learn_t0)  # to bounds that were given
             if settles is not None or (interval.pinned and not dense):  # dense keeps to the template's steps anyway
                 span = None
         elif not interval.settled:
             settles = replace(interval, settled=True)
-        t0, t_f, first, last = self._times(interval, ends)
+            if interval.given_bounds is None and now[1] > interval.bounds[1]:  # an average that knows of no span yet
+                settles = replace(settles, given_bounds=(interval.bounds[0], now[1]))
+            interval = settles
+        t0, t_f, first, last = self._times(interval, now, ends)
         rounding = resolution(dtype, first, last)
         start: Tensor | None = t0
         end: Tensor | None = t_f
@@ -423,9 +457,9 @@ class LearnableInterval(nn.Module):
         # A span that starts before the template is entered in its steps, not in one long one.
         return interval.nodes(begin, end, not interval.adaptive or self.learn_t0, dtype)
 
-    def _plan_of_template(self, interval: Interval) -> Plan:
+    def _plan_of_template(self, interval: Interval, now: tuple[float, float]) -> Plan:
         """Returns what a call without times of its own is to solve."""
-        t0, t_f, *numbers = self._times(interval)
+        t0, t_f, *numbers = self._times(interval, now)
         ends, dtype = (numbers[0], numbers[1]), t_f.dtype
         if not self._is_laid(interval, ends, dtype):
             nodes = interval.nodes(*ends, self.learn_t0, self.t_f.dtype)
@@ -468,9 +502,8 @@ class LearnableInterval(nn.Module):
         assert plan.settles is not None
         self.interval = plan.settles
         if plan.ends is not None:
-            self.t0.fill_(plan.settles.template[0])
-            self.t_f.fill_(plan.settles.template[-1])
-            self.clip_()
+            for tensor, value in zip((self.t0, self.t_f), plan.ends, strict=True):
+                tensor.fill_(value)
 
     def _apply(self, fn, recurse=True):
         interval = [id(t) for t in (self._bounds, self._pinned, self._template)]
@@ -485,23 +518,6 @@ class LearnableInterval(nn.Module):
             for child in self.children():
                 child._apply(fn)
         return super()._apply(keep_precise, recurse=False)
-
-
-def _number(time: Tensor, name: str) -> float:
-    try:
-        return time.item()
-    except RuntimeError as error:
-        text = str(error)
-        if "vmap" in text:
-            raise ValueError(
-                f"{name} is a batch of times (torch.vmap), and each of them has a grid of its own; loop over them instead"
-            ) from error
-        if "tracing" in text:
-            raise ValueError(
-                f"{name} is traced (torch.func.linearize), and the grid follows from its value; trace the other arguments "
-                "alone, or take torch.func.jvp"
-            ) from error
-        raise
 
 
 def _differentiated(time: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The static network that a model with fixed steps is: what is deployed."""
+"""A model with fixed steps as a static network, to be deployed."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ NOTHING: Asked = (None, (), False)
 
 
 def as_network(model: nn.Module, *inputs: Any) -> nn.Module:
-    """Returns the static network that a model with fixed steps is, to be exported, compiled or traced.
+    """Returns a model with fixed steps as a static network, to be exported, compiled or traced.
 
     A copy of the model in eval mode, in which every ``LearnableSpan`` and every ``NeuralODE`` is the sequence of its
     evaluations: the times, the steps and the coefficients of the solver are constants. It gives what the model in eval mode
@@ -196,14 +196,14 @@ class StaticSolve(nn.Module):
     Args:
         module: the LearnableSpan or the NeuralODE.
         stepper: its method.
-        plan: of the solve.
+        plan: what a call solves.
         asked: the times that it is called with.
         memo: of the copies that were made so far, as ``copy.deepcopy`` keeps it.
         name: of the module, for errors.
 
     Attributes:
         field: the vector field.
-        evaluations: of the field in a call.
+        evaluations: how often a call evaluates the field.
         t_eval: the times of the returned states, ``[points]``.
         times: of the evaluations, ``[steps, stages]``.
     """
@@ -220,7 +220,8 @@ class StaticSolve(nn.Module):
         self.integral_loss: Any = copy.deepcopy(node.integral_loss, memo)
         self._order, self._return_t_eval, self._name, self._asked = node.order, node.return_t_eval, name, asked
         if isinstance(stepper, LearnedStepper):
-            self._stepper: Stepper = stepper.as_numbers()
+            taking: Any = stepper.toward(plan.grid.nodes[-1] - plan.grid.nodes[0])
+            self._stepper: Stepper = taking.as_numbers()
         else:
             self.solver: nn.Module = copy.deepcopy(node.solver, memo)  # a hypersolver has parameters
             self._stepper = make_stepper(self.solver)

@@ -20,13 +20,13 @@ class RandomSpan(nn.Module):
 
     In eval mode they end at t_f. Gradients pass to t_f through the drawn time. The width is cut to what the interval
     leaves: a drawn duration is at least a thousandth of t_f - t0. Beyond the template's end a fixed-step solver goes on
-    with its last spacing. Cost: in the mean none.
+    with its last spacing. On average this costs nothing.
 
     Args:
         model: a LearnableSpan, a module that holds some, or a bare NeuralODE (which is then called with a span of its
             own: the points of the one passed, of ``t_span``, or [0, 1], cut at the drawn time).
         width: half the width of the interval that is drawn from, in units of time: up to nearly t_f - t0.
-        generator: of the draws.
+        generator: the generator that the times are drawn with.
 
     Attributes:
         model: as given. Calls go through to it.
@@ -76,9 +76,9 @@ class RandomSpan(nn.Module):
         found = require_spans(self.model)
         try:
             for span in found:
-                _, _, t0, t_f = span._times()
+                _, _, t0, t_f = span._times(*span._look())
                 span._end_shift = self._shift(t0, t_f)
-                self.drawn.append(span._times()[3])
+                self.drawn.append(span._times(*span._look())[3])
             yield
         finally:
             for span in found:

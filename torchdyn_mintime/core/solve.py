@@ -43,7 +43,7 @@ FEW = 4
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: it is made at every call, and each field would be set the long way
 class LastSolve:
     """What a span remembers of its last forward. It is neither copied nor saved with the span.
 
@@ -89,6 +89,12 @@ class LastSolve:
     def end(self) -> Tensor:
         """The last of ``states``, which is at hand without solving again."""
         return self.states[-1] if self._end is None else self._end
+
+    @property
+    def seen(self) -> list[float]:
+        """The times of ``steps`` up to the last one that the caller sees: ``save_at`` may have left out the end."""
+        last, forwards = self.grid.returned[-1], self.steps[-1] > self.steps[0]
+        return [*(t for t in self.steps if (t < last if forwards else t > last)), last]
 
     @property
     def reaches_end(self) -> bool:
@@ -202,7 +208,7 @@ class Method:
                     f"{self.stepper.name} chooses its steps by the values of the state, which torch.vmap hides; take a solver "
                     "of fixed steps such as 'rk4', or loop"
                 ) from error
-            _explain(error, x)
+            _explain(error, bound, x)
             raise
 
         def finished(found: Solution) -> Tensor:
@@ -327,7 +333,16 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
     return solve(problem)
 
 
-def _explain(error: RuntimeError, x: Tensor) -> None:
+_NOT_ACCEPTED = (
+    r"mat1 and mat2|cannot be multiplied|size of tensor a|Sizes of tensors|size mismatch|must match the (existing )?size"
+    r"|[Ee]xpected (input|tensor|weight|\d+D|\d-D|more than 1 value|m1 and m2)|Given (groups|(normalized_)?shape)|channels"
+    r"|input\.size|is invalid for input|should contain \d+ elements|inconsistent tensor size|imension out of range"
+    r"|same dtype|scalar type|weight type"
+)
+"""In torch's own words. An error that a field raises by itself keeps its own text, and its own type."""
+
+
+def _explain(error: RuntimeError, bound: BoundField, x: Tensor) -> None:
     """Raises a clearer error where the field does not accept the state, or cannot be evaluated without autograd."""
     text = str(error)
     if torch.is_inference_mode_enabled() and re.search("does not require grad|requires_grad|[Ii]nference", text):
@@ -337,7 +352,5 @@ def _explain(error: RuntimeError, x: Tensor) -> None:
         ) from error
     if isinstance(error, torch.OutOfMemoryError) or re.search("same device|CUDA error|CUBLAS|CUDNN", text):
         return  # such texts name sizes too
-    if re.search(r"shape|size|dimension|channels|mat1 and mat2|same dtype|scalar type|weight type", text):
-        raise ValueError(
-            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
-        ) from error
+    if re.search(_NOT_ACCEPTED, text):
+        raise bound.refusal(x, error) from error

@@ -34,7 +34,7 @@ class Call:
     Calling it makes the span's own solve, and returns ``(t_eval, sol)``.
 
     Attributes:
-        span: that is called.
+        span: the span that is called.
         x, args: what it is called with.
         plan: what it is to solve.
         sensitivity: the way to gradients, where it is not the span's.
@@ -79,7 +79,8 @@ class LearnableSpan(LearnableInterval):
         t_f: the initial terminal time, where it is not the template's end.
         bounds: (lower, upper) of t_f, eq. (14). Default: t0 + min(step_size, half the template) and the template's end;
             for adaptive solvers the lower is t0 + 1e-3 of the template's length.
-        step_size: of fixed-step solvers; where it is not the template's first spacing, the template is laid anew with it.
+        step_size: the step of fixed-step solvers. Default: the template's first spacing; otherwise the template is made
+            anew with this step.
         learn_t0: whether t0 is a parameter too. It is clipped to t_f - step_size.
         checkpoint: keep one state a step for backward, and evaluate the field once more there. The gradient is the
             same, to rounding, as without: exactly that of the discrete solution (sensitivity "autograd").
@@ -154,7 +155,7 @@ class LearnableSpan(LearnableInterval):
     def lay(self, nodes: Sequence[float], solver: str | nn.Module | None = None) -> None:
         """Takes steps between these times from now on, whatever span is passed, and ends at the last of them.
 
-        Bounds that were given stay. t_f is not clipped to them: who lays the steps keeps to them.
+        Bounds that were given stay. t_f is not clipped to them: the caller must keep to them.
 
         Args:
             nodes: strictly ascending, two or more (units of time); the first is t0. An adaptive solver lands on each.
@@ -210,14 +211,15 @@ class LearnableSpan(LearnableInterval):
             self._series.check(plan, t_span, self.t_f)
         if self._replacement is not None:
             t_eval, sol = self._replacement(self, x, Call(self, x, plan, args))
-            return (t_eval, sol) if self.node.return_t_eval else sol
+            return (t_eval, sol) if self.field.node.return_t_eval else sol
         t_eval, sol = self._returned(self._solve(x, plan, args), plan.rows)
         if self.training and t_span is not None and plan.grid.keep is None:
             sol = self._series.watch(t_eval, sol)
-        return (t_eval, sol) if self.node.return_t_eval else sol
+        return (t_eval, sol) if self.field.node.return_t_eval else sol
 
     def _returned(self, last: LastSolve, rows: list[int] | None) -> tuple[Tensor, Tensor]:
-        times, states = last.grid.times(self.t_f.dtype, self.t_f.device), last.states
+        t_f = self.t_f
+        times, states = last.grid.times(t_f.dtype, t_f.device), last.states
         return (times, states) if rows is None else (times[rows], states[rows])
 
     def _solve(
@@ -246,8 +248,10 @@ class LearnableSpan(LearnableInterval):
 
     def _warn_of_pieces(self, last: LastSolve) -> None:
         """Says once where the times that a call asks for, and not the tolerance, decide the steps of an adaptive solver."""
+        if not self._method.stepper.adaptive:
+            return
         pieces, steps = len(last.grid.nodes) - 1, len(last.steps) - 1
-        lands = self.adaptive and self.interpolator is None and pieces >= len(self.interval.template)  # not its points
+        lands = self.interpolator is None and pieces >= len(self.interval.template)  # not its points
         if lands and pieces >= MANY_PIECES and steps < 2 * pieces and self._first_time("pieces"):
             warnings.warn(
                 f"the {pieces + 1} times asked for have cut the solve by {self.stepper.name} into pieces: it lands on each, in "
@@ -275,7 +279,7 @@ class LearnableSpan(LearnableInterval):
 
         As torchdyn's own, it is differentiated by autograd whatever the node's sensitivity. Where the steps were laid
         (:meth:`lay`, a search), each time that is asked for is a point of the solve too, at the price of a step; a
-        LearnableSolver knows the two ends alone. ``dense=True`` needs no more steps.
+        LearnableSolver has states at the two ends alone. ``dense=True`` needs no more steps.
 
         Args:
             x, t_span, dense: as those of :meth:`forward`.
@@ -285,7 +289,7 @@ class LearnableSpan(LearnableInterval):
         """
         plan = self._plan(t_span, (), dense)
         watched = self.training and t_span is not None
-        if watched:
+        if t_span is not None and self.training:
             self._series.check(plan, t_span, self.t_f)
         if t_span is not None and not dense and (self.interval.pinned or self.interval.one_step):
             # These solve the whole interval by steps of their own, and the caller's points are others.
@@ -375,7 +379,7 @@ class LearnableSpan(LearnableInterval):
 
     @property
     def interpolator(self) -> Callable | None:
-        """What gives the points between t0 and t_f without landing on them (dopri5 on request), or None."""
+        """The interpolant that gives points between t0 and t_f without landing on them (dopri5 on request), or None."""
         return interpolator_of(self.node, self.stepper)
 
     @property
@@ -401,19 +405,20 @@ class LearnableSpan(LearnableInterval):
     # -------------------------------------------------------------------------------------------- copies and checkpoints
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "odeint":
-                raise AttributeError(
-                    "a LearnableSpan has no odeint: call the span itself, span(x, t_span), which ends at t_f; span.node.odeint "
-                    "is torchdyn's own solve over the span that is passed"
-                ) from None
-            # A property that raises AttributeError ends up here, where torch's text would replace its reason.
-            found = getattr(type(self), name, None)
-            if isinstance(found, property) and found.fget is not None:
-                return found.fget(self)
-            raise
+        own = self.__dict__
+        for kind in ("_parameters", "_buffers", "_modules"):  # at every call: torch's own way here is as long again
+            if kind in own and name in own[kind]:
+                return own[kind][name]
+        if name == "odeint":
+            raise AttributeError(
+                "a LearnableSpan has no odeint: call the span itself, span(x, t_span), which ends at t_f; span.node.odeint "
+                "is torchdyn's own solve over the span that is passed"
+            )
+        # A property that raises AttributeError ends up here, where torch's text would replace its reason.
+        found = getattr(type(self), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        return super().__getattr__(name)
 
     def release(self) -> None:
         """Lets go of graphs that torchdyn's modules keep of an evaluation."""
@@ -508,7 +513,9 @@ class LearnableSpan(LearnableInterval):
     def _interval_of(self, state: Mapping[str, Tensor | None], prefix: str) -> Interval:
         """Returns the interval of a state_dict; what is None there stays as it is here."""
         template, bounds, filled, pinned = (state[name] for name in ("template", "bounds", "filled", "pinned"))
-        interval = self.interval.from_numbers(
+        # What is loaded whole does not ask for what is here, which may be no numbers yet (`to_empty`).
+        here = self.interval if template is None or bounds is None else self._interval
+        interval = here.from_numbers(
             template,
             None if bounds is None else bounds.tolist(),
             self.t_f.dtype,
@@ -536,7 +543,7 @@ class _StepsSeen:
     def __init__(self) -> None:
         self.time: int | None = None
         self.first: nn.Parameter | None = None
-        self.field, self.steps = -1, 0
+        self.field, self.steps, self.depended = -1, 0, False
 
     def go_on(self, span: LearnableSpan) -> bool:
         """Returns whether to look further; warns where the field was stepped ``LIMIT`` times and t_f never."""
@@ -548,13 +555,16 @@ class _StepsSeen:
         if first is None or (self.time is not None and span.t_f._version != self.time):
             return False
         if first._version != self.field:  # each step of an optimizer writes in place
-            self.steps += span.t_f.grad is not None and self.time is not None
+            # The gradient may be cleared by now, with those of the whole model.
+            self.steps += self.time is not None and (self.depended or span.t_f.grad is not None)
             self.time, self.field = span.t_f._version, first._version
+        assert span.last is not None
+        self.depended = span.last.grid.end is not None and span.last.reaches_end
         if self.steps < self.LIMIT:
             return True
         warnings.warn(
-            f"the vector field was stepped {self.steps} times, and t_f, which has a gradient, never: an optimizer that was "
-            "made before the model was wrapped has no times. Make it after wrap(model), or "
+            f"the vector field was stepped {self.steps} times, and t_f, which requires a gradient, never: an optimizer that "
+            "was made before the model was wrapped has no times. Make it after wrap(model), or "
             "optimizer.add_param_group({'params': [span.t_f]}); span.t_f.requires_grad_(False) keeps t_f as it is",
             stacklevel=5,
         )
@@ -579,13 +589,10 @@ def _refuse_adjoint(solver: nn.Module, node: NeuralODE) -> None:
 
 def _learned_solver(state: Mapping[str, Tensor], prefix: str, present: nn.Module) -> LearnableSolver | None:
     """Returns the solver to put in for the one that a state holds; None where there is none, or the present one fits."""
-    free, settings = (state.get(prefix + name) for name in ("free", "_settings"))
-    if free is None or settings is None:
+    made = LearnableSolver.of_state(state, prefix)
+    if made is None or (isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()):
         return None
-    order, first_node = settings.tolist()
-    made = LearnableSolver(free.shape[-1], order=order, first_node=bool(first_node))
-    same = isinstance(present, LearnableSolver) and present.extra_repr() == made.extra_repr()
-    return None if same else made
+    return made
 
 
 def _method_of(node: Any) -> Method:

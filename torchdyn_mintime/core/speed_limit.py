@@ -21,8 +21,8 @@ class SpeedLimit(nn.Module):
     """A vector field whose speed is smoothly held below ``max_speed``: f / sqrt(1 + |f|^2 / max_speed^2).
 
     |f| is the Euclidean norm over all dimensions but the first, the batch (of a 1-D state: over all of it). The
-    direction stays. Slow fields pass almost unchanged: at a tenth of the limit by half a percent. Use it as the vector
-    field of a ``NeuralODE``; it takes the time if ``field`` does. For an ODE of order 2 or more it limits what the
+    direction stays. Slow fields pass almost unchanged: a speed of a tenth of the limit changes by half a percent. Use it as the
+    vector field of a ``NeuralODE``; it takes the time if ``field`` does. For an ODE of order 2 or more it limits what the
     field returns, the highest derivative. In a CNF put it around the inner network, where it limits the sample's speed
     and not that of its log-density.
 

@@ -270,12 +270,13 @@ def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
 
 
 def with_solver(node: NeuralODE, solver: nn.Module, t_span: Tensor) -> NeuralODE:
-    """Returns a node over the field of ``node`` itself, solved over ``t_span`` by another solver, under autograd."""
+    """Returns a node over the field of ``node`` itself, solved over ``t_span`` by a solver of fixed steps, under autograd."""
     made: Any = copy.copy(node)
     made._modules = dict(node._modules)
     made.solver = made.solver_adjoint = solver
     made.sensitivity = made.sensalg = "autograd"
     made.t_span = t_span
+    made.atol = made.rtol = 1e-3  # torchdyn warns of others where steps are fixed
     return made
 
 
@@ -387,8 +388,8 @@ def parameter_groups(
         model: a wrapped model.
         lr: learning rate of everything else.
         span_lr: learning rate of the times, in units of time per step for Adam; default ``lr``.
-        solver_lr: learning rate of the coefficients of LearnableSolvers, numbers between -1 and 1 as a rule.
-        weight_decay: of everything else. A decay of t_f would be a price of time that nobody set.
+        solver_lr: learning rate of the coefficients of LearnableSolvers, which are mostly between -1 and 1.
+        weight_decay: decay of everything else. On times it would act as a second price of time.
 
     Returns:
         Two groups, the times last, and a third one where a span has a LearnableSolver; parameters that require no gradient

@@ -47,7 +47,7 @@ def compress(
         batches: batches of ``x`` or ``(x, *target)``, used many times.
         loss: ``loss(output, *target)``, the mean over a batch. If the model is a NeuralODE itself, the output is z(t_f).
         slack: how much the loss may rise, as a share of what the ODE does for it: the loss with the ODE skipped, less the
-            model's own loss, each on its worst batch.
+            model's own loss, each on its worst batch, those of ``held_out`` included.
         target: the most that the loss may be on every batch; it replaces ``slack``.
         solver_tol, options: those of Shallowest (``budget``, ``solvers``, ``accept``).
         lr: learning rate of Adam; low, since the model is trained already.
@@ -70,21 +70,22 @@ def compress(
         (True, True)
     """
     prepared = as_batches(batches)
+    unseen = [] if held_out is None else as_batches(held_out)
     made = copied(model)
     made = wrap(made) if has_bare(made) else made
     if target is None:
+        every = [*prepared, *unseen]
         with evaluating(made), undisturbed(made):
-            own = max(mean_loss(made, [batch], loss)[0] for batch in prepared)
-        skipped = max(evaluate_without_ode(made, [batch], loss)[0] for batch in prepared)
+            own = max(mean_loss(made, [batch], loss)[0] for batch in every)
+        skipped = max(evaluate_without_ode(made, [batch], loss)[0] for batch in every)
         target = own + slack * (skipped - own if skipped > own else abs(own))
 
     def criterion(out: Any, batch: tuple) -> Tensor:
         return loss(of_output(made, out), *batch[1:])
 
     search = Shallowest(target, slack, solver_tol, **options)
-    kept = None if held_out is None else as_batches(held_out)
     verdict = search.fit(
-        made, criterion, prepared, lr=lr, held_out=kept, max_iterations=max_iterations, progress=progress
+        made, criterion, prepared, lr=lr, held_out=unseen, max_iterations=max_iterations, progress=progress
     )
     return made, verdict
 

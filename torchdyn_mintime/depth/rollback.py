@@ -154,7 +154,10 @@ class Rollback:
                 f"the loss is {loss} before anything was learned; lower the learning rate or check the data"
             )
         if self.count >= self.limit:
-            raise DivergedError(f"the loss {what} after {self.count} rescues, at the learning rates {self._rates()}")
+            raise DivergedError(
+                f"the loss {what}, also after {self.count} returns to the last good state, at the learning rates "
+                f"{self._rates()}; begin with a lower one, or look at the data"
+            )
         self.count += 1
         self._looks = self._above = 0
         self.back()

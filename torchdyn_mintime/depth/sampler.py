@@ -1,11 +1,14 @@
 """A trained sampler made shallow: its field trained further, beside a learned solver, to reach the ends that it reaches now.
 
-Pairs of states and their exact ends come from the sampler itself; no data is needed. A solver of a few evaluations is fitted
-to the field as it is. From there the search of :class:`~torchdyn_mintime.depth.shallowest.Shallowest` trains a copy, with
-fewer and fewer evaluations. The times stay.
+Pairs of states and their exact ends come from the sampler itself; no data is needed. Solvers of more and more evaluations are
+fitted to the field as it is, until one meets the tolerance. From there the search of
+:class:`~torchdyn_mintime.depth.shallowest.Shallowest` trains a copy, with fewer and fewer evaluations, each time from a solver
+fitted to the field of that moment. The field is changed only where that saves evaluations. The times stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torchdyn_mintime.depth.compress import copied
 from torchdyn_mintime.depth.shallowest import Shallowest
 from torchdyn_mintime.depth.solver_fit import (
     HELD_OUT,
+    SolverFit,
     check_repeats,
     check_states,
     displacement,
@@ -31,7 +35,8 @@ from torchdyn_mintime.depth.solver_fit import (
     interval_of,
     log_density_column,
 )
-from torchdyn_mintime.depth.trials import Depth, Verdict
+from torchdyn_mintime.depth.trials import Depth, Trial, Verdict
+from torchdyn_mintime.numerics import LearnableSolver
 from torchdyn_mintime.numerics.step_control import rms
 
 __all__ = ["compress_sampler"]
@@ -40,10 +45,10 @@ BATCH = 256
 """States in a batch of training, at most."""
 
 FIRST = 8
-"""Evaluations of the solver that is fitted first."""
+"""Evaluations of the solvers that are fitted before the field is trained, at most."""
 
-FITTED = 1024
-"""It is fitted to so many states, at most."""
+FITTED = 2048
+"""Solvers are fitted to so many states, at most."""
 
 
 def compress_sampler(
@@ -53,6 +58,7 @@ def compress_sampler(
     tol: float = 0.05,
     solver_tol: float = 0.1,
     lr: float = 0.001,
+    inverse: bool = False,
     args: Mapping[str, Any] | None = None,
     max_iterations: int = 20_000,
     progress: bool = True,
@@ -60,9 +66,12 @@ def compress_sampler(
 ) -> tuple[LearnableSpan, Verdict]:
     """Returns a copy of a trained sampler that takes fewer evaluations of its field to the same ends. The model itself stays.
 
-    :func:`~torchdyn_mintime.fit_solver` leaves the field as it is, and needs some seconds; here the field is trained too, for
-    some minutes. Fewer evaluations are then often enough; at a small ``tol`` they may be more. A quarter of the states is held
-    out, and each depth must pass on it.
+    :func:`~torchdyn_mintime.fit_solver` leaves the field as it is, and needs some seconds. It comes first here too; then the
+    field is trained, for some minutes, and this is kept if it saves evaluations. A quarter of the states is held out: a fitted
+    solver must meet ``tol`` on all of it, and a field that was trained on each batch of it.
+
+    What belongs to the rows of ``x0`` goes with them: Hutchinson's noise, which is drawn once and held, tensors in ``args``,
+    and labels or contexts as attributes of the field's modules (tensors with as many rows as ``x0``).
 
     Args:
         model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part. The interval is
@@ -71,8 +80,9 @@ def compress_sampler(
         tol: how far the copy's ends may be from those of ``model``, as root of the mean square relative to the displacement.
         solver_tol, options: those of :class:`~torchdyn_mintime.Shallowest` (``budget``, ``solvers``, ``accept``).
         lr: learning rate of Adam.
-        args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``. The copy is then called
-            with ``args=`` too. Labels that a field keeps as attributes cannot be cut into batches.
+        inverse: the states are those at the last time, and are carried to the first. Call the copy with that span, such as
+            ``sampler(x, torch.tensor([1.0, 0.0]))``: it is trained for this direction alone.
+        args: passed on to a field that takes ``args``. The copy is then called with ``args=`` too.
         max_iterations, progress: those of :meth:`Shallowest.fit`.
 
     Returns:
@@ -101,92 +111,132 @@ def compress_sampler(
     search = Shallowest(tol, solver_tol=solver_tol, **options)
     check_states(x0, None, 1)
     check_states(x0[len(x0) // HELD_OUT :], None, FIRST)
-    if any(getattr(module, "noise_dist", None) is not None for module in model.vf.modules()):
-        raise ValueError(
-            "Hutchinson's trace draws new noise in every solve, so that a log-density has no end to learn; give the CNF the "
-            "exact trace (autograd_trace), or use fit_solver, which holds the noise"
-        )
-    x0 = x0.detach()
-    exact = _ends(model, x0, args)
+    made: Any = copied(model)
+    times = interval_of(made)[:: -1 if inverse else 1]
+    states = _States(made, x0.detach(), args)
+    exact = _ends(made, states, times)
     order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0)).to(x0.device)
     kept = max(1, len(x0) // HELD_OUT)
     held, fitted = order[:kept], order[kept:]
-    span = _copy(model, _pairs(x0, args, exact, fitted[:FITTED], FITTED)[0])
-    scale = displacement(exact - x0, log_density_column(span.node))
+    few = fitted[:FITTED]
+
+    def fit(of: NeuralODE | LearnableSpan, evaluations: int, reference: Tensor | None = None) -> SolverFit:
+        # A span's times ascend; a node that is solved backward by itself is fitted as it is.
+        back = times[0] > times[1] if isinstance(of, LearnableSpan) else inverse
+        with states.of(few) as (x, own):
+            return fit_solver(
+                of, x, evaluations=evaluations, reference=reference, inverse=back, args=own, progress=False
+            )
+
+    def refitted(span: LearnableSpan, stages: int) -> LearnableSolver:
+        solver: Any = fit(span, stages).node.solver
+        return solver.requires_grad_(True)
+
+    scale = displacement(exact - x0, log_density_column(made.node if isinstance(made, LearnableSpan) else made))
 
     def off(out: Any, batch: Any) -> Tensor:
         return rms((of_output(span, out) - batch[1]) / scale)
 
-    batches = _pairs(x0, args, exact, fitted)
-    search.first = Depth(span.stepper.name, 1)
+    span: Any = None
+    begun, met, evaluations = perf_counter(), False, 0
+    while not met and evaluations < FIRST:
+        evaluations += 1
+        span = _span(fit(made, evaluations, exact[few]).node)
+        called = _Called(span, states, times)
+        with torch.no_grad():
+            error = off(called(held), (held, exact[held])).item()
+        met = error <= min(tol, solver_tol)
+    search.first, search.fresh_solver = Depth(f"learned-{evaluations}", 1), refitted
+    frozen = Trial.at([search.first])
+    frozen.loss = frozen.held_out_loss = frozen.solver_error = error
+    frozen.reference_loss = 0.0
+    frozen.passed, frozen.seconds = met, perf_counter() - begun
+    start = copied(span)  # what the fit alone gives
+    solver: Any = span.solver
+    solver.requires_grad_(True)
     verdict = search.fit(
-        _Called(span),
+        called,
         off,
-        batches,
+        [(rows, exact[rows]) for rows in fitted.split(BATCH)],
         lr=lr,
-        held_out=_pairs(x0, args, exact, held),
+        held_out=[(rows, exact[rows]) for rows in held.split(BATCH)],
         max_iterations=max_iterations,
         progress=progress,
     )
-    if not verdict.feasible:  # its weights have moved all the same
-        made = copied(model)
-        span = made if isinstance(made, LearnableSpan) else LearnableSpan(made)
+    verdict.trials = [frozen, *(trial for trial in verdict.trials if trial.iterations)]
+    if met and not (verdict.feasible and verdict.best.evaluations < evaluations):  # the field may stay as it is
+        span = start
+        verdict.feasible, verdict.best = True, frozen
+    elif not verdict.feasible:  # its weights have moved all the same
+        span = copied(model)
+        span = span if isinstance(span, LearnableSpan) else LearnableSpan(span)
         freeze_times([span])
     for module, own in zip(span.vf.modules(), model.vf.modules(), strict=True):
         module.training = own.training
+        if hasattr(own, "noise_dist"):
+            module.noise_dist, module.noise = own.noise_dist, own.noise
     return span, verdict
 
 
+class _States:
+    """The states of a sampler, and what belongs to their rows: tensors in ``args``, and attributes of the field's modules."""
+
+    def __init__(self, model: Any, x0: Tensor, args: Mapping[str, Any] | None):
+        self.x0, self.args = x0, args
+        modules = list(model.vf.modules())
+        with torch.random.fork_rng(devices=[]):  # the user's random numbers stay as they are
+            for module in modules:
+                if getattr(module, "noise_dist", None) is not None:
+                    module.noise, module.noise_dist = module.noise_dist.sample((len(x0),)).to(x0), None
+        self._attributes = [(m, name, v) for m in modules for name, v in vars(m).items() if self._of_rows(v)]
+
+    def _of_rows(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.x0)
+
+    @contextmanager
+    def of(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
+        """Gives the states of some rows and their ``args``; the field's attributes are those of these rows meanwhile."""
+        args = self.args
+        own = None if args is None else {k: v[rows] if self._of_rows(v) else v for k, v in args.items()}
+        for module, name, value in self._attributes:
+            setattr(module, name, value[rows])
+        try:
+            yield self.x0[rows], own
+        finally:
+            for module, name, value in self._attributes:
+                setattr(module, name, value)
+
+
 class _Called(nn.Module):
-    """A span that is called with one batch of states and what its field takes beside them. Its mode stays as it is."""
+    """A span that is called with rows of the states. Its mode stays as it is."""
 
-    def __init__(self, span: LearnableSpan):
+    def __init__(self, span: LearnableSpan, states: _States, times: list[float]):
         super().__init__()
-        self.span = span
+        self.span, self._states = span, states
+        self._t_span = torch.tensor(times, dtype=span.t_f.dtype)
 
-    def forward(self, inputs: tuple[Tensor, Mapping[str, Any] | None]) -> Any:
-        x, args = inputs
-        return self.span(x, args=args or {})
+    def forward(self, rows: Tensor) -> Any:
+        with self._states.of(rows) as (x, args):
+            return self.span(x, self._t_span, args=args)
 
     def train(self, mode: bool = True) -> "_Called":
         return self  # the ends that are learned are those of the field in eval mode
 
 
-def _copy(model: NeuralODE | LearnableSpan, pair: "Pair") -> LearnableSpan:
-    """Returns a copy in eval mode with a solver that is fitted to its field, and times that stay."""
-    (x, args), exact = pair
-    fit = fit_solver(copied(model), x, evaluations=FIRST, reference=exact, args=args, progress=False)
-    fit.node.solver.requires_grad_(True)
-    span = LearnableSpan(fit.node).to(x.device).eval()
+def _span(node: Any) -> LearnableSpan:
+    """Returns a span in eval mode around a node with a fitted solver, with times that stay."""
+    x = next(node.vf.parameters(), node.t_span)
+    span = LearnableSpan(node, node.t_span.sort().values).to(x.device).eval()
     freeze_times([span])
     return span
 
 
-Pair = tuple[tuple[Tensor, Mapping[str, Any] | None], Tensor]
-"""((states, args), their exact ends)"""
-
-
-def _pairs(x0: Tensor, args: Mapping[str, Any] | None, exact: Tensor, rows: Tensor, size: int = BATCH) -> list[Pair]:
-    """Returns batches of some rows of the states, with what belongs to them in ``args``."""
-    return [((x0[part], _own(args, x0, part)), exact[part]) for part in rows.split(size)]
-
-
-def _own(args: Mapping[str, Any] | None, x0: Tensor, rows: Tensor) -> dict[str, Any] | None:
-    """Returns ``args`` for some rows of the states: of a tensor with as many rows, these."""
-    if args is None:
-        return None
-    of_rows = {k for k, v in args.items() if isinstance(v, Tensor) and v.dim() > 0 and len(v) == len(x0)}
-    return {k: v[rows] if k in of_rows else v for k, v in args.items()}
-
-
 @torch.no_grad()
-def _ends(model: NeuralODE | LearnableSpan, x0: Tensor, args: Mapping[str, Any] | None) -> Tensor:
+def _ends(model: Any, states: _States, times: list[float]) -> Tensor:
     """Returns the exact ends of the states."""
-    node: Any = model.node if isinstance(model, LearnableSpan) else model
-    field, times, ends = Field(node), interval_of(model), []
-    for part in torch.arange(len(x0), device=x0.device).split(BATCH):
-        x = x0[part]
-        with field.beside(x, _own(args, x0, part)) as bound:
+    field, ends = Field(model.node if isinstance(model, LearnableSpan) else model), []
+    for rows in torch.arange(len(states.x0), device=states.x0.device).split(BATCH):
+        with states.of(rows) as (x, args), field.beside(x, args) as bound:
             check_repeats(bound, x, times[0])
             ends.append(reference_solution(bound, x, times)[-1].to(x.dtype))
     return torch.cat(ends)

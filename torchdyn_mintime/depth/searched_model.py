@@ -91,6 +91,8 @@ class SearchedModel:
         spent: forward evaluations of the field so far, those of the reference included.
         penalty: of the last :meth:`objective`, detached; not weighted.
         reference_loss: the loss at the reference's end there; None where it was not asked for.
+        fresh_solver: makes the LearnableSolver of so many stages that a span begins a depth with, fitted; None: one near the
+            solver before it, which :meth:`objective` fits to its first batch.
         share_gradients: called with the gradients of learned solvers before they are used; what runs on several
             processes takes their mean here.
 
@@ -121,6 +123,7 @@ class SearchedModel:
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.spent, self.penalty = 0, 0.0
         self.reference_loss: float | None = None
+        self.fresh_solver: Callable[[LearnableSpan, int], LearnableSolver] | None = None
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
         self._kept = [
             _Kept(s, s.interval, (s.node.solver, s.node.solver_adjoint), s.by_autograd, (s.t0.item(), s.t_f.item()))
@@ -159,7 +162,7 @@ class SearchedModel:
     def lay(self, depths: Sequence[Depth]) -> None:
         """Makes every span take the steps of its depth, and begins anew; a LearnableSolver starts near the one before it."""
         self._lay(depths)
-        self._unfitted = not self.adaptive
+        self._unfitted = not (self.adaptive or self.fresh_solver)
         self.begin_anew()
 
     def _lay(self, depths: Sequence[Depth]) -> None:
@@ -167,9 +170,12 @@ class SearchedModel:
             solver: str | nn.Module = depth.solver
             if depth.stages is not None:
                 present = span.solver if isinstance(span.solver, LearnableSolver) else None
-                solver = LearnableSolver(depth.stages, present).to(span.t_f.device)
                 if present is not None and present.stages == depth.stages:
                     solver = present
+                elif self.fresh_solver is not None:
+                    solver = self.fresh_solver(span, depth.stages)
+                else:
+                    solver = LearnableSolver(depth.stages, present).to(span.t_f.device)
             set_steps(span, depth.steps, solver)
         self._count = StepCount(self.model, depths[0].steps) if self.adaptive else None
 
@@ -364,6 +370,8 @@ class SearchedModel:
             finally:
                 solver.free.grad = None
             self.spent += last.bound.nfe - before
+        if not self._shared:  # one that is called twice may run both ways
+            solver.direction = 1 if last.steps[-1] > last.steps[0] else -1
         with torch.no_grad():  # each process has fitted them to its own batch
             self.share_gradients([solver.free])
 

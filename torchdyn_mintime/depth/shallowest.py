@@ -20,7 +20,6 @@ the loop that puts them together.
 
 import copy
 import functools
-import itertools
 import logging
 import math
 import warnings
@@ -33,14 +32,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, checks, require_spans, times_of
+from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, require_spans, times_of
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
 from torchdyn_mintime.depth.stage import Stage
 from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
 from torchdyn_mintime.depth.verification import Look, Verification, verify
-from torchdyn_mintime.numerics import IntegrationError
+from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
 __all__ = ["Depth", "Shallowest", "Trial", "Verdict", "set_steps"]
 
@@ -141,7 +140,10 @@ class Shallowest:
         judge: a function that returns a figure, such as the loss on other data; lower is better. If it is set before the
             start, this figure is held against the target in the place of the training loss.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
-        first: the depth of every span to begin with, set before the start by who knows of a model that is nearly true there.
+        first: the depth of every span to begin with, where a model is known to be nearly true. Set it before the start.
+            :meth:`fit` looks at it before any training.
+        fresh_solver: ``fresh_solver(span, stages)`` makes the LearnableSolver that a span begins a depth with, fitted to its
+            field as it is then. It may be set before the start. By default it is near the solver before, and fitted to a batch.
 
     Raises:
         ValueError: a bound that cannot be used, or an unknown solver.
@@ -194,6 +196,7 @@ class Shallowest:
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
         self.judge: Callable[[], float] | None = None
         self.first: Depth | None = None
+        self.fresh_solver: Callable[[LearnableSpan, int], LearnableSolver] | None = None
         self._judged: tuple[float, float] | None = None
         self.batches_seen_together = 1
         self.trials: list[Trial] = []
@@ -201,6 +204,7 @@ class Shallowest:
         self._searched: SearchedModel | None = None
         self._stage: Stage
         self._looks: Callable[[], Iterable[Look]] | None = None
+        self._held_out_losses: list[float] = []
         self._hardest: Look | None = None  # the batch that failed last is looked at first: most looks end there
         self._unit = math.nan
         self._rates: list[list[float]] = []
@@ -223,6 +227,7 @@ class Shallowest:
         if self._searched is not None:
             self._searched.release(True)
         self._searched = searched = SearchedModel(model, optimizers, self._instead)
+        searched.fresh_solver = self.fresh_solver
         searched.share_gradients = lambda gradients: self.share_gradients(gradients)
         self._clock = perf_counter()
         if self.trials:  # resumed
@@ -391,14 +396,26 @@ class Shallowest:
             out = model(_input_of(batch))
             return loss(out, batch), _predicted(out, batch)
 
+        def held_out_look(batch: Any) -> tuple[Tensor, Tensor | None]:
+            value, predicted = look(batch)
+            self._held_out_losses.append(float(value))
+            return value, predicted
+
         def looks() -> Iterator[Look]:
-            for batch in itertools.chain(batches, kept or ()):
-                yield functools.partial(look, batch)
+            yield from (functools.partial(look, batch) for batch in batches)
+            yield from (functools.partial(held_out_look, batch) for batch in kept or ())
 
         self.start(model, optimizer)
         try:
             model.train()
             self._looks, self.batches_seen_together = looks, len(batches)
+            if (
+                self.first is not None
+                and not self._iterations
+                and self.target is not None
+                and self._verified(None).passed
+            ):
+                self._pass()
             with Progress(disable=not progress, transient=True) as bar:
                 task = bar.add_task("", total=None)
                 while not self.done and self._iterations < max_iterations:
@@ -478,9 +495,9 @@ class Shallowest:
         self._failed = self._looked = False
         steps = max(depth.steps if depth.stages is None else 1 for depth in depths)
         self._stage = Stage(trial, reference=max(LEAST_REFERENCE, 2 * steps))
-        self._share = 1.0 / GENTLE if passed else 1.0
+        self._share = 1.0 / GENTLE if self._found else 1.0
         an_iteration = trial.evaluations + Depth("rk4", self._stage.reference).evaluations
-        self._stage.budget = max(BUDGET * passed, LEAST_ITERATIONS * an_iteration) if passed else math.inf
+        self._stage.budget = max(BUDGET * passed, LEAST_ITERATIONS * an_iteration) if self._found else math.inf
         searched.lay(depths)
         searched.rates = self._rates
         self._stage.weight = self._first_weight()
@@ -605,6 +622,7 @@ class Shallowest:
         if self.judge is not None and self._judged is not None:
             looks, target = [self.judge], self._judged[1]
         self._looked = True
+        self._held_out_losses.clear()
         one = functools.partial(
             verify,
             searched.model,
@@ -622,6 +640,7 @@ class Shallowest:
             trial.loss = found.loss
         if math.isfinite(found.reference_loss):
             trial.reference_loss = found.reference_loss
+        trial.held_out_loss = max(self._held_out_losses, default=math.inf)
         trial.passed = found.passed
         return found
 

@@ -57,7 +57,7 @@ class EndError:
         rms: root of the mean square over all entries.
         most: what 95 % of the states stay below, each with its own root of the mean square.
         worst: the largest of the states.
-        log_density: of a flow, the root of the mean square error of its log-density (nats); else None.
+        log_density: for a flow, the root mean square error of its log-density (nats); else None.
     """
 
     rms: float
@@ -73,10 +73,11 @@ class SolverFit:
     Attributes:
         node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
             it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
-            two points, descending for ``inverse=True``.
-        evaluations: of the field in a solve.
-        error: of the fitted solver, on states held out of the fit.
-        others: the same of stock solvers with as many evaluations, by name, where their number divides.
+            two points, descending for ``inverse=True``. torchdyn's own nodes do not pass ``args`` on: where the field takes
+            some, call ``LearnableSpan(fit.node)``, which does.
+        evaluations: how often a solve evaluates the field.
+        error: the error of the fitted solver, on states held out of the fit.
+        others: that of stock solvers with as many evaluations, by name, where their number divides.
     """
 
     node: NeuralODE
@@ -103,6 +104,7 @@ def fit_solver(
     reference: Tensor | None = None,
     inverse: bool = False,
     args: Mapping[str, Any] | None = None,
+    log_density: int | None = None,
     progress: bool = True,
 ) -> SolverFit:
     """Fits a LearnableSolver to a trained field, for samples and likelihoods at few evaluations. The field is not changed.
@@ -114,12 +116,16 @@ def fit_solver(
     Args:
         model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part.
         x0: initial states ``[n, ...]`` as they will be in use; some 1,000 for states of few dimensions, 100 for images.
-        evaluations: of the field in a solve; with ``tol``, the most that it may take.
+        evaluations: how often a solve evaluates the field; with ``tol``, the most that it may.
         tol: take the fewest evaluations whose held-out rms error is at most this share of the displacement.
         reference: the exact ends ``[n, ...]``, where they are known; default: by dopri5 in float64 at 1e-7.
         inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
-            likelihood is wanted. A solver fitted forward is no better than midpoint there.
+            likelihood is wanted. A solver fitted forward is no better than midpoint there, and a LearnableSpan warns. A span
+            takes both, each in its direction, after ``forward.node.solver.other = backward.node.solver``; for flows
+            :meth:`FlowModel.fit_solvers <torchdyn_mintime.flows.FlowModel.fit_solvers>` does so.
         args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
+        log_density: which column of the state is a log-density, whose error has a size of its own. Default: the first one of
+            the rates of torchdyn's ``CNF``, and none of other fields.
         progress: show a bar.
 
     Raises:
@@ -149,11 +155,16 @@ def fit_solver(
     times = interval_of(model)[:: -1 if inverse else 1]
     numbers = range(1, evaluations + 1) if tol is not None else [evaluations]
     check_states(x0, reference, evaluations)
+    if log_density is not None and not (x0.dim() == 2 and -x0.shape[1] <= log_density < x0.shape[1]):
+        raise ValueError(
+            f"log_density={log_density} must be a column of the states; x0 has the shape {tuple(x0.shape)}"
+        )
     with field.beside(x0, args) as bound:
         check_repeats(bound, x0, times[0])
         exact = reference_solution(bound, x0, times)[-1] if reference is None else reference.detach().double()
         with in_float64(bound, x0, times[0]) as function, Progress(disable=not progress, transient=True) as bar:
-            ends = _Ends(bound, function, x0, exact, times)
+            column = log_density_column(node) if log_density is None else range(x0.shape[1])[log_density]
+            ends = _Ends(bound, function, x0, exact, times, column)
             solvers = []
             for stages in numbers:
                 task = bar.add_task(f"{stages} evaluations", total=ITERATIONS)
@@ -176,7 +187,15 @@ def fit_solver(
 class _Ends:
     """The ends of solves from fixed states, beside the exact ones."""
 
-    def __init__(self, bound: BoundField, function: Callable, x0: Tensor, exact: Tensor, times: list[float]):
+    def __init__(
+        self,
+        bound: BoundField,
+        function: Callable,
+        x0: Tensor,
+        exact: Tensor,
+        times: list[float],
+        log_density: int | None,
+    ):
         self._function, self._times = function, times
         self._timed = getattr(bound.function, "timed", True)
         self._x, self._exact = x0.double(), exact.to(x0.device)
@@ -184,7 +203,7 @@ class _Ends:
         order = torch.randperm(len(x0), generator=generator)
         held = max(1, len(x0) // HELD_OUT)
         self._held, fitted = order[:held].to(x0.device), order[held:]
-        self._log_density = log_density_column(bound.node)
+        self._log_density = log_density
         self._scale = displacement((self._exact - self._x)[self._held], self._log_density)
         size = math.prod(x0.shape[1:])
         picked = torch.randperm(len(fitted) * size, generator=generator)[:ENTRIES].sort().values
@@ -253,6 +272,7 @@ class _Ends:
     def fit(self, stages: int, advance: Callable[[], None]) -> LearnableSolver:
         """Returns the solver of least squared error, from equal steps of midpoint; the start where it fails."""
         solver = LearnableSolver(stages, order=1, first_node=self._timed).to(self._x.device)
+        solver.direction = 1 if self._times[1] > self._times[0] else -1
         mask = solver.entries(self._timed)
         entries = [(int(i), int(j)) for i, j in mask.nonzero().tolist()]
         table, small, damping = solver.free.detach().clone(), 0, 1e-2
@@ -332,15 +352,13 @@ def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
     """Raises where two evaluations of a field differ, or it does not take the states."""
     if kinds := bound.random_or_stateful():
         raise ValueError(
-            f"{', '.join(kinds)} in training mode within the field: each evaluation is of another field; call .eval() first"
+            f"{', '.join(kinds)} in training mode within the field, so that no two evaluations are equal; call .eval() first"
         )
     time = x.new_tensor(t)
     try:
         first = bound.function(time, x)
     except RuntimeError as error:
-        raise ValueError(
-            f"the vector field does not accept a state of shape {tuple(x.shape)} and {x.dtype}: {error}"
-        ) from error
+        raise bound.refusal(x, error) from error
     if first.shape != x.shape:
         raise ValueError(f"the vector field returned the shape {tuple(first.shape)} for states of {tuple(x.shape)}")
     if not torch.equal(first, bound.function(time, x)):

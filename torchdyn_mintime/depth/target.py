@@ -8,15 +8,26 @@ the gradient of eq. (12) plus w. Both move by factors, and the gradient counts r
 the unit of time nor the learning rate of the network matters.
 """
 
+import itertools
 import logging
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import LearnableSpan, checks, require_spans
+from torchdyn_mintime.core import (
+    LearnableSpan,
+    Loss,
+    as_batches,
+    checks,
+    evaluating,
+    mean_loss,
+    require_spans,
+    undisturbed,
+)
 from torchdyn_mintime.depth.rollback import Snapshot
 
 __all__ = ["LONGEST_WINDOW", "TargetLoss"]
@@ -32,11 +43,14 @@ SMOOTHING = 0.9
 
 
 class TargetLoss:
-    """Finds the shortest interval at which a target loss is met, the price of time with it.
+    """Finds the shortest interval that meets a target loss, and the price of time that belongs to it.
 
     It moves the times itself: call :meth:`step` after backward and before the optimizer's step, which then passes the
     times over. The best feasible model (the smallest duration at which the mean loss of the last ``window`` steps was at
     most the target) is kept; :meth:`restore_best` brings it back.
+
+    With ``batches`` the loss over all of them decides instead. It is measured every ``window`` steps, in eval mode, and the
+    price holds this loss on the target. A loop that measures such a loss by itself passes it to :meth:`judge`.
 
     Args:
         model: a LearnableSpan, or a module that holds some; they share one price.
@@ -44,14 +58,17 @@ class TargetLoss:
         max_t_f: how far t_f may grow. Default: 2 T_f - t0 - eps of eq. (41), at least t0 + 1.
         window: how many of the last losses have their mean held against the target: as many as an epoch has steps, and 1
             where each loss is of all data. The loss of one minibatch is often far below that mean. Two standard errors are
-            added to it. A longer window than the default is a look at a model that has changed since.
+            added to it. A longer window averages over a model that has changed meanwhile.
+        batches: a list or a loader of ``x`` or ``(x, *target)``, on the model's device.
+        loss: with ``batches``, ``loss(output, *target)``, the mean over a batch; of a span itself the output is z(t_f).
 
     Attributes:
         weight: the price of time (loss per unit of time); None before the first step.
-        best: {"duration", "loss", "step"} of the best feasible model, the loss being that mean; or None.
+        best: {"duration", "loss", "step"} of the best feasible model, the loss being that mean, or that over ``batches``;
+            or None.
 
     Raises:
-        ValueError: a target that is not positive and finite, no span, or ``max_t_f`` below t_f.
+        ValueError: a target that is not positive and finite, no span, ``max_t_f`` below t_f, or ``batches`` without ``loss``.
 
     Example:
         >>> from torchdyn.core import NeuralODE
@@ -68,8 +85,20 @@ class TargetLoss:
         True
     """
 
-    def __init__(self, model: nn.Module, target: float, *, max_t_f: float | None = None, window: int = LONGEST_WINDOW):
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float,
+        *,
+        max_t_f: float | None = None,
+        window: int = LONGEST_WINDOW,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+    ):
         self.model, self.target = model, checks.positive(target, "target")
+        if (batches is None) != (loss is None):
+            raise ValueError(f"batches and loss go together; got batches={batches!r} and loss={loss!r}")
+        self._batches, self._loss = batches, loss
         self._recent: deque[float] = deque(maxlen=checks.count(window, "window", 1, " of steps"))
         self._durations: deque[float] = deque(maxlen=self._recent.maxlen)
         self._spans = require_spans(model)
@@ -88,6 +117,7 @@ class TargetLoss:
         self.best: dict[str, Any] | None = None
         self._steps = 0
         self._log_loss = 0.0
+        self._ratio: float | None = None  # of the loss that was judged to the level of the steps then
         self._size = [0.0] * len(self._spans)
         self._state = Snapshot()
 
@@ -108,21 +138,25 @@ class TargetLoss:
             loss: of this batch, averaged over the processes where several run.
 
         Raises:
-            ValueError: the loss is not finite; nothing is changed then.
+            ValueError: the loss, or that over ``batches``, is not finite; nothing is changed then.
         """
-        value = checks.scalar(loss, "the loss")
-        if not math.isfinite(value):
-            raise ValueError(f"the loss is {value}; the times and their price were left as they are")
+        value = _finite(loss)
+        window = self._recent.maxlen
+        assert window is not None
+        judged = self._over_batches() if self._batches is not None and (self._steps + 1) % window == 0 else None
         self._recent.append(value)
         self._durations.append(self.duration)
-        value = self._level()
+        if judged is not None:
+            self.judge(judged)
+        value = self._level() * (1.0 if self._ratio is None else self._ratio)
         # In the logarithm: a loss falls by orders of magnitude, and its mean would be that of the early steps.
         log_loss = math.log(max(value, 1e-12))
         self._steps += 1
         beta = min(SMOOTHING, 1 - 1 / self._steps)
         self._log_loss = beta * self._log_loss + (1 - beta) * log_loss
         smooth = math.exp(self._log_loss)
-        self._remember(value, smooth)
+        if self._ratio is None and self._holds(value, smooth):
+            self._keep(value)
         if self.weight is None:
             self.weight = max(value, 1e-3 * self.target) / self.duration
         gap = math.log(self.target / smooth)
@@ -132,6 +166,32 @@ class TargetLoss:
         for i, span in enumerate(self._spans):
             if span.t_f.grad is not None:
                 self._move(i, span, price, beta)
+
+    def judge(self, loss: float | Tensor) -> None:
+        """Compares the loss of the model as it is with the target: the loss over all data that count, such as validation data.
+
+        From the first call on, only models that are judged so count as feasible, and the price follows this loss.
+
+        Args:
+            loss: averaged over the processes where several run.
+
+        Raises:
+            ValueError: the loss is not finite; nothing is changed then.
+        """
+        value = _finite(loss)
+        self._ratio = max(value, 1e-12) / max(self._level(), 1e-12) if self._recent else 1.0
+        if value <= self.target:
+            self._keep(value)
+
+    def _over_batches(self) -> float:
+        assert self._batches is not None and self._loss is not None
+        with evaluating(self.model), undisturbed(self.model):
+            # One by one: a loader may hold more than the memory does.
+            prepared = (as_batches([batch])[0] for batch in self._batches)
+            first = next(prepared, None)
+            if first is None:
+                raise ValueError("batches is empty; give a list or a loader, which can be gone through again and again")
+            return _finite(mean_loss(self.model, itertools.chain([first], prepared), self._loss)[0])
 
     def _level(self) -> float:
         """Returns what is held against the target: the mean of the last losses, and two standard errors of it above."""
@@ -158,17 +218,18 @@ class TargetLoss:
         span.t_f.fill_(t0 + duration * factor)
         span.clip_()
 
-    def _remember(self, value: float, smooth: float) -> None:
-        whole = len(self._recent) == self._recent.maxlen
-        if not whole or max(value, smooth) > self.target:
-            return
-        duration = self.duration
+    def _holds(self, value: float, smooth: float) -> bool:
+        """Returns whether the mean of the last steps is at most the target, and of this model."""
+        if len(self._recent) != self._recent.maxlen or max(value, smooth) > self.target:
+            return False
         # While t_f falls, the mean is of deeper models than this one.
-        if duration < 0.995 * math.fsum(self._durations) / len(self._durations):
-            return
+        return self.duration >= 0.995 * math.fsum(self._durations) / len(self._durations)
+
+    def _keep(self, loss: float) -> None:
+        duration = self.duration
         # A percent is too little to copy the model for.
         if self.best is None or duration < 0.99 * self.best["duration"]:
-            self.best = {"duration": duration, "loss": value, "step": self._steps}
+            self.best = {"duration": duration, "loss": loss, "step": self._steps}
             self._state.take(self.model)
 
     def restore_best(self) -> bool:
@@ -184,6 +245,7 @@ class TargetLoss:
         plain = {"weight": self.weight, "best": self.best and dict(self.best), "steps": self._steps}
         smooth = {
             "log_loss": self._log_loss,
+            "ratio": self._ratio,
             "recent": list(self._recent),
             "durations": list(self._durations),
             "size": list(self._size),
@@ -194,6 +256,7 @@ class TargetLoss:
         """Goes on from :meth:`state_dict`."""
         self.weight, self.best, self._steps = state["weight"], state["best"], state["steps"]
         self._log_loss, self._size = state["log_loss"], list(state["size"])
+        self._ratio = state.get("ratio")
         self._recent.clear()
         self._recent.extend(state.get("recent", ()))  # version 0.1.0 knew the last loss alone
         self._durations.clear()
@@ -202,3 +265,10 @@ class TargetLoss:
 
     def __repr__(self) -> str:
         return f"TargetLoss(target={self.target:g}, weight={self.weight}, best={self.best})"
+
+
+def _finite(loss: float | Tensor) -> float:
+    value = checks.scalar(loss, "the loss")
+    if not math.isfinite(value):
+        raise ValueError(f"the loss is {value}; the times and their price were left as they are")
+    return value

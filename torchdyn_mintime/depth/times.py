@@ -1,4 +1,4 @@
-r"""Update rules for times.
+r"""Optimizers of times.
 
 SNOpt (Liu, Chen and Theodorou, 2021) minimises Phi(t_f) + (c/2) t_f^2 by a Gauss-Newton step. With g = dPhi/dt_f, which
 is <f(t_f, z(t_f)), dPhi/dz(t_f)>, and averages E over the iterations,
@@ -23,9 +23,9 @@ class GaussNewtonTime(torch.optim.Optimizer):
     """Updates times as SNOpt does: by a Gauss-Newton step on averaged gradients, every so many iterations.
 
     It reads the gradient that backward left at the times, that of the loss without any price of time: the price here is
-    that of (c/2) t^2. It costs no evaluation. Give the other parameters to another optimizer, and both a ``step`` and a
-    ``zero_grad`` every iteration. A LearnableSpan clips t_f to its bounds by itself; SNOpt's floor is a lower bound of
-    0.1.
+    that of (c/2) t^2. It costs no evaluation. Give the other parameters to another optimizer, and call ``step`` and
+    ``zero_grad`` of both in every iteration. A LearnableSpan clips t_f to its bounds by itself; SNOpt's floor is a lower
+    bound of 0.1.
 
     Args:
         params: times: ``span.t_f``, and ``span.t0`` with ``learn_t0``.

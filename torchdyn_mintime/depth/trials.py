@@ -53,6 +53,8 @@ class Trial:
         passed: whether loss, reference loss and solver error were all within their bounds.
         loss, reference_loss: the loss with the steps taken, and with the ODE solved exactly, on the worst batch. Infinite
             if it was not measured.
+        held_out_loss: the largest loss on the held-out batches that the last check looked at, with the steps taken or with the
+            ODE solved exactly; infinite if it looked at none.
         solver_error: relative to the displacement, on the worst batch and span. Infinite if it was not measured.
         changed: the share of predictions that change if the ODE is solved exactly; None if the model predicts no classes.
         seconds: seconds of training at this depth, with the checks against the exact solution.
@@ -71,6 +73,7 @@ class Trial:
     changed: float | None = None
     seconds: float = field(default=0.0, compare=False)
     spent: int = 0
+    held_out_loss: float = math.inf
     depths: tuple[tuple[str, int], ...] = ()
 
     @classmethod
@@ -125,7 +128,11 @@ class Verdict:
     def __str__(self) -> str:
         head = "found" if self.feasible else "NOT found: the last trial was"
         best, target = self.best, "none" if self.target is None else f"{self.target:g}"
-        loss = _measured(("loss {:.4g}", best.loss), (" and {:.4g} solved exactly", best.reference_loss))
+        loss = _measured(
+            ("loss {:.4g}", best.loss),
+            (" and {:.4g} solved exactly", best.reference_loss),
+            (", at most {:.4g} on held-out batches", best.held_out_loss),
+        )
         error = _measured(("solver error {:.3g} of the displacement", best.solver_error))
         said = [
             f"{loss or 'loss not measured'} (target {target})",
@@ -137,7 +144,7 @@ class Verdict:
         lines = [f"{head} {best.evaluations} evaluation{plural} ({best.label}): {', '.join(said)}"]
         for t in self.trials:
             figures = _measured(("loss {:.4g}", t.loss), (" / {:.4g}", t.reference_loss)) or "loss not measured"
-            figures += _measured((", solver error {:.3g}", t.solver_error))
+            figures += _measured((", held out {:.4g}", t.held_out_loss), (", solver error {:.3g}", t.solver_error))
             passed = "passed" if t.passed else "failed"
             lines.append(f"  {t.label}: {passed} after {t.iterations} iterations, {t.seconds:.1f} s, {figures}")
         return "\n".join(lines)

@@ -95,7 +95,7 @@ class Trimmed:
         spans: each span of the model.
         loss: (before, after), mean over the batches.
         solver_error: (before, after), see :func:`torchdyn_mintime.diagnostics.solver_error`, on the first batch.
-        threshold: what the loss was to stay below.
+        threshold: the bound of the loss.
         evaluations: how many evaluations of the field the search itself took.
     """
 
@@ -130,7 +130,7 @@ def trim(
     solver_tol: float | None = None,
     keep_step: bool = False,
 ) -> Trimmed:
-    """Sets the fewest steps at which the loss is kept, for a trained model, with an earlier t_f where that saves evaluations.
+    """Sets the fewest steps that keep the loss of a trained model, and an earlier t_f where that saves evaluations.
 
     Every span of the model is trimmed in turn, in eval mode; the parameters of the field stay. A fixed-step span gets a
     new template of equal steps, a frozen one too. A span with an adaptive solver only gets an earlier t_f, one of 100
@@ -145,8 +145,9 @@ def trim(
         batches: of ``x`` or ``(x, *target)``; each is solved some thirty times, mostly with few steps.
         loss: ``loss(output, *target)``, the mean over a batch; of a span itself the output is z(t_f).
         threshold: the loss, as a mean over all batches, may be at most this.
-        slack: asks for a short interval instead: the end lies at most this share of the duration later than the earliest
-            possible, and is the earliest at which so few steps do. Default: of the ends of the fewest evaluations the latest.
+        slack: asks for a short interval instead. The end is then at most this share of the duration later than the earliest
+            possible one, and the earliest of these that takes the fewest steps. Default: the latest end that takes the fewest
+            evaluations.
         solver_tol: the solver error on the first batch may be at most this, for each span (default: not asked).
         keep_step: leave the step size as it is, and only move t_f (to a point of the grid).
 
@@ -156,7 +157,7 @@ def trim(
 
     Raises:
         ValueError: the loss is above the threshold as it is, or the solver error above its tolerance; or the model uses the
-            states at the points of a span that it passes.
+            states at the points of a span that it passes, or passes a span that is a part of the learned interval.
         TypeError, ValueError: an argument cannot be used. The model is as before.
 
     Example:
@@ -188,6 +189,8 @@ def trim(
         error = solver_error(model, x)  # also says if none was solved
         if solver_tol is not None and not error <= solver_tol:
             raise ValueError(f"the solver error is {error:.3g}, above solver_tol={solver_tol:.3g} already")
+        for name, span in found:
+            _refuse_a_part(name, span)
         whole = {span for _, span in found if _uses_trajectory(model, span, x)}
         for span in whole:
             if not (keep_step or span.adaptive or span.pinned):  # of a pinned one no span that is passed counts
@@ -215,6 +218,17 @@ def _uses_trajectory(model: nn.Module, span: LearnableSpan, x: Tensor) -> bool:
         return False
     except ValueError:
         return True
+
+
+def _refuse_a_part(name: str, span: LearnableSpan) -> None:
+    """Raises a ValueError where the model has asked for a part of the interval: steps are laid over the whole of it."""
+    steps, ends = last_solve(span).steps, (span.t0.item(), span.t_f.item())
+    asked = min(steps[0], steps[-1]), max(steps[0], steps[-1])
+    if math.dist(asked, ends) > 1e-6 * (ends[1] - ends[0]):
+        raise ValueError(
+            f"the model asks {name or 'the span'} for [{asked[0]:.6g}, {asked[1]:.6g}], a part of its interval [{ends[0]:.6g}, "
+            f"{ends[1]:.6g}], and trim lays the steps of the whole; set `span.t_span` to a template of that part"
+        )
 
 
 def _refuse_passed_points(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:

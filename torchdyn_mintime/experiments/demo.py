@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib import rc_context
 from torch import Tensor
 
 from torchdyn_mintime import LearnableSpan, plots, spans
@@ -79,7 +80,9 @@ def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 
         console.print(words, highlight=False)
         texts.append(f"## {title}\n\n{markdown(cells)}\n\n{words}")
         drawn = {row: own[0] for row, own in plans.items()}
-        console.print(f"Picture: {_draw(drawn, store, folder / f'{name}.png')}", highlight=False)
+        with rc_context(plots.STYLE):
+            picture = _draw(drawn, store, folder / f"{name}.png")
+        console.print(f"Picture: {picture}", highlight=False)
         results += [line.results for line in lines]
     found = pd.concat(results)
     write(found, texts, folder, "demo", console)

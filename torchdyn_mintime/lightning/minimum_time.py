@@ -36,7 +36,8 @@ class MinimumTime(SpanCallback):
         target: the mean loss of an epoch to reach, instead of a weight. Of the last 50 steps, where an epoch has more.
         monitor: with a target, the logged metric that is held against it; None is the loss of an optimizer step,
             averaged over the ranks: the mean of an accumulation, or with manual optimization the sum of the losses that
-            ``manual_backward`` was given.
+            ``manual_backward`` was given. A metric that the validation logs is held against the target after each
+            validation, for the model that was validated; until the first one t_f stays as it is.
 
     Attributes:
         price: with a target, the TargetLoss, once training has begun.
@@ -67,10 +68,12 @@ class MinimumTime(SpanCallback):
         self.monitor = monitor
         self.price: TargetLoss | None = None
         self._unpriced: list[tuple[nn.Parameter, float]] = []
+        self._validated, self._before_validation = False, None
 
     def begin(self) -> None:
         super().begin()
         self.price = None
+        self._validated, self._before_validation = False, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the times will be trained and not decayed; with a target, begins to find the price of time."""
@@ -88,8 +91,10 @@ class MinimumTime(SpanCallback):
         # An epoch that nobody knows the length of counts as one of many steps, and so does one that is longer.
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches
         self.price = TargetLoss(pl_module, self.target, window=max(1, min(LONGEST_WINDOW, math.ceil(min(steps, 1e6)))))
-        if state := self._take_loaded().get("price"):
+        loaded = self._take_loaded()
+        if state := loaded.get("price"):
             self.price.load_state_dict(state)
+            self._validated = loaded.get("validated", False)
 
     @staticmethod
     def _check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,10 +157,30 @@ class MinimumTime(SpanCallback):
         # By hand, what was given to backward adds up; else Lightning has divided each loss by those it accumulates.
         scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else len(self._losses)
         losses = [scale * loss for loss in self._losses]
-        # A metric of the epoch's end is not logged before it.
-        if (value := monitored(trainer, pl_module, self.monitor, losses)) is not None:
-            self._losses.clear()
+        # A metric of the validation is known for few models. The losses follow it in between (TargetLoss.judge).
+        value = monitored(trainer, pl_module, None if self._validated else self.monitor, losses)
+        self._losses.clear()
+        if value is None:  # a metric of the epoch's end, in the first epoch: the optimizer must not move t_f instead
+            for time in times:
+                time.grad = None
+        else:
             self.price.step(value)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers the metric as it was, to see whether the validation logs it."""
+        self._before_validation = self._metric(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With a target for a metric of the validation: holds it against the target."""
+        if self.price is None or self.monitor is None or trainer.sanity_checking:
+            return
+        if self._metric(trainer) is not self._before_validation:
+            self._validated = True
+            if (value := monitored(trainer, pl_module, self.monitor, [])) is not None:
+                self.price.judge(value)
+
+    def _metric(self, trainer: pl.Trainer) -> Any:
+        return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Clips by eq. (14), and logs."""
@@ -172,7 +197,9 @@ class MinimumTime(SpanCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the price of time and the best model, for a checkpoint."""
-        return self._loaded or ({} if self.price is None else {"price": self.price.state_dict()})
+        if self._loaded or self.price is None:
+            return self._loaded
+        return {"price": self.price.state_dict(), "validated": self._validated}
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

@@ -23,15 +23,15 @@ class LocalError(Penalty):
 
     Unlike step doubling, which compares the ends, it does not see how errors add up, cancel or grow along the way.
 
-    Cost: for a solver with an estimate that of the forward, whose stages are not kept; for another one twice the
-    forward. With ``sampled``, twice one step where the trajectory holds the states of all steps; for an adaptive solver,
+    Cost: as much as the forward for a solver with an estimate, since stages are not kept; twice the forward for another
+    one. With ``sampled``, twice one step where the trajectory holds the states of all steps; for an adaptive solver,
     and under an adjoint, also the steps up to it.
 
     Args:
         model: a LearnableSpan, or a module that holds some (their penalties are added).
-        weight: 10 to 100 in the paper.
+        weight: the weight of the penalty, in units of loss; 10 to 100 in the paper.
         sampled: one step, drawn with equal chances, times the number of steps: the same in the mean.
-        generator: of the draws.
+        generator: the generator that the step is drawn with.
 
     Attributes:
         nfe: extra evaluations of the field in the last call of :meth:`penalty`.

@@ -64,7 +64,7 @@ ROUNDING = 1e-5
 
 
 class LyapunovRegularizer(nn.Module):
-    r"""A NeuralODE, bare or in a :class:`LearnableSpan`, with the Lyapunov loss of a potential beside it.
+    r"""Adds the Lyapunov loss of a potential to a NeuralODE, bare or in a :class:`LearnableSpan`.
 
     Calls go through to the model. The evaluations made here are not counted in the node's ``nfe``. Where a LearnableSolver
     takes the whole interval in one step, the trajectory looked at is that of 8 steps of rk4.
@@ -121,18 +121,25 @@ class LyapunovRegularizer(nn.Module):
         self.order = order
         self.detach_potential = detach_potential
         self._takes_time = takes(potential, "t")
-        self._args: Mapping[str, Any] | None = None
+        self._called_with: Mapping[str, Any] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._points = BatchedPoints()
 
     def forward(self, x: Tensor, *inputs: Any, **options: Any) -> Any:
         """Calls the model."""
         out = self.model(x, *inputs, **options)
-        self._args = options.get("args")
+        self._called_with = options.get("args", inputs[2] if len(inputs) > 2 else None)
         self._last = out if isinstance(self.model, NeuralODE) and isinstance(out, tuple) else None
         return out
 
     # ------------------------------------------------------------------------------------------------------ the loss
+
+    @property
+    def _args(self) -> Mapping[str, Any] | None:
+        """The ``args`` of the last forward, whether it was called here, or the span by a model around it."""
+        if isinstance(self.model, LearnableSpan) and self.model.last is not None:
+            return self.model.last.bound.args
+        return self._called_with
 
     def penalty(self, t_eval: Tensor, sol: Tensor, *target: Any, reduction: str = "mean") -> Tensor:
         """Returns eq. (17), a scalar, for what a forward call returned.

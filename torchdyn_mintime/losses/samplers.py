@@ -17,7 +17,7 @@ def ball(radius: float, *, uniform_radius: bool = False) -> Sampler:
     """Returns a sampler of states in a ball around 0, uniform in its volume.
 
     Args:
-        radius: of the ball, in units of the state.
+        radius: the radius of the ball, in units of the state.
         uniform_radius: the radius is uniform instead, which puts more states near 0 (LyaNet's way).
 
     Example:

@@ -32,8 +32,9 @@ class StepDoubling(Penalty):
     A LearnableSolver is no method whose steps can be halved: it is compared with ``refinement`` equal steps of rk4 over the
     interval, 4 at least.
 
-    Cost: ``refinement`` times the evaluations of the forward; under an adjoint, whose gradients are not those of the
-    steps, and with active dropout, once more the forward's. The refined solution is always kept for backward.
+    Cost: ``refinement`` times the evaluations of the forward. Under an adjoint, whose gradients are not those of the
+    steps, and with active dropout, the forward's evaluations are added once more. The refined solution is always kept
+    for backward.
 
     Args:
         model: a LearnableSpan, or a module that holds some (their penalties are added).

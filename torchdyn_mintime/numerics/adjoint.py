@@ -126,7 +126,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.steps, ctx.times = solution.steps, [t for t, _, _ in solution.path]
         ctx.autocast = autocast_state(x.device.type)
         ctx.ends = (start is not None, end is not None)
-        ctx.cost_used = False
+        ctx.cost_used = ctx.cost_added = False
         ctx.set_materialize_grads(False)
         # An empty tensor stands for a derivative that was not recorded.
         points = [y for _, z, k in solution.path for y in (z, z.new_empty(0) if k is None else k)]
@@ -171,6 +171,12 @@ class _Adjoint(torch.autograd.Function):
 def _weights_of_cost(ctx, arriving: Tensor | None, size: int, x: Tensor) -> Tensor:
     """Returns the weight in the loss of each entry of the running cost's integral, ``[size]``."""
     if arriving is not None:
+        if ctx.cost_added:
+            raise ValueError(
+                "the gradient of the running cost was added by an earlier backward of this solve, whose loss did not have it "
+                "(torchdyn's convention), and now it comes with a loss; put both on one loss, such as "
+                "loss + span.running_cost.sum(), or call backward for the running cost first"
+            )
         ctx.cost_used = True
         return arriving.reshape(-1)
     if ctx.cost_used:  # an earlier backward of the same solve had it on its loss, and this one is of another loss
@@ -182,6 +188,7 @@ def _weights_of_cost(ctx, arriving: Tensor | None, size: int, x: Tensor) -> Tens
             "scaled (GradScaler), and that gradient would not be: put the running cost on the loss, such as "
             "loss + span.running_cost.sum(), and it is scaled like the rest"
         )
+    ctx.cost_added = size > 0
     return x.new_ones(size)
 
 

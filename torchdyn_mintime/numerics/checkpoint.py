@@ -127,7 +127,9 @@ class _Replay(nn.Module):
                 z = started[i].detach().requires_grad_()
                 ends = start if i == 0 else None, end if i == last else None
                 step = Grid([t, t_new], *ends)
-                method = stepper.prepare(z)  # with a graph of its own: its coefficients may be learned
+                method = stepper.toward(t_new - t).prepare(
+                    z
+                )  # with a graph of its own: its coefficients may be learned
                 times = _stage_times(f, step, method, z)[0]
                 z_new, stages = method.step(f, z, times, _cast(step.size(0), z.dtype))
                 outputs: list[Tensor] = []

@@ -163,7 +163,7 @@ def integrate(
         settings |= {"max_steps": max_steps, "record": record, "adapt": adapt}
         solution = integrate(evaluating_in(x.dtype, f), x.float(), grid, stepper, **settings)
         return rounded(solution, x.dtype, grid, stepper)
-    stepper = stepper.prepare(x)
+    stepper = stepper.toward(grid.nodes[-1] - grid.nodes[0]).prepare(x)
     if stepper.adaptive and adapt:
         return _adaptive(f, x, grid, stepper, atol, rtol, interpolator, error_size, max_steps, record)
     return _fixed(f, x, grid, stepper, record)

@@ -12,9 +12,13 @@ projection onto
 
 so that the conditions hold after any step of any optimizer. Stands on torch alone: the names are those that torchdyn's own
 solvers have.
+
+Coefficients that were fitted to solves of one direction of time are no better than midpoint's in the other: the inverse of an
+explicit method is no explicit method. A solver therefore knows its direction, and may have another one for the way back.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +54,10 @@ class LearnableSolver(nn.Module):
         free: parameter ``[stages + 2, stages]``, of float64 unless it was cast to float32: the rows of a, then b and c,
             before the projection.
         stages, order, first_node: as above.
+        direction: 1 where it was fitted to solves forward in time, -1 backward, 0 where it was fitted to none. It can be set.
+        other: the LearnableSolver that takes the steps of the other direction in a LearnableSpan; None by default. It can be
+            set. Without one, the first step there against ``direction`` gives a warning. Plain torchdyn shows a solver no
+            direction.
 
     Raises:
         TypeError: ``like`` is no name and no LearnableSolver.
@@ -74,7 +82,9 @@ class LearnableSolver(nn.Module):
     _last: Tensor
     _mean: Tensor
     _centre: Tensor
+    _settings: Tensor
     order: int
+    other: "LearnableSolver | None"
 
     def __init__(
         self,
@@ -111,7 +121,9 @@ class LearnableSolver(nn.Module):
         mean = torch.full((stages,), 1 / stages, dtype=torch.float64)
         self.register_buffer("_mean", mean, persistent=False)
         self.register_buffer("_centre", torch.eye(stages, dtype=torch.float64) - mean, persistent=False)
-        self.register_buffer("_settings", torch.tensor([order, int(first_node)]))
+        self.register_buffer("_settings", torch.tensor([order, int(first_node), 0]))
+        self.register_module("other", None)
+        self._direction, self._said = 0, False
 
     # ------------------------------------------------------------------------------------------------- its coefficients
 
@@ -160,6 +172,35 @@ class LearnableSolver(nn.Module):
         mask[-1] &= timed
         return mask
 
+    # ------------------------------------------------------------------------------------------------------ its direction
+
+    @property
+    def direction(self) -> int:
+        """1 where it was fitted to solves forward in time, -1 backward, 0 where it was fitted to none."""
+        return self._direction
+
+    @direction.setter
+    def direction(self, value: int) -> None:
+        if value not in (-1, 0, 1):
+            raise ValueError(f"direction must be 1 (forward in time), -1 (backward) or 0 (not known); got {value!r}")
+        self._direction = int(value)
+        self._settings[2] = self._direction
+
+    def toward(self, change: float) -> "LearnableSolver":
+        """Returns the solver that takes steps of the sign of ``change``, a difference of times: itself, or :attr:`other`."""
+        if self._direction * change >= 0:
+            return self
+        if self.other is None and not self._said:
+            self._said = True
+            fitted, run = ("forward", "backward") if self._direction > 0 else ("backward", "forward")
+            warnings.warn(
+                f"this LearnableSolver of {self.stages} stages was fitted to solves {fitted} in time and is run {run}, where "
+                "it errs as midpoint does. Fit a solver to that direction too (fit_solver with inverse=True) and set it as its "
+                "`other`; for flows FlowModel.fit_solvers fits both",
+                stacklevel=2,
+            )
+        return self if self.other is None else self.other
+
     # --------------------------------------------------------------------------------------------- as torchdyn's solvers
 
     def sync_device_dtype(self, x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +210,11 @@ class LearnableSolver(nn.Module):
     def step(
         self, f: Callable, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
     ) -> tuple[None, Tensor, None]:
-        """Returns (None, the state after a step of size ``dt``, None), as torchdyn's fixed-step solvers do."""
+        """Returns (None, the state after a step of size ``dt``, None), as torchdyn's fixed-step solvers do.
+
+        torchdyn solves a descending span with times and field of the opposite sign, so that no step shows its direction:
+        what is called from there takes these coefficients both ways.
+        """
         a, b, c = self.coefficients()
         weights, nodes = dt * torch.cat([a, b[None]]), (t + dt * c).to(x)
         state, _ = weighted_step(f, x, nodes.unbind(), weights, None if self.first_node else k1)
@@ -187,15 +232,34 @@ class LearnableSolver(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         settings = state_dict.get(prefix + "_settings")
-        if settings is not None and settings.tolist() != (own := [self.order, int(self.first_node)]):
-            raise ValueError(
-                f"the state is that of a LearnableSolver of order and first_node {settings.tolist()}, this one has {own}; "
-                "make it with the same"
-            )
+        if settings is not None:
+            *given, direction = _settings_of(settings)
+            if given != (own := [self.order, int(self.first_node)]):
+                raise ValueError(
+                    f"the state is that of a LearnableSolver of order and first_node {given}, this one has {own}; make it with "
+                    "the same"
+                )
+            self.direction = direction
+            self.other = LearnableSolver.of_state(state_dict, prefix + "other.")
+            state_dict[prefix + "_settings"] = self._settings
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def of_state(cls, state_dict: Mapping[str, Any], prefix: str = "") -> "LearnableSolver | None":
+        """Returns a solver that the entries of a state_dict with this prefix fit into; None where there are none."""
+        free, settings = (state_dict.get(prefix + name) for name in ("free", "_settings"))
+        if free is None or settings is None:
+            return None
+        order, first_node, _ = _settings_of(settings)
+        return cls(free.shape[-1], order=order, first_node=bool(first_node)).to(free.device)
 
     def extra_repr(self) -> str:
         return f"stages={self.stages}, order={self.order}" + (", first_node=True" if self.first_node else "")
+
+
+def _settings_of(tensor: Tensor) -> list[int]:
+    """Returns order, first_node and direction, which older states do not have."""
+    return [*tensor.tolist(), 0][:3]
 
 
 def weighted_step(

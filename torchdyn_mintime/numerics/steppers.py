@@ -59,8 +59,12 @@ class Stepper:
     first_same_as_last = False
     interpolant: Any = None
 
+    def toward(self, change: float) -> "Stepper":
+        """Returns the stepper of steps of the sign of ``change``, a difference of times."""
+        return self
+
     def prepare(self, x: Tensor) -> "Stepper":
-        """Returns the stepper of one solve from the initial state ``x``. Called once before it."""
+        """Returns the stepper of one solve from the initial state ``x``. Called once before it, after :meth:`toward`."""
         return self
 
     def step(
@@ -343,6 +347,15 @@ class LearnedStepper(Stepper):
         self._solver = solver
         self.name, self.order, self.evaluations = f"learned-{solver.stages}", solver.order, solver.stages
         self._numbers: tuple[Any, RungeKutta] | None = None
+        self._back: LearnedStepper | None = None
+
+    def toward(self, change):
+        solver = self._solver.toward(change)
+        if solver is self._solver:
+            return self
+        if self._back is None or self._back._solver is not solver:
+            self._back = LearnedStepper(solver)
+        return self._back
 
     def prepare(self, x):
         free = self._solver.free
