@@ -34,7 +34,8 @@ class Series:
             seen["states"] = bool(gradient[1:-1].any())
 
         def times(gradient: Tensor) -> None:
-            seen["times"] = bool(gradient[1:-1].any())
+            # Zeros everywhere: of a field without time, that a penalty has evaluated at all points.
+            seen["times"] = bool(gradient[1:-1].any()) or not bool(gradient.any())
 
         sol.register_hook(states)
         if t_eval is not None and t_eval.requires_grad:
