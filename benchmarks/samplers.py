@@ -225,39 +225,6 @@ def densities(seeds: range) -> None:
                 )
 
 
-def trained_densities(seeds: range) -> None:
-    """Prints the same where the fields are trained further (``compress``), to .01 nats above their loss on the worst batch."""
-    for name, data in (("moons", datasets.density_moons), ("circles", datasets.density_circles)):
-        for seed in seeds:
-            torch.manual_seed(seed)
-            generator = torch.Generator().manual_seed(seed)
-            fresh = data(4096, generator)
-            model = trained_flow(data, generator)
-            batches = [data(512, generator) for _ in range(6)]
-            with torch.no_grad():
-                target = 0.01 + max(model.nll(x).item() for x in batches)
-            begun = time.process_time()
-            made, verdict = tm.compress(
-                model,
-                batches[:4],
-                lambda found: -found.mean(),
-                target=target,
-                solver_tol=0.03,
-                held_out=batches[4:],
-                progress=False,
-            )
-            seconds = time.process_time() - begun
-            with torch.no_grad():
-                values = [model.nll(fresh), made.nll(fresh)]
-                found = [nll_of(m.span.vf.vf.vf, "dopri5", model.base, fresh, tol=1e-7) for m in (model, made)]
-            print(
-                f"density of {name}, seed {seed}: 32 evaluations nll {values[0]:.3f}, exact {found[0]:.3f}; compressed, "
-                f"{verdict.best.evaluations} evaluations, found {verdict.feasible}: nll {values[1]:.3f}, exact {found[1]:.3f}, "
-                f"solver error {verdict.best.solver_error:.3f}, {seconds:.0f} s\n{verdict}",
-                flush=True,
-            )
-
-
 def tutorial(seeds: range) -> None:
     """Prints the likelihood of the flow of torchdyn's tutorial, by dopri5 and by fitted solvers, all with the exact trace."""
     for seed in seeds:
@@ -364,7 +331,6 @@ TABLES = {
     "planes": planes,
     "digits": digits,
     "densities": densities,
-    "trained-densities": trained_densities,
     "tutorial": tutorial,
 }
 
