@@ -332,7 +332,7 @@ class FlowModel(pl.LightningModule):
         costs, last = cost_columns(span.node), self.log_density == "last"
         state, solver = self._state(start), span.solver
         if isinstance(solver, LearnableSolver) and solver.free.requires_grad and torch.is_grad_enabled():
-            # What is trained one way errs as midpoint does on the way back.
+            # What is trained one way may err as much as midpoint does on the way back.
             solver.direction = solver.direction or (-1 if reverse else 1)
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
         if not span.interval.settled:
@@ -443,8 +443,8 @@ class FlowModel(pl.LightningModule):
     ) -> "FlowFit":
         """Fits a solver to each direction of the trained flow, for densities and samples at few evaluations.
 
-        An explicit method that is fitted to one direction errs as much as midpoint does in the other. The two solvers are
-        therefore fitted apart (:func:`~torchdyn_mintime.fit_solver`), to states with their log-density: one from the data
+        A fit bounds the error in its own direction alone: in the other it may be as large as that of midpoint. The two solvers
+        are therefore fitted apart (:func:`~torchdyn_mintime.fit_solver`), to states with their log-density: one from the data
         ``x``, one from as many draws of the base. The flow itself is not changed; the new one has the same field, and takes the
         right solver by the direction of a solve.
 

@@ -1,5 +1,8 @@
 """The records of a search: what a depth costs, and how a verdict says what was found."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
@@ -56,6 +59,7 @@ def test_a_verdict_shows_its_front_and_says_everything_in_words():
         "  4 x rk4: passed after 50 iterations, 1.2 s, loss 0.1 / 0.11, solver error 0.001",
     ]
     nothing = Verdict(False, failed, [failed], None, 0.1, 0)
+    assert "(target none)" in str(replace(nothing, target=math.inf))  # a metric whose target is not known yet
     assert str(nothing).startswith("NOT found: the last trial was 2 evaluations (learned-2): loss not measured (target")
     half = Verdict(False, Trial("rk4", 4, 16, loss=0.5), [Trial("rk4", 4, 16, 7, loss=0.5)], 0.1, 0.1, 7)
     assert str(half).splitlines() == [

@@ -236,7 +236,7 @@ class Exact:
     """What a call of a span returns if its ODE is solved exactly.
 
     Attributes:
-        span: that was called.
+        span: the span that was called.
         x: the state it was called with.
         t_eval, states: what it returns.
     """

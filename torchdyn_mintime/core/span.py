@@ -288,8 +288,7 @@ class LearnableSpan(LearnableInterval):
             ValueError: there is no state for a time that is asked for, or the span starts later than the steps that were laid.
         """
         plan = self._plan(t_span, (), dense)
-        watched = self.training and t_span is not None
-        if t_span is not None and self.training:
+        if self.training and t_span is not None:
             self._series.check(plan, t_span, self.t_f)
         if t_span is not None and not dense and (self.interval.pinned or self.interval.one_step):
             # These solve the whole interval by steps of their own, and the caller's points are others.
@@ -298,7 +297,7 @@ class LearnableSpan(LearnableInterval):
         if self._replacement is not None:
             return self._replacement(self, x, call)[1]
         sol = call()[1]
-        return self._series.watch(None, sol) if watched else sol
+        return sol if t_span is None or not self.training else self._series.watch(None, sol)
 
     # ---------------------------------------------------------------------------------------- what the last forward did
 

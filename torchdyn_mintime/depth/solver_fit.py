@@ -120,8 +120,8 @@ def fit_solver(
         tol: take the fewest evaluations whose held-out rms error is at most this share of the displacement.
         reference: the exact ends ``[n, ...]``, where they are known; default: by dopri5 in float64 at 1e-7.
         inverse: solve from the last time to the first. The states are then those at the end, such as data for which a
-            likelihood is wanted. A solver fitted forward is no better than midpoint there, and a LearnableSpan warns. A span
-            takes both, each in its direction, after ``forward.node.solver.other = backward.node.solver``; for flows
+            likelihood is wanted. A solver fitted forward may be no better than midpoint there, and a LearnableSpan warns. A
+            span takes both, each in its direction, after ``forward.node.solver.other = backward.node.solver``; for flows
             :meth:`FlowModel.fit_solvers <torchdyn_mintime.flows.FlowModel.fit_solvers>` does so.
         args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
         log_density: which column of the state is a log-density, whose error has a size of its own. Default: the first one of

@@ -127,7 +127,10 @@ class Verdict:
 
     def __str__(self) -> str:
         head = "found" if self.feasible else "NOT found: the last trial was"
-        best, target = self.best, "none" if self.target is None else f"{self.target:g}"
+        best, target = (
+            self.best,
+            f"{self.target:g}" if self.target is not None and math.isfinite(self.target) else "none",
+        )
         loss = _measured(
             ("loss {:.4g}", best.loss),
             (" and {:.4g} solved exactly", best.reference_loss),

@@ -13,7 +13,7 @@ projection onto
 so that the conditions hold after any step of any optimizer. Stands on torch alone: the names are those that torchdyn's own
 solvers have.
 
-Coefficients that were fitted to solves of one direction of time are no better than midpoint's in the other: the inverse of an
+Coefficients that were fitted to solves of one direction of time keep their order in the other, and no more: the inverse of an
 explicit method is no explicit method. A solver therefore knows its direction, and may have another one for the way back.
 """
 
@@ -195,8 +195,8 @@ class LearnableSolver(nn.Module):
             fitted, run = ("forward", "backward") if self._direction > 0 else ("backward", "forward")
             warnings.warn(
                 f"this LearnableSolver of {self.stages} stages was fitted to solves {fitted} in time and is run {run}, where "
-                "it errs as midpoint does. Fit a solver to that direction too (fit_solver with inverse=True) and set it as its "
-                "`other`; for flows FlowModel.fit_solvers fits both",
+                "it may err as much as midpoint does. Fit one to that direction too (fit_solver, inverse=True), and set it "
+                "as its `other`; FlowModel.fit_solvers does so for flows",
                 stacklevel=2,
             )
         return self if self.other is None else self.other
