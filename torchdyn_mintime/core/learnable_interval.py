@@ -153,16 +153,12 @@ class LearnableInterval(nn.Module):
             flat = [part.detach().to(there, torch.float64).flatten() for part in parts]
             whole = torch.cat(flat).cpu().split(sizes)
             parts = [part.view(shape) for part, shape in zip(whole, shapes, strict=True)]
-        # What torch.func puts in the place of a time has no list, but a number.
-        return [part.tolist() if part.dim() else part.item() for part in parts]
-
-    def _look(self) -> tuple[Interval, tuple[float, float]]:
-        """Returns the interval, and t0 and t_f as they are, as numbers."""
         try:
-            *interval, t0, t_f = self._numbers(self.t0, self.t_f)
+            # What torch.func puts in the place of a time has no list, but a number.
+            return [part.tolist() if part.dim() else part.item() for part in parts]
         except RuntimeError as error:
             text = str(error)
-            if "storage" in text:  # a batched buffer has none
+            if "storage" in text:  # a batched tensor has none
                 raise ValueError(
                     "the interval is a batch of intervals (torch.vmap over the buffers of a span), and each of them has a grid "
                     "of its own; leave the span's buffers out, or loop over them instead"
@@ -177,6 +173,10 @@ class LearnableInterval(nn.Module):
                     "arguments alone, or take torch.func.jvp"
                 ) from error
             raise
+
+    def _look(self) -> tuple[Interval, tuple[float, float]]:
+        """Returns the interval, and t0 and t_f as they are, as numbers."""
+        *interval, t0, t_f = self._numbers(self.t0, self.t_f)
         return self._interval_of_numbers(interval), (t0, t_f)
 
     @property
