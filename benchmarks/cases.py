@@ -115,9 +115,10 @@ def penalty(rounds: int) -> Iterator[Row]:
 
 def _of_the_search(net: nn.Module, x: Tensor, stages: int) -> dict[str, Run]:
     """Returns an iteration of the search without its optimizer: both losses, and the penalty against 4 steps of rk4."""
-    span = LearnableSpan(node_of(net, solver=LearnableSolver(stages)), torch.linspace(0, 1, 2))
+    solver = LearnableSolver(stages)
+    span = LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, 2))
     searched = SearchedModel(span, torch.optim.SGD(net.parameters(), lr=0.0))
-    a, b = (v.detach().float().requires_grad_() for v in (span.solver.a, span.solver.b))
+    a, b = (v.detach().float().requires_grad_() for v in (solver.a, solver.b))
 
     def by_hand() -> Tensor:
         end, exact = one_step(net, x, a, b, 1.0), plain_rk4(net, x, 4)
@@ -131,7 +132,7 @@ def _of_the_search(net: nn.Module, x: Tensor, stages: int) -> dict[str, Run]:
         return loss() + searched.objective(1.0, 4, loss)
 
     weights = list(net.parameters())
-    return {"by hand": task(by_hand, [*weights, a, b]), "Shallowest": task(ours, [*weights, span.solver.free])}
+    return {"by hand": task(by_hand, [*weights, a, b]), "Shallowest": task(ours, [*weights, solver.free])}
 
 
 def dense(rounds: int) -> Iterator[Row]:

@@ -32,12 +32,13 @@ def main() -> None:
     torch.manual_seed(0)
     for stages in (1, 2, 4, 8):
         net, x = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2)), torch.randn(64, 2)
-        span = tm.LearnableSpan(NeuralODE(net, solver=tm.LearnableSolver(stages)))
-        a, b = (v.detach().float().requires_grad_() for v in (span.solver.a, span.solver.b))
-        numbers, h = (a.tolist(), b.tolist()), torch.ones((), requires_grad=True)
+        solver = tm.LearnableSolver(stages)
+        span = tm.LearnableSpan(NeuralODE(net, solver=solver))
+        a, b = (v.detach().float().requires_grad_() for v in (solver.a, solver.b))
+        rows, weights, h = a.tolist(), b.tolist(), torch.ones((), requires_grad=True)
         runs = [
             torch.no_grad()(lambda span=span, x=x: span(x)),
-            torch.no_grad()(lambda net=net, x=x, numbers=numbers: one_step(net, x, *numbers, 1.0)),
+            torch.no_grad()(lambda net=net, x=x, a=rows, b=weights: one_step(net, x, a, b, 1.0)),
             lambda span=span, x=x: span(x)[1][-1].square().mean().backward(),
             lambda net=net, x=x, a=a, b=b, h=h: one_step(net, x, a, b, h).square().mean().backward(),
         ]
