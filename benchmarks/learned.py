@@ -5,6 +5,7 @@ require a gradient where there is one, as numbers where there is none. Medians, 
 """
 
 import statistics
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def main() -> None:
         rows, weights, h = a.tolist(), b.tolist(), torch.ones((), requires_grad=True)
         runs = [
             torch.no_grad()(lambda span=span, x=x: span(x)),
-            torch.no_grad()(lambda net=net, x=x, a=rows, b=weights: one_step(net, x, a, b, 1.0)),
+            torch.no_grad()(partial(one_step, net, x, rows, weights, 1.0)),
             lambda span=span, x=x: span(x)[1][-1].square().mean().backward(),
             lambda net=net, x=x, a=a, b=b, h=h: one_step(net, x, a, b, h).square().mean().backward(),
         ]
