@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
-from benchmarks.timing import alternate
+from benchmarks.timing import Run, alternate
 
 
 def one_step(net: nn.Module, x: Tensor, a, b, h) -> Tensor:
@@ -37,7 +37,7 @@ def main() -> None:
         span = tm.LearnableSpan(NeuralODE(net, solver=solver))
         a, b = (v.detach().float().requires_grad_() for v in (solver.a, solver.b))
         rows, weights, h = a.tolist(), b.tolist(), torch.ones((), requires_grad=True)
-        runs = [
+        runs: list[Run] = [
             torch.no_grad()(lambda span=span, x=x: span(x)),
             torch.no_grad()(partial(one_step, net, x, rows, weights, 1.0)),
             lambda span=span, x=x: span(x)[1][-1].square().mean().backward(),
