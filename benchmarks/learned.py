@@ -5,6 +5,7 @@ require a gradient where there is one, as numbers where there is none. Medians, 
 """
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,6 +28,14 @@ def one_step(net: nn.Module, x: Tensor, a, b, h) -> Tensor:
     return state
 
 
+def _end(span: tm.LearnableSpan, x: Tensor) -> Tensor:
+    return span(x)[1][-1]
+
+
+def _train(solve: Callable[[], Tensor]) -> None:
+    solve().square().mean().backward()
+
+
 def main() -> None:
     """Prints a line for each number of stages."""
     torch.set_num_threads(1)
@@ -37,11 +46,12 @@ def main() -> None:
         span = tm.LearnableSpan(NeuralODE(net, solver=solver))
         a, b = (v.detach().float().requires_grad_() for v in (solver.a, solver.b))
         rows, weights, h = a.tolist(), b.tolist(), torch.ones((), requires_grad=True)
+        span_end, hand = partial(_end, span, x), partial(one_step, net, x)
         runs: list[Run] = [
-            torch.no_grad()(lambda span=span, x=x: span(x)),
-            torch.no_grad()(partial(one_step, net, x, rows, weights, 1.0)),
-            lambda span=span, x=x: span(x)[1][-1].square().mean().backward(),
-            lambda net=net, x=x, a=a, b=b, h=h: one_step(net, x, a, b, h).square().mean().backward(),
+            torch.no_grad()(span_end),
+            torch.no_grad()(partial(hand, rows, weights, 1.0)),
+            partial(_train, span_end),
+            partial(_train, partial(hand, a, b, h)),
         ]
         one, two, three, four = (1e6 * statistics.median(t) for t in alternate(runs, 5))
         print(
