@@ -148,17 +148,29 @@ def test_the_exact_solution_of_a_batch_is_solved_for_once():
     assert looked == len(evaluations)
 
 
-@pytest.mark.parametrize("wrapped", ["two in a row", "one, twice", "times in another order"])
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, t, x, args):
+        return torch.tanh(self.net(x)) + args["c"] * x
+
+
+@pytest.mark.parametrize("wrapped", ["two in a row", "one, twice", "times in another order", "a condition"])
 def test_an_exact_solution_stands_for_no_other_call(wrapped):
-    """The second span starts where the exact first one ends, and a time asked for out of order is not the end."""
+    """The second span starts where the exact first one ends, or is conditioned on it; a time out of order is not the end."""
     torch.manual_seed(0)
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.one, self.two = model("euler", 2), model("euler", 2)
+            self.three = tm.wrap(NeuralODE(Conditioned(), solver="euler"), torch.linspace(0, 1, 3))
 
         def forward(self, x):
+            if wrapped == "a condition":
+                return self.three(x, args={"c": 2 * self.one(x)[1][-1].abs()})[1][-1]
             if wrapped == "times in another order":
                 return self.one(x, save_at=[1.0, 0.5])[1].flatten(1)
             z = self.one(x)[1][-1]

@@ -249,19 +249,20 @@ class Exact:
 
 @contextmanager
 def exact_solves(
-    model: nn.Module, tolerance: float = TOLERANCE, share: float = 0.0, known: Iterable[Exact] = ()
+    model: nn.Module, tolerance: float = TOLERANCE, share: float = 0.0, first: Exact | None = None
 ) -> Iterator[None]:
     """Gives, as the states that calls of the spans of ``model`` return, the ODE's own solution.
 
     Args:
         model: that is called.
         tolerance, share: see :func:`reference_end`.
-        known: solutions that are at hand, in the order of the calls. A call from the same state is not solved again.
+        first: the solution of the first call, if it is at hand: from the same state it is not solved again. Whatever is called
+            after it may depend on its end.
     """
-    waiting = iter(known)
+    waiting = [first]
 
     def solve(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        at_hand = next(waiting, None)
+        at_hand = waiting.pop() if waiting else None
         if at_hand is not None and at_hand.span is span and torch.equal(at_hand.x, x):
             return at_hand.t_eval, at_hand.states
         t_eval, sol = call()

@@ -167,7 +167,7 @@ def _look(
     error, _ = _agreed(reduce, errors)
     if not (few and error + UNSURE * share <= solver_tol):
         return Verification(False, loss, error), None, None
-    with exact_solves(model, share=share, known=known if len(known) == len(solved) else ()):
+    with exact_solves(model, share=share, first=known[0] if known and returned[0] is not None else None):
         reference, exactly = _agreed(reduce, look)
     within = reference <= target and reference < math.inf
     return Verification(within, loss, error, reference), predicted, exactly
