@@ -4,6 +4,8 @@ A call is given the times of the data as its span, and the loss compares its sta
 cut the span, the last row is z(t_f) and no longer the state at the last time, often in a trajectory of the same length.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ __all__ = ["Series"]
 class Series:
     """Learns from backward whether the loss compares rows, and refuses the call that would shift them.
 
-    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval`` there: a price on
-    ``t_eval[-1]`` says nothing of the data. What the last backward before t_f cuts a span has shown holds from then on.
+    It takes a loss for such a one if it has a gradient in states between the ends and none in ``t_eval``. A gradient in
+    ``t_eval`` at an end alone may be a price on the time, which says nothing of the data: then it warns, once. What the last
+    backward before t_f cuts a span has shown holds from then on.
     """
 
     def __init__(self) -> None:
@@ -35,7 +38,8 @@ class Series:
 
         def times(gradient: Tensor) -> None:
             # Zeros everywhere: of a field without time, that a penalty has evaluated at all points.
-            seen["times"] = bool(gradient[1:-1].any()) or not bool(gradient.any())
+            seen["price"] = bool(gradient.any()) and not bool(gradient[1:-1].any())
+            seen["times"] = not seen["price"]
 
         sol.register_hook(states)
         if t_eval is not None and t_eval.requires_grad:
@@ -52,6 +56,9 @@ class Series:
 
         Raises:
             ValueError: t_f has cut the span, to as many rows as it has, and the loss compares rows.
+
+        Warns:
+            UserWarning: it may compare rows.
         """
         if not plan.cut:
             return
@@ -59,8 +66,16 @@ class Series:
             self._compares = self._seen["states"] and not self._seen.get("times", False)
         if not self._compares or len(plan.grid.returned) != len(t_span):
             return
-        raise ValueError(
+        cut = (
             f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its last state "
-            "is now z(t_f), but the loss uses the states at all points and not t_eval, so it would compare them with data at "
-            "other times. Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"
+            "is now z(t_f), but the loss uses the states at all points and not t_eval"
         )
+        instead = "Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"
+        if self._seen.get("price"):
+            self._compares = False
+            warnings.warn(
+                f"{cut} between the ends: if it compares them with data, these are now at other times. {instead}",
+                stacklevel=5,
+            )
+            return
+        raise ValueError(f"{cut}, so it would compare them with data at other times. {instead}")
