@@ -14,7 +14,7 @@ from torchdyn.core import NeuralODE
 from benchmarks.timing import Run
 from torchdyn_mintime.core import LearnableSpan
 
-__all__ = ["contestants", "in_torchode", "mlp", "node_of", "plain_rk4", "rk4_step", "state", "task"]
+__all__ = ["contestants", "mlp", "node_of", "plain_rk4", "rk4_step", "state", "task"]
 
 
 def mlp(size: int, width: int, seed: int = 0, gain: float = 1.0) -> nn.Sequential:
@@ -106,11 +106,11 @@ def contestants(
         f"torchdiffeq {method}": task(lambda: odeint(rate, x, grid, method=method, rtol=1e-3, atol=1e-3)[-1], wanted),
     }
     if span.adaptive and x.dim() == 2 and importlib.util.find_spec("torchode"):
-        runs[f"torchode {solver}"] = task(in_torchode(rate, x, grid, solver), wanted)
+        runs[f"torchode {solver}"] = task(_in_torchode(rate, x, grid, solver), wanted)
     return runs
 
 
-def in_torchode(rate: Callable[[Any, Tensor], Tensor], x: Tensor, grid: Tensor, solver: str) -> Callable[[], Tensor]:
+def _in_torchode(rate: Callable[[Any, Tensor], Tensor], x: Tensor, grid: Tensor, solver: str) -> Callable[[], Tensor]:
     """Returns torchode's solve at the tolerance 1e-3. It controls the error of each row by itself, with steps of its own."""
     import torchode
 

@@ -163,7 +163,9 @@ def compress_sampler(
         max_iterations=max_iterations,
         progress=progress,
     )
-    verdict.trials = [frozen, *(trial for trial in verdict.trials if trial.iterations)]
+    # A look without training is the fitted solver's own; on the batches, one by one, it may pass where it does not on all.
+    trained = [trial for trial in verdict.trials if trial.iterations or trial is verdict.best]
+    verdict.trials = trained if trained and trained[0].depths == frozen.depths else [frozen, *trained]
     if met and not (verdict.feasible and verdict.best.evaluations < evaluations):  # the field may stay as it is
         span = start
         verdict.feasible, verdict.best = True, frozen

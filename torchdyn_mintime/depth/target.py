@@ -59,7 +59,8 @@ class TargetLoss:
         window: how many of the last losses have their mean held against the target: as many as an epoch has steps, and 1
             where each loss is of all data. The loss of one minibatch is often far below that mean. Two standard errors are
             added to it. A longer window averages over a model that has changed meanwhile.
-        batches: a list or a loader of ``x`` or ``(x, *target)``, on the model's device.
+        batches: a list or a loader of ``x`` or ``(x, *target)``, on the model's device. Where several processes run, give each
+            the same: their losses are not averaged.
         loss: with ``batches``, ``loss(output, *target)``, the mean over a batch; of a span itself the output is z(t_f).
 
     Attributes:

@@ -127,9 +127,8 @@ class _Replay(nn.Module):
                 z = started[i].detach().requires_grad_()
                 ends = start if i == 0 else None, end if i == last else None
                 step = Grid([t, t_new], *ends)
-                method = stepper.toward(t_new - t).prepare(
-                    z
-                )  # with a graph of its own: its coefficients may be learned
+                # With a graph of its own: its coefficients may be learned.
+                method = stepper.toward(t_new - t).prepare(z)
                 times = _stage_times(f, step, method, z)[0]
                 z_new, stages = method.step(f, z, times, _cast(step.size(0), z.dtype))
                 outputs: list[Tensor] = []
