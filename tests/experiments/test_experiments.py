@@ -119,7 +119,8 @@ def write_idx(folder, zipped: bool, n=(40, 10)) -> None:
 
 
 @pytest.mark.parametrize(("inside", "zipped"), [("", True), ("", False), ("FashionMNIST/raw", False)])
-def test_idx_files_are_read_wherever_they_lie(tmp_path, inside, zipped):
+def test_idx_files_are_read_wherever_they_lie(tmp_path, inside, zipped, monkeypatch):
+    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
     write_idx(tmp_path / inside, zipped)
     found = datasets.fashion_mnist(0, None, Source(tmp_path))
     assert found.x.shape == (40, 1, 28, 28)
