@@ -592,6 +592,46 @@ def test_a_solver_that_was_trained_on_densities_says_that_it_is_none_for_samples
         model.sample(2)
 
 
+def test_the_direction_is_written_once(x):
+    """It lies in a buffer, which is written in place."""
+    model = flow(CNF(mlp()), solver=tm.LearnableSolver(3))
+    model.nll(x)
+    settings = model.span.solver._settings
+    version = settings._version
+    model.nll(x)
+    assert int(settings[2]) == 1 and settings._version == version
+
+
+def test_the_fits_of_both_directions_stand_alone():
+    model, _, _ = few_and_exact("plain")
+    fit = model.fit_solvers(torch.randn(100, 2, dtype=torch.float64), evaluations=2, progress=False)
+    solvers = [made.node.solver for made in (fit.density, fit.samples)]
+    before = [solver.free.detach().clone() for solver in solvers]
+    both = [fit.model.span.solver, fit.model.span.solver.other]
+    with torch.no_grad():
+        for solver in both:
+            solver.free.add_(1.0)
+    assert all(torch.equal(solver.free, free) for solver, free in zip(solvers, before, strict=True))
+    assert {solver.direction for solver in both} == {1, -1}
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+
+def test_the_generator_of_the_data_s_gpu_stays_as_it_is(x, monkeypatch):
+    def fork_rng(devices):
+        raise InterruptedError(str(devices))
+
+    model = flow(CNF(mlp()))
+    monkeypatch.setattr(model, "_check", lambda *_: None)
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    with pytest.raises(InterruptedError, match="index=0"):
+        model.fit_solvers(x.as_subclass(OnGPU))
+
+
 class Sampler(nn.Module):
     """A flow for densities, and a second node over its net, for samples alone."""
 

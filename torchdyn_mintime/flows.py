@@ -331,9 +331,14 @@ class FlowModel(pl.LightningModule):
         span = self.span
         costs, last = cost_columns(span.node), self.log_density == "last"
         state, solver = self._state(start), span.solver
-        if isinstance(solver, LearnableSolver) and solver.free.requires_grad and torch.is_grad_enabled():
+        if (
+            isinstance(solver, LearnableSolver)
+            and solver.direction == 0  # it is written in place, so only where it changes
+            and solver.free.requires_grad
+            and torch.is_grad_enabled()
+        ):
             # What is trained one way may err as much as midpoint does on the way back.
-            solver.direction = solver.direction or (-1 if reverse else 1)
+            solver.direction = -1 if reverse else 1
         # The span's own template, the other way; it must not be taken for a caller's first span, which fills t_f.
         if not span.interval.settled:
             span.interval = replace(span.interval, settled=True)
@@ -468,7 +473,8 @@ class FlowModel(pl.LightningModule):
             2
         """
         self._check(x, "data x")
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the user's random numbers stay as they are
+        devices = [x.device] if x.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # the user's random numbers stay as they are
             drawn = self.base.sample((len(x),)).to(x)
 
         def fit(start: Tensor, inverse: bool) -> SolverFit:
@@ -486,8 +492,9 @@ class FlowModel(pl.LightningModule):
         at_start = self.base_at == "start"
         density, samples = fit(x, at_start), fit(drawn, not at_start)
         forward, backward = (samples, density) if at_start else (density, samples)
-        solver: Any = copy.deepcopy(forward.node.solver)  # that of the fit stays one for one direction
-        solver.other = backward.node.solver
+        # Those of the fits stay as they are, each for one direction, whatever becomes of the new flow.
+        solver: Any = copy.deepcopy(forward.node.solver)
+        solver.other = copy.deepcopy(backward.node.solver)
         few = LearnableSpan(with_solver(forward.node, solver, forward.node.t_span))
         freeze_times([few])
         made = FlowModel(

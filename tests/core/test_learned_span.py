@@ -355,6 +355,38 @@ def test_both_directions_are_copied_and_saved():
     assert loaded.solver.other is None and loaded.solver.direction == 0
 
 
+def test_a_load_keeps_the_solver_of_the_way_back_and_its_parameter():
+    """Optimizers hold the parameter, and every rollback loads a state."""
+    solver = two_way()
+    other, free = solver.other, solver.other.free
+    state = copy.deepcopy(solver.state_dict())
+    free.requires_grad_(False)
+    with torch.no_grad():
+        free.add_(1.0)
+    solver.load_state_dict(state)
+    assert solver.other is other and solver.other.free is free and not free.requires_grad
+    assert torch.equal(free, state["other.free"])
+
+
+@pytest.mark.parametrize("present", [None, 2])
+def test_a_loaded_solver_of_the_way_back_is_as_the_one_there(present):
+    solver = moved(3).float()
+    solver.free.requires_grad_(False)
+    solver.other = None if present is None else tm.LearnableSolver(present)
+    solver.load_state_dict(two_way().state_dict())
+    assert solver.other.stages == 4 and solver.other.direction == -1
+    assert solver.other.free.dtype == solver.other._mask.dtype == torch.float32
+    assert not solver.other.free.requires_grad
+
+
+def test_a_load_without_coefficients_fails_and_changes_nothing():
+    solver = two_way()
+    other = solver.other
+    with pytest.raises(RuntimeError, match="Missing key.*free"):
+        solver.load_state_dict({"_settings": tm.LearnableSolver(3, order=1).state_dict()["_settings"]})
+    assert solver.direction == 1 and solver.other is other and int(solver._settings[2]) == 1
+
+
 def test_a_state_from_before_directions_loads():
     solver, older = moved(3), moved(3, seed=3)
     state = older.state_dict()

@@ -89,6 +89,20 @@ def test_the_times_that_are_asked_for_keep_their_meaning():
     assert torch.equal(sampler.trajectory(x, torch.linspace(0, 1, 2))[-1], sampler(x, torch.linspace(0, 1, 100))[1][-1])
 
 
+def test_the_generator_of_the_states_gpu_stays_as_it_is(monkeypatch):
+    class OnGPU(torch.Tensor):
+        """A tensor that says it is on a GPU."""
+
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    def fork_rng(devices):
+        raise InterruptedError(str(devices))
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    with pytest.raises(InterruptedError, match="index=0"):
+        rooms._States(NeuralODE(field()), states().as_subclass(OnGPU), None)
+
+
 def test_conditions_in_args_go_with_their_states():
     node = NeuralODE(Turned(), solver="rk4")
     x, label = states(96), torch.randn(96, 1, generator=torch.Generator().manual_seed(2))

@@ -531,6 +531,45 @@ def test_a_new_learned_solver_is_fitted_to_the_reference_before_it_is_trained():
     searched.release(True)
 
 
+def rotation(solver):
+    net = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return tm.wrap(NeuralODE(net, solver=solver), torch.tensor([0.0, 1.0]))
+
+
+def test_a_solve_backward_fits_the_solver_of_the_way_back():
+    solver, back = tm.LearnableSolver(3, order=1), tm.LearnableSolver(3, order=1)
+    solver.direction, back.direction, solver.other = 1, -1, back
+    span = rotation(solver)
+    searched = searched_model.SearchedModel(span, torch.optim.SGD(span.parameters(), lr=1.0))
+    searched.lay([Depth("learned-3", 1)])
+    forward, backward = solver.free.detach().clone(), back.free.detach().clone()
+    span(X[:, :2], torch.tensor([1.0, 0.0]))
+    searched.objective(1.0, 16)
+    assert torch.equal(solver.free, forward) and not torch.equal(back.free, backward)
+    assert (solver.direction, back.direction) == (1, -1) and back.free.grad is None
+    searched.release(True)
+
+
+def test_a_fit_that_is_undone_says_nothing_of_a_direction(monkeypatch):
+    span = rotation(tm.LearnableSolver(3, order=1))
+    searched = searched_model.SearchedModel(span, torch.optim.SGD(span.parameters(), lr=1.0))
+    searched.lay([Depth("learned-3", 1)])
+    free = span.solver.free.detach().clone()
+
+    def astray(optimizer, closure):
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].add_(5.0)
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", astray)
+    span(X[:, :2])
+    searched.objective(1.0, 16)
+    assert span.solver.direction == 0 and torch.equal(span.solver.free, free)
+    searched.release(True)
+
+
 def test_set_steps_keeps_the_interval():
     span = span_of()
     set_steps(span, 3, "midpoint")

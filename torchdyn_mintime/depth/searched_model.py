@@ -341,8 +341,11 @@ class SearchedModel:
 
     def _fit_coefficients(self, span: LearnableSpan, last: LastSolve, steps: int) -> None:
         """Fits a new LearnableSolver to the reference, the field as it is: what is trained next begins nearer to the ODE."""
-        solver = span.solver
-        if not isinstance(solver, LearnableSolver) or solver.stages < 2:
+        if not isinstance(span.solver, LearnableSolver):
+            return
+        change = last.steps[-1] - last.steps[0]
+        solver = span.solver.toward(change)  # the one that took these steps, which may be its `other`
+        if solver.stages < 2:
             return
         start = replace(last, x=last.x.detach(), grid=Grid([last.steps[0], last.steps[-1]]))
         optimizer = torch.optim.LBFGS([solver.free], max_iter=FITTED, line_search_fn="strong_wolfe")
@@ -364,14 +367,14 @@ class SearchedModel:
                 optimizer.step(closure)
                 if not float(closure().detach()) <= first:
                     raise IntegrationError("the fit went astray")
+                if not self._shared:  # one that is called twice may run both ways
+                    solver.direction = 1 if change > 0 else -1
             except IntegrationError:
                 with torch.no_grad():
                     solver.free.copy_(kept)
             finally:
                 solver.free.grad = None
             self.spent += last.bound.nfe - before
-        if not self._shared:  # one that is called twice may run both ways
-            solver.direction = 1 if last.steps[-1] > last.steps[0] else -1
         with torch.no_grad():  # each process has fitted them to its own batch
             self.share_gradients([solver.free])
 

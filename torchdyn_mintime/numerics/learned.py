@@ -239,10 +239,19 @@ class LearnableSolver(nn.Module):
                     f"the state is that of a LearnableSolver of order and first_node {given}, this one has {own}; make it with "
                     "the same"
                 )
-            self.direction = direction
-            self.other = LearnableSolver.of_state(state_dict, prefix + "other.")
+            if prefix + "free" in state_dict:  # without it a strict load fails, which must change nothing
+                self.direction = direction
+                self.other = self._other_for(LearnableSolver.of_state(state_dict, prefix + "other."))
             state_dict[prefix + "_settings"] = self._settings
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _other_for(self, made: "LearnableSolver | None") -> "LearnableSolver | None":
+        """Returns what takes in the state that fits ``made``: the present :attr:`other` if it can, as optimizers hold it."""
+        if made is None:
+            return None
+        if self.other is not None and self.other.extra_repr() == made.extra_repr():
+            return self.other
+        return made.to(self.free).requires_grad_(self.free.requires_grad)
 
     @classmethod
     def of_state(cls, state_dict: Mapping[str, Any], prefix: str = "") -> "LearnableSolver | None":
