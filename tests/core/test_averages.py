@@ -94,7 +94,15 @@ def test_an_average_that_is_outside_the_bounds_it_was_copied_with_is_said(caplog
     put(average, 1.6)
     for _ in range(2):
         assert average(X)[0][-1] == 1.0
-    assert caplog.text.count("copy the buffers too") == 1
+    assert caplog.text.count("t_f = 1.6 lies outside its bounds, and is taken as 1") == 1
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_nothing_is_said_of_a_t_f_that_a_step_of_the_optimizer_has_left_outside_its_bounds(caplog, solver):
+    span = make(torch.linspace(0, 1, 6), solver).eval()
+    put(span, 1.04)
+    assert span(X)[0][-1] == 1.0
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -161,6 +161,19 @@ def test_args_may_be_any_mapping(kind):
 
 
 @backwards
+@pytest.mark.parametrize("kind", [nn.ParameterDict, dict])
+def test_what_is_put_into_a_mapping_later_does_not_reach_the_backward(way, kind):
+    field, kept = Conditioned(), nn.Parameter(torch.ones(2, dtype=D))
+    found = []
+    for later in (1.0, 9.0):
+        args = kind({"c": kept})
+        loss = span_of(field, way)(state(), args=args)[1][-1].square().sum()
+        args["c"] = nn.Parameter(torch.full((2,), later, dtype=D))
+        found.append(gradients(loss, kept, field.net.weight))
+    assert torch.equal(*found)
+
+
+@backwards
 def test_what_lies_behind_a_condition_is_passed_once(way):
     field, x, passes = Conditioned(), state(), []
     encoder = nn.Linear(2, 2).double()

@@ -376,6 +376,17 @@ def test_times_that_would_lose_their_gradient_are_refused(frozen):
     span(X, t_eval.flip(0), save_at=[t_eval[-1]])  # of its own times
 
 
+@pytest.mark.parametrize("learn_t0", [False, True])
+def test_the_times_of_one_span_are_passed_to_another(learn_t0):
+    span = make(linspace(0, 1, 5), learn_t0=learn_t0)
+    average, chained = copy.deepcopy(span).eval(), make(linspace(0, 1, 5))
+    t_eval, sol = span(X)
+    torch.testing.assert_close(average(X, t_eval)[1], sol)
+    torch.testing.assert_close(chained(X, t_eval, save_at=average.t_f[None])[1][-1], sol[-1])
+    with pytest.raises(ValueError, match="is no time of a span"):
+        average(X, t_eval * nn.Parameter(torch.tensor(1.0, dtype=X.dtype)))
+
+
 @pytest.mark.parametrize(
     "loss_of",
     [

@@ -65,6 +65,32 @@ def test_trim_refuses_a_model_that_asks_for_a_part_of_the_interval(solver, keep_
     assert (model.span.interval, model.span.t_f.item()) == before[:2] and torch.equal(model(ONES), before[2])
 
 
+def test_trim_takes_a_t_f_outside_its_bounds_as_eval_mode_does():
+    inside, outside = decay(), decay()
+    with torch.no_grad():
+        outside.t_f.fill_(2.2)  # an optimizer has made its last step
+    results = [trim(span, [ONES], size, 0.02) for span in (inside, outside)]
+    assert str(results[1]) == str(results[0]) and results[0].saved > 1
+    assert torch.equal(outside.eval()(ONES)[0], inside.eval()(ONES)[0])
+
+
+@pytest.mark.parametrize("end", [0.5, 2.0])
+def test_trim_of_a_span_without_a_template_trims_what_the_model_asks_for(end):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.span = tm.LearnableSpan(closed_form("decay", solver="rk4")[0]).double()
+
+        def forward(self, x):
+            return self.span(x, torch.linspace(0, end, 9, dtype=torch.float64))[1][-1]
+
+    model = Asks().eval()
+    before = size(model(ONES)).item()
+    result = trim(model, [ONES], size, 1.5 * before)
+    assert result.spans[0].t_f == (end, end) and result.spans[0].steps[0] == 8 > result.spans[0].steps[1]
+    assert size(model(ONES)).item() == pytest.approx(result.loss[1]) and not model.span.training
+
+
 def test_trim_takes_fewer_steps_and_says_what_it_saved():
     span = decay()
     result = trim(span, [ONES[:1], ONES[1:]], size, 0.2)

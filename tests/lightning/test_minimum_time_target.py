@@ -68,6 +68,19 @@ def test_the_target_is_held_against_a_metric_of_the_validation_for_the_model_tha
         assert learner.loss(*data).item() == pytest.approx(best["loss"], rel=1e-5)
 
 
+def test_a_learned_t0_stays_too_until_the_metric_is_known():
+    class Watched(Validated):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.current_epoch == 0:
+                self.moved.append(self.model.t0.item())
+
+    span = tm.LearnableSpan(make_node(3, 8), torch.linspace(0, 1, 6), learn_t0=True)
+    learner = Watched(span, optimizer=lambda p: torch.optim.Adam(p, lr=0.05), classes=2)
+    trainer(2, MinimumTime(target=0.5, monitor="val")).fit(learner, loader(annuli(), 32), loader(annuli(), 64))
+    assert len(learner.moved) > 2 and set(learner.moved) == {0.0}
+    assert span.t0.item() != 0.0
+
+
 def test_a_training_for_a_metric_of_the_validation_goes_on_from_a_checkpoint(tmp_path):
     class Saved(pl.Callback):
         def on_train_epoch_end(self, fit, module):

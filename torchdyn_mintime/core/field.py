@@ -497,9 +497,12 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
 
 def _copied(args: Any) -> Any:
     try:
-        return copy.copy(args)
+        copied = copy.copy(args)
     except TypeError:  # a read-only view of a dict
         return dict(args)
+    if isinstance(args, nn.Module):  # its entries are in dicts of its own, which the copy shares
+        vars(copied).update({name: value.copy() for name, value in vars(args).items() if isinstance(value, dict)})
+    return copied
 
 
 def _with_gradient(value: Any) -> Iterator[Tensor]:

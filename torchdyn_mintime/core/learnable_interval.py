@@ -3,6 +3,7 @@ r"""The torch side of an interval: its ends as tensors that are learned, clipped
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ from torchdyn_mintime.numerics.problem import leaves
 __all__ = ["LearnableInterval"]
 
 _log = logging.getLogger(__name__)
+
+# Every span that is alive: whether a time with a gradient is made of the t_f of another one cannot be seen from the tensor.
+_ALL: "weakref.WeakSet[LearnableInterval]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class LearnableInterval(nn.Module):
         self._laid: _Laid | None = None
         self._end_shift = 0.0  # see core.random_span
         self._said: set[str] = set()
+        _ALL.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy
+        super().__setstate__(state)
+        _ALL.add(self)
 
     # ------------------------------------------------------------------------------------------------- its state
 
@@ -312,12 +321,10 @@ class LearnableInterval(nn.Module):
                 # A clamp would have no gradient outside the bounds, and the optimizer could not come back.
                 # The difference is zero: a sum with the distance would be rounded to the units of a t_f far away.
                 t0, t_f = (v + (t - t.detach()) for v, t in zip(value, (t0, t_f), strict=True))
-                if ends is None and value[1] != now[1] and self._first_time("outside"):
-                    text = (
-                        "t_f = %.6g lies outside its bounds, and is taken as %.6g; a copy whose parameters alone are averaged "
-                        "keeps the bounds that it was made with: copy the buffers too"
-                    )
-                    _log.warning(text, now[1], value[1])
+                # An optimizer's last step leaves a t_f that presses on its bound a little outside until it is clipped.
+                far = abs(value[1] - now[1]) > max(interval.least_length, 0.05 * interval.length)
+                if ends is None and far and self._first_time("outside"):
+                    _log.warning("t_f = %.6g lies outside its bounds, and is taken as %.6g", now[1], value[1])
             value = t0.item(), t_f.item()
         if self._end_shift:
             t_f = t_f + self._end_shift
@@ -435,7 +442,9 @@ class LearnableInterval(nn.Module):
         return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut)
 
     def _check_constant(self, times: Any, name: str) -> None:
-        """Refuses times that require a gradient, which no call gives. Those made of t0 and t_f, as ``t_eval``, have it by them.
+        """Refuses times that require a gradient, which no call gives. Those made of t0 and t_f, as ``t_eval``, may be passed.
+
+        They may be those of another span too, such as the model's whose copy is solved over the same points.
 
         Raises:
             ValueError: they are made of something else.
@@ -445,9 +454,10 @@ class LearnableInterval(nn.Module):
         if not learned or not torch.is_grad_enabled() or not isinstance(self.t_f, nn.Parameter):
             return
         made_of = [leaf for t in learned for leaf in ([t] if t.is_leaf else leaves(t, ()))]
-        if any(leaf is not self.t_f and leaf is not self.t0 for leaf in made_of):
+        times_of_spans = {id(time) for span in [self, *_ALL] for time in (span.t_f, span.t0)}
+        if any(id(leaf) not in times_of_spans for leaf in made_of):
             raise ValueError(
-                f"{name} requires a gradient, which a span does not give: the time that is learned is its own t_f. Pass "
+                f"{name} requires a gradient of what is no time of a span: what is learned is the span's own t_f. Pass "
                 f"{name}.detach(), and learn span.t_f; span.node(x, t_span) is torchdyn's own solve over times of yours"
             )
 

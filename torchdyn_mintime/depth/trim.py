@@ -195,6 +195,7 @@ def trim(
         for span in whole:
             if not (keep_step or span.adaptive or span.pinned):  # of a pinned one no span that is passed counts
                 _refuse_passed_points(model, span, x)
+        _settle(model, [span for _, span in found], x)
 
         def figures() -> list[tuple[Any, ...]]:
             model(x)
@@ -222,13 +223,27 @@ def _uses_trajectory(model: nn.Module, span: LearnableSpan, x: Tensor) -> bool:
 
 def _refuse_a_part(name: str, span: LearnableSpan) -> None:
     """Raises a ValueError where the model has asked for a part of the interval: steps are laid over the whole of it."""
-    steps, ends = last_solve(span).steps, (span.t0.item(), span.t_f.item())
+    if not span.interval.settled:  # what the model asks for is the whole of it
+        return
+    nodes = span.nodes  # up to the t_f that is solved: an optimizer may have left the parameter outside its bounds
+    steps, ends = last_solve(span).steps, (nodes[0], nodes[-1])
     asked = min(steps[0], steps[-1]), max(steps[0], steps[-1])
     if math.dist(asked, ends) > 1e-6 * (ends[1] - ends[0]):
         raise ValueError(
             f"the model asks {name or 'the span'} for [{asked[0]:.6g}, {asked[1]:.6g}], a part of its interval [{ends[0]:.6g}, "
             f"{ends[1]:.6g}], and trim lays the steps of the whole; set `span.t_span` to a template of that part"
         )
+
+
+def _settle(model: nn.Module, found: list[LearnableSpan], x: Tensor) -> None:
+    """Makes of each span's interval the one that the eval mode solves: that of its first call, with t_f inside its bounds."""
+    for span in found:
+        span.training = True  # of the span alone: its field is evaluated as before
+    try:
+        model(x)
+    finally:
+        for span in found:
+            span.training = False
 
 
 def _refuse_passed_points(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:
