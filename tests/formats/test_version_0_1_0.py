@@ -56,7 +56,9 @@ def test_a_target_loss_and_a_rollback(saved):
     assert price.weight == saved["price"]["weight"] and rollback.best == saved["rescue"]["best"]
     # What came later begins empty.
     later = {name: value for name, value in price.state_dict().items() if name not in saved["price"]}
-    assert later == {"recent": [], "durations": [], "ratio": None} and price.state_dict().keys() >= saved["price"].keys()
+    assert (
+        later == {"recent": [], "durations": [], "ratio": None} and price.state_dict().keys() >= saved["price"].keys()
+    )
     assert rollback.state_dict().keys() == saved["rescue"].keys()
 
 
