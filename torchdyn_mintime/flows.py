@@ -32,6 +32,7 @@ from torchdyn_mintime.core import (
     evaluating,
     freeze_times,
     parameter_groups,
+    random_kept,
     undisturbed,
     with_solver,
 )
@@ -473,8 +474,7 @@ class FlowModel(pl.LightningModule):
             2
         """
         self._check(x, "data x")
-        devices = [x.device] if x.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # the user's random numbers stay as they are
+        with torch.no_grad(), random_kept(x):
             drawn = self.base.sample((len(x),)).to(x)
 
         def fit(start: Tensor, inverse: bool) -> SolverFit:
@@ -632,7 +632,7 @@ def _probe(span: LearnableSpan, dim: int) -> None:
     refused: RuntimeError | None = None
     for rows in dict.fromkeys([2, *map(len, set_before)]):
         x = torch.zeros(rows, 1 + cost_columns(span.node) + dim).to(_like(span))
-        with undisturbed(span), evaluating(span), torch.random.fork_rng(devices=[]):
+        with undisturbed(span), evaluating(span), random_kept(x):
             bound = span.field.bind(x)
             try:
                 out = bound.function(span.t0.detach().to(x), x)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchdyn_mintime.core import LearnableSpan, evaluating
+from torchdyn_mintime.core import LearnableSpan, evaluating, random_kept
 from torchdyn_mintime.flows import FlowModel
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ def flow_frames(
     t0, t_f = span.t0.item(), span.t_f.item()
     line = torch.linspace(-extent, extent, cells, dtype=like.dtype)
     grid = torch.cartesian_prod(line, line).flip(1) + centre.to(like)  # x runs fastest
-    with torch.random.fork_rng(devices=[]):
+    with random_kept(like):
         torch.manual_seed(seed)
         z = base.sample((samples,)).to(like)
     times = [t_f - (t_f - t0) * k / (frames - 1) for k in range(frames)]

@@ -16,13 +16,12 @@ from torchdyn_mintime.core.evaluation import (
     of_output,
     rest_of,
 )
-from torchdyn_mintime.core.field import STATEFUL, BoundField, Field, cost_columns, evaluating, takes
+from torchdyn_mintime.core.field import STATEFUL, BoundField, Field, cost_columns, evaluating, random_kept, takes
 from torchdyn_mintime.core.interval import Interval
 from torchdyn_mintime.core.network import as_network
 from torchdyn_mintime.core.random_span import RandomSpan
 from torchdyn_mintime.core.reference import (
     TOLERANCE,
-    Exact,
     as_returned,
     ending,
     exact_solves,
@@ -62,7 +61,6 @@ __all__ = [
     "TOLERANCE",
     "BoundField",
     "Call",
-    "Exact",
     "Field",
     "Interval",
     "LastSolve",
@@ -94,6 +92,7 @@ __all__ = [
     "only_span",
     "parameter_groups",
     "position",
+    "random_kept",
     "reference_end",
     "reference_solution",
     "reference_states",

@@ -21,7 +21,17 @@ from torchdyn.nn.galerkin import GalLayer
 
 from torchdyn_mintime.core import exact_trace
 
-__all__ = ["STATEFUL", "BoundField", "Field", "cost_columns", "evaluating", "kept", "takes", "written_by_evaluations"]
+__all__ = [
+    "STATEFUL",
+    "BoundField",
+    "Field",
+    "cost_columns",
+    "evaluating",
+    "kept",
+    "random_kept",
+    "takes",
+    "written_by_evaluations",
+]
 
 STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 """Modules whose evaluations in training mode do not repeat, or depend on the batch."""
@@ -49,6 +59,11 @@ def kept(modules: Sequence[nn.Module]) -> Iterator[None]:
         finally:
             for module, name, value in attributes:
                 _set(module, name, value)
+
+
+def random_kept(x: Tensor) -> AbstractContextManager[None]:
+    """Puts torch's random numbers back afterwards, with those of the GPU that ``x`` is on."""
+    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
 @contextmanager
@@ -301,7 +316,7 @@ class BoundField:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._count = _Count()
         self.function = self._build(*core)
-        self._attributes: list[dict[str, Any]] | None = None  # until the solve has ended, all is as it was
+        self._attributes: dict[nn.Module, dict[str, Any]] = {}  # until the solve has ended, all is as it was
 
     @property
     def nfe(self) -> int:
@@ -360,7 +375,7 @@ class BoundField:
 
     def _remember(self) -> None:
         """Remembers what is set on the field's modules."""
-        self._attributes = [vars(module).copy() for module in self.modules]
+        self._attributes = {module: vars(module).copy() for module in self.modules}
 
     def remember_buffers(self) -> None:
         """Remembers the buffers as they are now, for a backward that evaluates the field again."""
@@ -376,10 +391,11 @@ class BoundField:
         remembered its buffers. Counts and caches that an evaluation itself writes stay as they come out.
         """
         held = [(module, "t", module.t) for module in self._roles.timed]
-        then = {} if self._attributes is None else dict(zip(map(id, self.modules), self._attributes, strict=True))
+        then = self._attributes
         changed = [
-            (m, name, vars(m).get(name, _ABSENT), then[id(m)].get(name, _ABSENT))
-            for m, name in (self._roles.attributes if then else ())
+            (m, name, vars(m).get(name, _ABSENT), then[m].get(name, _ABSENT))
+            for m, name in self._roles.attributes
+            if m in then
         ]
         changed = [entry for entry in changed if entry[2] is not entry[3]]
         for module, name, _, value in changed:

@@ -8,7 +8,7 @@ would buy any error relative to the state.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torchdyn_mintime.numerics.step_control import rms
 
 __all__ = [
     "TOLERANCE",
-    "Exact",
     "as_returned",
     "end_by_steps",
     "ending",
@@ -231,40 +230,28 @@ def as_returned(span: LearnableSpan, states: Tensor, sol: Tensor) -> Tensor:
     return exact
 
 
-@dataclass(frozen=True)
-class Exact:
-    """What a call of a span returns if its ODE is solved exactly.
-
-    Attributes:
-        span: the span that was called.
-        x: the state it was called with.
-        t_eval, states: what it returns.
-    """
-
-    span: LearnableSpan
-    x: Tensor
-    t_eval: Tensor
-    states: Tensor
-
-
 @contextmanager
 def exact_solves(
-    model: nn.Module, tolerance: float = TOLERANCE, share: float = 0.0, first: Exact | None = None
+    model: nn.Module,
+    tolerance: float = TOLERANCE,
+    share: float = 0.0,
+    first: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Iterator[None]:
     """Gives, as the states that calls of the spans of ``model`` return, the ODE's own solution.
 
     Args:
-        model: that is called.
+        model: the model that is called.
         tolerance, share: see :func:`reference_end`.
-        first: the solution of the first call, if it is at hand: from the same state it is not solved again. Whatever is called
-            after it may depend on its end.
+        first: of the first call, if it was solved exactly before: its state, the times and the states to return. The later
+            calls are solved, since they may depend on the exact end of this one.
     """
-    waiting = [first]
+    waiting = [] if first is None else [first]
 
     def solve(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        at_hand = waiting.pop() if waiting else None
-        if at_hand is not None and at_hand.span is span and torch.equal(at_hand.x, x):
-            return at_hand.t_eval, at_hand.states
+        if waiting:
+            start, *returned = waiting.pop()
+            if torch.equal(start, x):
+                return returned[0], returned[1]
         t_eval, sol = call()
         return t_eval, as_returned(span, reference_states(span, t_eval, tolerance, share), sol)
 

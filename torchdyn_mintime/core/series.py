@@ -38,8 +38,7 @@ class Series:
 
         def times(gradient: Tensor) -> None:
             # Zeros everywhere: of a field without time, that a penalty has evaluated at all points.
-            seen["price"] = bool(gradient.any()) and not bool(gradient[1:-1].any())
-            seen["times"] = not seen["price"]
+            seen["price alone"] = bool(gradient.any()) and not bool(gradient[1:-1].any())
 
         sol.register_hook(states)
         if t_eval is not None and t_eval.requires_grad:
@@ -63,7 +62,7 @@ class Series:
         if not plan.cut:
             return
         if self._compares is None and "states" in self._seen:
-            self._compares = self._seen["states"] and not self._seen.get("times", False)
+            self._compares = self._seen["states"] and self._seen.get("price alone", True)
         if not self._compares or len(plan.grid.returned) != len(t_span):
             return
         cut = (
@@ -71,7 +70,7 @@ class Series:
             "is now z(t_f), but the loss uses the states at all points and not t_eval"
         )
         instead = "Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"
-        if self._seen.get("price"):
+        if self._seen.get("price alone"):
             self._compares = False
             warnings.warn(
                 f"{cut} between the ends: if it compares them with data, these are now at other times. {instead}",

@@ -14,7 +14,7 @@ from torchdyn.core import NeuralODE, ODEProblem
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from torchdyn_mintime.core import checks
-from torchdyn_mintime.core.field import evaluating, kept
+from torchdyn_mintime.core.field import evaluating, kept, random_kept
 from torchdyn_mintime.core.span import LearnableSpan
 from torchdyn_mintime.numerics import LearnableSolver
 
@@ -285,7 +285,7 @@ def _states(model: nn.Module, x: Any) -> dict[LearnableSpan, Tensor]:
     """Returns the states from which the spans of ``model`` are solved when it is called with ``x``."""
     before = {span: span.last for span in spans(model)}
     others = [module for module in model.modules() if not isinstance(module, LearnableSpan)]
-    with evaluating(model), kept(others), torch.random.fork_rng(devices=[]):
+    with evaluating(model), kept(others), random_kept(next(iter(before)).t_f):
         model(x)
     return {span: span.last.x for span, last in before.items() if span.last is not None and span.last is not last}
 
@@ -297,7 +297,7 @@ def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
         x = _random_state(span, name)
     before = node.t_span
     try:
-        with evaluating(span), kept(list(node.vf.modules())), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(span), kept(list(node.vf.modules())), torch.no_grad(), random_kept(x):
             grid = span.grid().detach()
             if span.adaptive and x.dtype.itemsize >= 4:
                 # In torchdyn's step control a span of another precision moves the state to its own.

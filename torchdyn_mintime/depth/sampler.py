@@ -21,6 +21,7 @@ from torchdyn_mintime.core import (
     checks,
     freeze_times,
     of_output,
+    random_kept,
     reference_solution,
 )
 from torchdyn_mintime.depth.compress import copied
@@ -186,8 +187,7 @@ class _States:
     def __init__(self, model: Any, x0: Tensor, args: Mapping[str, Any] | None):
         self.x0, self.args = x0, args
         modules = list(model.vf.modules())
-        devices = [x0.device] if x0.is_cuda else []
-        with torch.random.fork_rng(devices=devices):  # the user's random numbers stay as they are
+        with random_kept(x0):
             for module in modules:
                 if getattr(module, "noise_dist", None) is not None:
                     module.noise, module.noise_dist = module.noise_dist.sample((len(x0),)).to(x0), None

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.core import (
     Call,
-    Exact,
     LastSolve,
     LearnableSpan,
     as_returned,
@@ -133,27 +132,30 @@ def _look(
 ) -> tuple[Verification, Tensor | None, Tensor | None]:
     """Returns the figures of one batch, and what the model predicts as it is and solved exactly."""
     solved: list[tuple[LearnableSpan, LastSolve]] = []
-    returned: list[tuple[Tensor, Tensor] | None] = []  # None where the last state is not that at t_f
-    known: list[Exact] = []
+    begun: tuple[Tensor, Tensor] | None = None  # what the first call returned, if its last state is the one at t_f
+    first: tuple[Tensor, Tensor, Tensor] | None = None  # that call solved exactly, which is looked at once more
 
     def watching(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        nonlocal begun
         out = call()
         last = last_solve(span)
+        if not solved and last.reaches_end and call.plan.rows is None:
+            begun = out
         solved.append((span, last))
-        returned.append(out if last.reaches_end and call.plan.rows is None else None)
         return out
 
     def errors() -> float:
+        nonlocal first
         found = [0.0]
-        for (span, last), out in zip(solved, returned, strict=True):
+        for i, (span, last) in enumerate(solved):
             span.last = last
-            if out is None:
-                found.append(relative_error(span, exact=reference_end(span, share=share)))
-                continue
-            t_eval, sol = out
-            states = reference_states(span, t_eval, share=share)  # the look at the exact solution needs them too
-            found.append(relative_error(span, exact=states[-1]))
-            known.append(Exact(span, last.x, t_eval, as_returned(span, states, sol)))
+            if i == 0 and begun is not None:
+                t_eval, sol = begun
+                states = reference_states(span, t_eval, share=share)
+                first, exact = (last.x, t_eval, as_returned(span, states, sol)), states[-1]
+            else:
+                exact = reference_end(span, share=share)
+            found.append(relative_error(span, exact=exact))
         return max(found)
 
     def count() -> int:  # a span that is called twice has the depth of one call
@@ -167,7 +169,7 @@ def _look(
     error, _ = _agreed(reduce, errors)
     if not (few and error + UNSURE * share <= solver_tol):
         return Verification(False, loss, error), None, None
-    with exact_solves(model, share=share, first=known[0] if known and returned[0] is not None else None):
+    with exact_solves(model, share=share, first=first):
         reference, exactly = _agreed(reduce, look)
     within = reference <= target and reference < math.inf
     return Verification(within, loss, error, reference), predicted, exactly

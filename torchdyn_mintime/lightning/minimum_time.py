@@ -160,9 +160,8 @@ class MinimumTime(SpanCallback):
         # A metric of the validation is known for few models. The losses follow it in between (TargetLoss.judge).
         value = monitored(trainer, pl_module, None if self._validated else self.monitor, losses)
         self._losses.clear()
-        if (
-            value is None
-        ):  # a metric of the epoch's end, in the first epoch: the optimizer must not move the times instead
+        if value is None:
+            # A metric of the epoch's end, in the first epoch: the optimizer must not move the times instead.
             for span in spans(pl_module):
                 span.t_f.grad = span.t0.grad = None
         else:
