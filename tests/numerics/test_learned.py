@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torchdyn.core import NeuralODE
 
-from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, integrate, make_stepper
+from torchdyn_mintime.numerics import Grid, LearnableSolver, integrate, make_stepper
 
 STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
 DTYPES = (torch.float32, torch.float64)
@@ -132,7 +132,9 @@ def check_conditions(solver):
 def test_the_conditions_hold_after_any_steps_of_an_optimizer(solver, optimizer, steps):
     model = random_model("depthcat", seed=4)
     target = torch.randn_like(model.x)
-    optimizer = getattr(torch.optim, optimizer)(solver.parameters(), lr=0.1)
+    # Without a line search LBFGS soon leaves what floating point can hold, coefficients and state alike.
+    options = {"line_search_fn": "strong_wolfe"} if optimizer == "LBFGS" else {}
+    optimizer = getattr(torch.optim, optimizer)(solver.parameters(), lr=0.1, **options)
 
     def closure():
         optimizer.zero_grad()
@@ -141,10 +143,7 @@ def test_the_conditions_hold_after_any_steps_of_an_optimizer(solver, optimizer, 
         return loss
 
     for _ in range(steps):
-        try:
-            optimizer.step(closure)
-        except IntegrationError:  # LBFGS may go where the state overflows
-            break
+        optimizer.step(closure)
     check_conditions(solver)
 
 
