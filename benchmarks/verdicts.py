@@ -1,4 +1,4 @@
-"""The verdicts of random searches against scipy's DOP853 at 1e-10: `python -m benchmarks.verdicts 200`."""
+"""Checks the verdicts of 200 random searches by scipy's DOP853 at 1e-10: `python -m benchmarks.verdicts 200`."""
 
 import sys
 import time
@@ -31,7 +31,7 @@ def problem(task: str, seed: int) -> tuple[Tensor, Tensor, float]:
 
 
 def main(runs: int) -> None:
-    """Runs searches over tasks, widths, rates and tolerances, and counts the verdicts that DOP853 does not confirm."""
+    """Runs searches on all tasks, with random widths, rates and tolerances; counts verdicts that DOP853 does not confirm."""
     torch.set_num_threads(1)
     feasible, wrong, start = 0, 0, time.perf_counter()
     for run in range(runs):
@@ -67,7 +67,8 @@ def main(runs: int) -> None:
         if error > tol * (1 + 1e-3) or max(exact, loss(own.float()).item()) > target * (1 + 1e-3):
             wrong += 1
             print(
-                f"run {run} ({task}): error {error:.4g} of {tol}, loss {exact:.4g} of {target}; said {verdict}",
+                f"run {run} ({task}): solver error {error:.4g}, allowed {tol}; loss {exact:.4g}, target {target}; the search "
+                f"said: {verdict}",
                 flush=True,
             )
     print(f"{runs} runs: {feasible} feasible, {wrong} not confirmed, {time.perf_counter() - start:.0f} s")
