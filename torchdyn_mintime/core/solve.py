@@ -337,7 +337,7 @@ _NOT_ACCEPTED = (
     r"mat1 and mat2|cannot be multiplied|size of tensor a|Sizes of tensors|size mismatch|must match the (existing )?size"
     r"|[Ee]xpected (input|tensor|weight|\d+D|\d-D|more than 1 value|m1 and m2)|Given (groups|(normalized_)?shape)|channels"
     r"|input\.size|is invalid for input|should contain \d+ elements|inconsistent tensor size|imension out of range"
-    r"|same dtype|scalar type|weight type"
+    r"|same dtype|scalar type|weight type|to be at least 1D"
 )
 """In torch's own words. An error that a field raises by itself keeps its own text, and its own type."""
 
