@@ -731,6 +731,13 @@ def test_where_four_steps_left_the_ode_eight_go_on_from_what_was_learned(script)
     assert broken.label == "8 x rk4" and broken.weight.item() == initial
 
 
+def test_without_a_target_too_eight_steps_go_on_from_what_four_have_learned(script):
+    one = script([Verification(False, 0.5, 1.0)], target=None)
+    one.weight.data.fill_(9.0)
+    one.run(lambda i: 5.0 if i == 1 else 1.0)
+    assert one.label == "8 x rk4" and one.weight.item() == 9.0
+
+
 def test_a_training_that_rests_far_raises_its_rate_once_and_then_begins_again_more_slowly_three_times(script):
     one = beyond_four(script)
     assert one.run(5.0, 22) == math.inf and one.rate == 3.0 and one.restarts == 0

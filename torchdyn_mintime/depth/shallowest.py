@@ -601,6 +601,7 @@ class Shallowest:
             stage.failed_looks += 1
             self._refine()
         else:
+            stage.short = True
             self._next()
 
     def _set_target(self, reached: float, mean: float) -> None:
