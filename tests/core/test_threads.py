@@ -19,7 +19,7 @@ class Meeting(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backward = None  # the thread
+        self.threads = [None]  # in a list: a backward puts attributes back as they were in its solve
         self.begun, self.solved = threading.Event(), threading.Event()
         self.in_solve, self.calls = False, 0
 
@@ -30,12 +30,12 @@ class Meeting(nn.Module):
         self.calls += self.in_solve
         if self.calls == 4:  # at another time than t0
             self.calls += 1
-            self.backward.start()
+            self.threads[0].start()
             self.begun.wait(0.3)  # it waits for the solve to end, else it has set the modules by now
         return x
 
     def wait(self, _=None):
-        if threading.current_thread() is self.backward:
+        if threading.current_thread() is self.threads[0]:
             self.begun.set()
             self.solved.wait(60)
 
@@ -55,7 +55,7 @@ def trained_by_two(keeper, **options):
 
     alone, end = torch.autograd.grad(loss_of(other), parameters), span(mine)[1][-1].detach()
     loss = loss_of(other)
-    meeting.backward = threading.Thread(target=lambda: found.extend(torch.autograd.grad(loss, parameters)))
+    meeting.threads[0] = threading.Thread(target=lambda: found.extend(torch.autograd.grad(loss, parameters)))
     return span, meeting, found, mine, alone, end
 
 
@@ -65,18 +65,18 @@ def test_a_backward_in_the_middle_of_another_threads_solve_leaves_it_alone(keepe
     meeting.in_solve = True
     assert torch.equal(span(mine)[1][-1], end)
     meeting.solved.set()
-    meeting.backward.join(60)
+    meeting.threads[0].join(60)
     assert len(found) == len(alone) and all(map(torch.equal, found, alone))
 
 
 @pytest.mark.parametrize("options", [{"sensitivity": "adjoint"}, {"checkpoint": True}], ids=str)
 def test_a_solve_waits_for_the_backward_of_another_thread_that_evaluates_the_field(options):
     span, meeting, found, mine, alone, end = trained_by_two(DataControl(), **options)
-    meeting.backward.start()
-    assert meeting.begun.wait(60)
+    meeting.threads[0].start()
+    assert meeting.begun.wait(10)
     threading.Timer(0.3, meeting.solved.set).start()
     assert torch.equal(span(mine)[1][-1], end)
-    meeting.backward.join(60)
+    meeting.threads[0].join(60)
     assert len(found) == len(alone) and all(map(torch.equal, found, alone))
 
 
