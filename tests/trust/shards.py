@@ -136,7 +136,6 @@ def words(kind):
     outer(x)[1][-1].sum().backward()  # the weights are parts again
     uses = {
         "trajectory": lambda: span.trajectory(x),
-        "penalty": lambda: tm.StepDoubling(span).penalty(x),
         "fit_solver": lambda: tm.fit_solver(span, points(64, torch.float64)[0]),
         "search": lambda: tm.Shallowest(target=1.0).start(span, torch.optim.SGD(outer.parameters(), lr=0.1)),
         "adjoint": lambda: layers_by_themselves(sensitivity="adjoint")(x),

@@ -51,8 +51,8 @@ def test_a_training_saved_by_torchs_own_way_goes_on_as_if_it_had_not_been_interr
 def test_a_use_that_finds_parts_of_weights_says_so(seen, kind):
     for rank in seen:
         said = rank["words"][kind]
-        assert said.keys() == {"trajectory", "penalty", "fit_solver", "search", "adjoint", "checkpoint"}
-        for name in ("trajectory", "penalty", "fit_solver"):
+        assert said.keys() == {"trajectory", "fit_solver", "search", "adjoint", "checkpoint"}
+        for name in ("trajectory", "fit_solver"):
             assert "shared out over processes" in said[name] and "in that forward" in said[name], name
         assert "needs whole weights" in said["search"]
         assert "sensitivity='autograd'" in said["adjoint"] and "checkpoint=False" in said["checkpoint"]
