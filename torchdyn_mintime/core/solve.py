@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.core.field import BoundField, kept
+from torchdyn_mintime.core.field import BoundField, error_of_shards, kept, sharded_by_themselves
 from torchdyn_mintime.numerics import (
     AdjointProblem,
     AsynchronousLeapfrog,
@@ -181,6 +181,7 @@ class Method:
             else:
                 if learning:
                     self._check_repeats(bound, checkpoint)
+                    self._check_whole(bound, checkpoint)
                 # A checkpoint takes the steps again, with the parameters of what takes them.
                 module = node if checkpoint else node.vf
                 free = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -198,6 +199,8 @@ class Method:
         except IntegrationError:
             raise
         except RuntimeError as error:
+            if (clearer := error_of_shards(error, bound.modules)) is not None:
+                raise clearer from error
             if (adjoint or checkpoint) and re.search("setup_context|forward AD|forward mode", str(error)):
                 raise ValueError(
                     "torch.func's transforms and forward mode pass a span with sensitivity='autograd' and without "
@@ -246,6 +249,17 @@ class Method:
             raise ValueError(
                 f"sensitivity={bound.node.sensitivity!r} gives the solver's own parameters ({self.stepper.name}) no "
                 "gradient; freeze them, or use sensitivity='autograd'"
+            )
+
+    @staticmethod
+    def _check_whole(bound: BoundField, checkpoint: bool) -> None:
+        """Raises where backward would find parts of weights: layers that are sharded by themselves are whole one by one."""
+        if kinds := sharded_by_themselves(bound.modules):
+            under = "checkpoint=True" if checkpoint else f"sensitivity={bound.node.sensitivity!r}"
+            instead = "checkpoint=False" if checkpoint else "sensitivity='autograd'"
+            raise ValueError(
+                f"layers of the vector field are sharded by themselves ({', '.join(kinds)}), under {under}: the backward solve "
+                f"needs the whole field; shard the span, or the model around it, and no layer of the field, or use {instead}"
             )
 
     def _adjoint(self, node: Any, problem: Problem, running_cost: Callable | None) -> AdjointProblem:

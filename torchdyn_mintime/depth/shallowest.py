@@ -32,7 +32,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, require_spans, times_of
+from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, refuse_shards, require_spans, times_of
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
@@ -226,6 +226,7 @@ class Shallowest:
 
     def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
+        refuse_shards(model, "the search")
         if self._searched is not None:
             self._searched.release(True)
         self._searched = searched = SearchedModel(model, optimizers, self._instead)
