@@ -33,6 +33,12 @@ def labels(own, need, **options):
 FIRST = ["4 x rk4", "2 x rk4"]
 
 
+def test_below_a_first_depth_of_more_steps_four_are_next():
+    given = Trial.at([Depth("rk4", 8)])
+    given.passed = True
+    assert next_depths([given], ["rk4"]) == (Depth("rk4", 4),)
+
+
 @pytest.mark.parametrize(
     ("need", "below"),
     [

@@ -230,6 +230,12 @@ def test_a_target_of_none_holds_the_loss_against_nothing_but_a_failure():
     assert not verify(span, measured(span), target=None, solver_tol=1e-9).passed
 
 
+@pytest.mark.parametrize(("reference", "passed"), [(1.0, True), (1.0 + 1e-9, False)])
+def test_a_loss_that_is_the_target_meets_it_also_when_solved_exactly(reference, passed):
+    losses = iter([1.0, reference])
+    assert verify(model(), [lambda: next(losses)], target=1.0, solver_tol=1.0).passed == passed
+
+
 def test_a_reference_that_fails_is_a_failure_too():
     span, losses = model(), iter([1.0, math.nan])
     found = verify(span, [lambda: next(losses)], target=None, solver_tol=1.0)

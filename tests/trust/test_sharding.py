@@ -31,12 +31,31 @@ def assert_same(sharded, whole, near):
         assert a == pytest.approx(b, abs=near)
 
 
+@pytest.mark.parametrize("name", shards.MODELS)
 @pytest.mark.parametrize("kind", shards.PLAIN[1:])
-def test_a_loop_of_ones_own_trains_as_with_ddp(seen, kind):
+def test_a_loop_of_ones_own_trains_as_with_ddp(seen, kind, name):
     """In float64, with an accumulation of two backwards and a learned t0: sums in another order alone."""
     for rank in seen:
-        assert_same(rank[kind], rank["ddp"], 1e-9)
-    assert seen[0]["ddp"][-1][1] < 0.95 and seen[0]["ddp"][-1][2] > 0.05, "the times hardly moved"
+        assert_same(rank[kind][name], rank["ddp"][name], 1e-9)
+    *_, (_, t_f, t0, _) = seen[0]["ddp"][name]
+    assert t_f < 0.95 and t0 > 0.05, "the times hardly moved"
+
+
+@pytest.mark.parametrize("kind", shards.PLAIN)
+def test_a_training_saved_by_torchs_own_way_goes_on_as_if_it_had_not_been_interrupted(seen, kind):
+    for rank in seen:
+        assert_same(rank[f"{kind}, interrupted"], rank[kind]["a learned solver"], 1e-12)
+
+
+@pytest.mark.parametrize("kind", shards.PLAIN[1:])
+def test_a_use_that_finds_parts_of_weights_says_so(seen, kind):
+    for rank in seen:
+        said = rank["words"][kind]
+        assert said.keys() == {"trajectory", "fit_solver", "search", "adjoint", "checkpoint"}
+        for name in ("trajectory", "fit_solver"):
+            assert "shared out over processes" in said[name] and "in that forward" in said[name], name
+        assert "needs whole weights" in said["search"]
+        assert "sensitivity='autograd'" in said["adjoint"] and "checkpoint=False" in said["checkpoint"]
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)

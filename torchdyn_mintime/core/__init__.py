@@ -36,7 +36,7 @@ from torchdyn_mintime.core.reference import (
     solved_spans,
     solver_error,
 )
-from torchdyn_mintime.core.sharding import replicate_times
+from torchdyn_mintime.core.sharding import refuse_shards, replicate_times
 from torchdyn_mintime.core.solve import LastSolve, Method
 from torchdyn_mintime.core.span import LOAD_HINT, Call, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit
@@ -97,6 +97,7 @@ __all__ = [
     "reference_solution",
     "reference_states",
     "refine",
+    "refuse_shards",
     "relative_error",
     "replaced_solves",
     "replicate_times",

@@ -1,4 +1,4 @@
-"""Arguments that are numbers, looked at before anything is done with them.
+"""Arguments that are numbers or names, looked at before anything is done with them.
 
 Each function returns the value, or says which argument is wrong, what was received and what would do: TypeError for
 another kind of object, ValueError for a number that cannot be used.
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["count", "finite", "number", "positive", "scalar"]
+__all__ = ["count", "finite", "number", "positive", "scalar", "text"]
 
 
 def number(
@@ -76,6 +76,13 @@ def finite(value: Any, name: str) -> float:
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite; got {result}")
     return result
+
+
+def text(value: Any, name: str) -> str | None:
+    """Returns a string, or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a string; got {value!r}")
+    return value
 
 
 def _as_float(value: Any, name: str) -> float:

@@ -26,9 +26,12 @@ __all__ = [
     "BoundField",
     "Field",
     "cost_columns",
+    "error_of_shards",
     "evaluating",
     "kept",
+    "naming_shards",
     "random_kept",
+    "sharded_by_themselves",
     "takes",
     "written_by_evaluations",
 ]
@@ -123,6 +126,38 @@ def written_by_evaluations(modules: Iterable[nn.Module]) -> list[tuple[nn.Module
     """Returns where an evaluation of torchdyn's layers leaves tensors: the time, and the Galerkin weights made of it."""
     found = [(m, "t") for m in modules if hasattr(m, "t")]
     return found + [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
+
+
+def error_of_shards(error: RuntimeError, modules: Iterable[nn.Module]) -> ValueError | None:
+    """Returns the error to raise where evaluations of ``modules`` failed since they found parts of weights, else None."""
+    # The older FullyShardedDataParallel leaves parts that have lost their shape: there is no matrix any more.
+    managed = [m for m in modules if getattr(m, "_is_fsdp_managed_module", False)]
+    parts = bool(managed) and all(p.dim() < 2 for m in managed for p in m.parameters(recurse=False))
+    if type(error) is RuntimeError and (parts or "mixed torch.Tensor and DTensor" in str(error)):
+        return ValueError(
+            "the weights of the vector field are shared out over processes, and each process has them whole in the forward of "
+            "the sharded module alone. Evaluate the field in that forward (it may return a penalty); with fully_shard also "
+            "after `unshard()` of that module, or with reshard_after_forward=False"
+        )
+    return None
+
+
+@contextmanager
+def naming_shards(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Names the cause where evaluations of ``modules`` fail since they find parts of weights (a ValueError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (clearer := error_of_shards(error, modules)) is not None:
+            raise clearer from error
+        raise
+
+
+def sharded_by_themselves(modules: Iterable[nn.Module]) -> list[str]:
+    """Returns the kinds of modules that fully_shard or FullyShardedDataParallel was called with."""
+    # By name: the import of torch.distributed takes long, and not every build of torch has it.
+    sharders = {"FSDPModule", "FullyShardedDataParallel"}
+    return sorted({type(m).__name__ for m in modules if not sharders.isdisjoint(c.__name__ for c in type(m).__mro__)})
 
 
 class _Roles:
@@ -232,7 +267,7 @@ class Field:
                         node.controlled = True
                         module._control = x[:, excess:].detach()
             # A copy: the caller may put other entries into the same mapping before the backward of this solve.
-            return BoundField(node, roles, core, _copied(args) if args else {}, alone)
+            return BoundField(node, roles, core, _copied(args) if args else {}, alone, x.is_cpu)
 
     @contextmanager
     def beside(self, x: Tensor, args: Mapping | None = None) -> Iterator["BoundField"]:
@@ -242,7 +277,7 @@ class Field:
         batch statistics and counters are as before, so that the solve's own backward is not touched (U19).
         """
         modules, controlled = list(self.node.vf.modules()), self.node.controlled
-        with self._alone(self._roles()), kept(modules):
+        with self._alone(self._roles()), kept(modules), naming_shards(modules):
             for module in modules:
                 noise = getattr(module, "noise", None)
                 if hasattr(module, "trace_estimator") and noise is not None and noise.shape[0] == x.shape[0]:
@@ -302,10 +337,12 @@ class BoundField:
         core: tuple[Callable, bool, bool],
         args: Mapping,
         alone: AbstractContextManager,
+        on_cpu: bool,
     ):
         self.node = node
         self.args = args
         self.alone = alone
+        self._alone_in_backward = partial(_alone_in_backward, alone, on_cpu)
         self.modules = roles.modules
         self._roles = roles
         self.captured = [(m, name, getattr(m, name)) for m, name in roles.captured]
@@ -335,7 +372,7 @@ class BoundField:
         timed_modules, order, count, outer = self._roles.timed, self.node.order, self._count, self._roles.outer
         integral_loss = outer.integral_loss if outer.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
-        captured = self.captured
+        captured, alone = self.captured, self._alone_in_backward
         held: list[tuple[nn.Module, str, Any]] = []
 
         if not timed and order == 1 and not captured:  # the most common field, and the shortest way to it
@@ -362,7 +399,7 @@ class BoundField:
             if (timed_modules or captured) and dx.grad_fn is not None:
                 # torch.utils.checkpoint evaluates parts of the field again in backward, which reads them off the modules.
                 now = [*captured, *((module, "t", t) for module in timed_modules)]
-                dx.grad_fn.register_prehook(partial(_put_in_backward, now, held))
+                dx.grad_fn.register_prehook(partial(_put_in_backward, now, held, alone))
             return dx
 
         evaluate.timed = timed  # type: ignore[attr-defined]
@@ -412,9 +449,10 @@ class BoundField:
     @contextmanager
     def in_backward(self) -> Iterator[None]:
         """Puts back what the solve saw, for its backward, and lets go of the graphs that are left on modules."""
-        with self.restored():
-            yield
-        self.release()
+        with self._alone_in_backward():
+            with self.restored():
+                yield
+            self.release()
 
     def __enter__(self) -> "BoundField":
         self.alone.__enter__()
@@ -464,6 +502,8 @@ class BoundField:
 
     def refusal(self, x: Tensor, error: Exception) -> ValueError:
         """Returns the error to raise where the field did not accept a state, with the columns that it needs."""
+        if isinstance(error, RuntimeError) and (clearer := error_of_shards(error, self.modules)) is not None:
+            return clearer
         columns = ["the running cost"] * cost_columns(self.node)
         columns += ["the log-density"] if any(hasattr(m, "trace_estimator") for m in self.modules) else []
         wants = (
@@ -484,17 +524,45 @@ def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
         setattr(module, name, value)
 
 
-def _put_in_backward(values: Sequence[tuple[nn.Module, str, Any]], held: list, _: Any) -> None:
+@contextmanager
+def _alone_in_backward(alone: Any, on_cpu: bool) -> Iterator[None]:
+    """Keeps solves of other threads away from a part of a backward that writes to modules, where solves keep them away.
+
+    On the processor a backward runs in the thread that has called it, and waits for a solve of another thread to end. A GPU
+    has one thread for all backwards, and a field that differentiates inside (a trace) needs it too: it must not wait.
+
+    Raises:
+        RuntimeError: another thread solves with the same field on a GPU.
+    """
+    if alone is _NOT_LOCKED:
+        yield
+        return
+    if not alone.acquire(blocking=on_cpu):
+        raise RuntimeError(
+            "a backward on the GPU met a solve of another thread with the same vector field, which keeps the time, the control "
+            "or noise on its modules: call backward where no other thread solves, or give each thread a copy of the model"
+        )
+    try:
+        yield
+    finally:
+        alone.release()
+
+
+def _put_in_backward(
+    values: Sequence[tuple[nn.Module, str, Any]], held: list, alone: Callable[[], AbstractContextManager], _: Any
+) -> None:
     """Sets attributes for the part of a backward that follows; what was there before is held, and put back at its end."""
-    if not held:
-        held.extend((module, name, getattr(module, name)) for module, name, _ in values)
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_put_back, held))
-    _put(values)
+    with alone():
+        if not held:
+            held.extend((module, name, getattr(module, name)) for module, name, _ in values)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_put_back, held, alone))
+        _put(values)
 
 
-def _put_back(held: list) -> None:
-    _put(held)
-    held.clear()
+def _put_back(held: list, alone: Callable[[], AbstractContextManager]) -> None:
+    with alone():
+        _put(held)
+        held.clear()
 
 
 def _detach(places: Iterable[tuple[nn.Module, str]]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.core.field import BoundField, kept
+from torchdyn_mintime.core.field import BoundField, error_of_shards, kept, sharded_by_themselves
 from torchdyn_mintime.numerics import (
     AdjointProblem,
     AsynchronousLeapfrog,
@@ -181,6 +181,7 @@ class Method:
             else:
                 if learning:
                     self._check_repeats(bound, checkpoint)
+                    self._check_whole(bound, checkpoint)
                 # A checkpoint takes the steps again, with the parameters of what takes them.
                 module = node if checkpoint else node.vf
                 free = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -198,6 +199,8 @@ class Method:
         except IntegrationError:
             raise
         except RuntimeError as error:
+            if (clearer := error_of_shards(error, bound.modules)) is not None:
+                raise clearer from error
             if (adjoint or checkpoint) and re.search("setup_context|forward AD|forward mode", str(error)):
                 raise ValueError(
                     "torch.func's transforms and forward mode pass a span with sensitivity='autograd' and without "
@@ -246,6 +249,17 @@ class Method:
             raise ValueError(
                 f"sensitivity={bound.node.sensitivity!r} gives the solver's own parameters ({self.stepper.name}) no "
                 "gradient; freeze them, or use sensitivity='autograd'"
+            )
+
+    @staticmethod
+    def _check_whole(bound: BoundField, checkpoint: bool) -> None:
+        """Raises where backward would find parts of weights: layers that are sharded by themselves are whole one by one."""
+        if kinds := sharded_by_themselves(bound.modules):
+            under = "checkpoint=True" if checkpoint else f"sensitivity={bound.node.sensitivity!r}"
+            instead = "checkpoint=False" if checkpoint else "sensitivity='autograd'"
+            raise ValueError(
+                f"layers of the vector field are sharded by themselves ({', '.join(kinds)}), under {under}: the backward solve "
+                f"needs the whole field; shard the span, or the model around it, and no layer of the field, or use {instead}"
             )
 
     def _adjoint(self, node: Any, problem: Problem, running_cost: Callable | None) -> AdjointProblem:
@@ -337,7 +351,7 @@ _NOT_ACCEPTED = (
     r"mat1 and mat2|cannot be multiplied|size of tensor a|Sizes of tensors|size mismatch|must match the (existing )?size"
     r"|[Ee]xpected (input|tensor|weight|\d+D|\d-D|more than 1 value|m1 and m2)|Given (groups|(normalized_)?shape)|channels"
     r"|input\.size|is invalid for input|should contain \d+ elements|inconsistent tensor size|imension out of range"
-    r"|same dtype|scalar type|weight type"
+    r"|same dtype|scalar type|weight type|to be at least 1D"
 )
 """In torch's own words. An error that a field raises by itself keeps its own text, and its own type."""
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.core.field import BoundField, evaluating, kept
+from torchdyn_mintime.core.field import BoundField, evaluating, kept, naming_shards
 from torchdyn_mintime.core.solve import LastSolve
 from torchdyn_mintime.core.span import LearnableSpan
 from torchdyn_mintime.core.wrapping import spans
@@ -40,7 +40,7 @@ def untraced(bound: BoundField) -> Iterator[None]:
     dropout = [m for m in bound.modules if isinstance(m, nn.modules.dropout._DropoutNd)]
     nfe = bound.nfe
     try:
-        with bound.alone, kept(bound.modules), bound.restored(), evaluating(*dropout):
+        with bound.alone, kept(bound.modules), bound.restored(), evaluating(*dropout), naming_shards(bound.modules):
             yield
     finally:
         bound.nfe = nfe

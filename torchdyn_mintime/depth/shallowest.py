@@ -32,7 +32,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, require_spans, times_of
+from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, refuse_shards, require_spans, times_of
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
@@ -68,11 +68,13 @@ MOST_DROPS = 8
 DROPS_NEAR, DROPS_FAR = 2, 1
 """The learning rate is lowered this often where progress stalls near the bounds, and far from them; then the depth ends."""
 LEARNT = 0.3
-"""Start the training again, at a lower rate, if it stalls above this share of the way from the target to the first loss."""
+"""Start the training again, at a lower rate, if it stalls far from its bounds, or above this share of the way from the target
+to the first loss."""
 MOST_RESTARTS = 3
-"""At most so many times in a search the training starts again because nothing was learned."""
+"""At most so many times in a search the training starts again because the first depth makes no progress."""
 MOST_PATIENCE = 10
-"""The first depth is given up after this many times the patience, however slowly it still improves."""
+"""The first depth is given up after this many times the patience, however slowly it still improves. Each new start has
+as many."""
 RAISE, RAISE_AFTER = 3.0, 400
 """The learning rate is multiplied by RAISE, once, if the first depth stalls far from its bounds, or if it is not reached in
 RAISE_AFTER iterations."""
@@ -224,6 +226,7 @@ class Shallowest:
 
     def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
+        refuse_shards(model, "the search")
         if self._searched is not None:
             self._searched.release(True)
         self._searched = searched = SearchedModel(model, optimizers, self._instead)
@@ -539,7 +542,7 @@ class Shallowest:
         elif stage.hopeless and stage.drops == 0 and stage.best < math.log(FAR) and trial.spent < stage.budget:
             self._slower("little progress near the bounds")
             stage.path.clear()
-        elif stage.hopeless or (not descending and trial.iterations > MOST_PATIENCE * patience):
+        elif stage.hopeless or (not descending and trial.iterations > MOST_PATIENCE * patience * (1 + self._restarts)):
             self._next()
         elif not descending and trial.iterations >= RAISE_AFTER and self._may_raise:
             self._faster(f"not met in {trial.iterations} iterations")
@@ -560,8 +563,10 @@ class Shallowest:
             self._next()
         elif far and self._may_raise:
             self._faster(f"no progress in {patience} iterations")
-        elif not self._found and nothing_learnt and self._restarts < MOST_RESTARTS:
-            self._begin_again(BACK_OFF, f"nothing learnt in {patience} iterations")
+        elif not self._found and (far or nothing_learnt) and self._restarts < MOST_RESTARTS:
+            # A rate that was raised in vain was too high before, if anything.
+            undone = RAISE if self._raised and not self._restarts else 1.0
+            self._begin_again(BACK_OFF / undone, f"no progress in {patience} iterations")
         elif stage.drops < (DROPS_NEAR if stage.near else DROPS_FAR):
             self._slower(f"no progress in {patience} iterations")
         else:
@@ -597,6 +602,7 @@ class Shallowest:
             stage.failed_looks += 1
             self._refine()
         else:
+            stage.short = True
             self._next()
 
     def _set_target(self, reached: float, mean: float) -> None:

@@ -72,9 +72,9 @@ class GrowDepth(SpanCallback):
         self.max_t_f = None if max_t_f is None else checks.number(max_t_f, "max_t_f")
         self.patience = checks.count(patience, "patience", of=" of epochs")
         self.pretraining = checks.count(pretraining, "pretraining", of=" of epochs")
-        self.monitor, self.span = monitor, span
+        self.monitor, self.span = checks.text(monitor, "monitor"), checks.text(span, "span")
         self.rescue = self._survives_nan = rescue
-        self._name = monitor or "the training loss"
+        self._name = self.monitor or "the training loss"
         self.begin()
 
     def begin(self) -> None:

@@ -61,11 +61,11 @@ class MinimumTime(SpanCallback):
         super().__init__()
         if weight is not None and target is not None:
             raise ValueError(f"give a weight or a target, not both; got weight={weight!r} and target={target!r}")
+        self.monitor = checks.text(monitor, "monitor")
         if monitor is not None and target is None:
             raise ValueError(f"monitor={monitor!r} is held against a target; give target= too")
         self.weight = 1.0 if weight is None else checks.number(weight, "weight", least=0)
         self.target = None if target is None else checks.positive(target, "target")
-        self.monitor = monitor
         self.price: TargetLoss | None = None
         self._unpriced: list[tuple[nn.Parameter, float]] = []
         self._validated, self._before_validation = False, None

@@ -68,7 +68,7 @@ class Shallowest(SpanCallback):
         sign = -1.0 if mode == "max" and monitor is not None else 1.0
         target = None if target is None else sign * checks.number(target, "target")
         self._make = functools.partial(search.Shallowest, target, slack, solver_tol, **options)
-        self.monitor, self._sign = monitor, sign
+        self.monitor, self._sign = checks.text(monitor, "monitor"), sign
         self.begin()
 
     def begin(self) -> None:

@@ -65,8 +65,8 @@ class StepCount(Penalty):
         for span in spans(model):
             if not (isinstance(span.stepper, RungeKutta) and span.adaptive):
                 raise TypeError(
-                    f"StepCount follows the step control of tsit5 and dopri5; {span.stepper.name} has none. For fixed steps "
-                    "see StepDoubling"
+                    "StepCount follows the step control of tsit5 and dopri5; the model has a span with "
+                    f"{span.stepper.name}, which has none. For fixed steps see StepDoubling"
                 )
 
     def of_span(self, span: LearnableSpan, last: LastSolve) -> Tensor:

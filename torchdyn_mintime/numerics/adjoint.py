@@ -19,6 +19,7 @@ with p and mu. ``interpolated=True`` keeps the whole path and reads z off it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -204,8 +205,8 @@ class _Backward(nn.Module):
 
     def forward(self, x: Tensor, evaluations, states: Tensor, grad_states: Tensor, outside: Sequence[Tensor]):
         problem, grid = self._problem, self._grid
-        own = dict(self.module.named_parameters())
-        parameters = [*(own[n] for n in self._names), *outside]
+        # By attribute: FullyShardedDataParallel holds tensors there in backward, which are no parameters.
+        parameters = [*(attrgetter(n)(self.module) for n in self._names), *outside]
         flat, y = problem.f, x
         if problem.running_cost is not None:
             flat, y = with_running_cost(problem.f, problem.running_cost, x, grid.nodes[0])

@@ -1,0 +1,101 @@
+"""Several threads train one model whose field keeps the control or the time on its modules."""
+
+import threading
+
+import pytest
+import torch
+from learners import make_node
+from torch import nn
+from torchdyn.nn import DataControl, DepthCat
+
+import torchdyn_mintime as tm
+from torchdyn_mintime.core.field import _alone_in_backward
+
+SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
+
+
+class Meeting(nn.Module):
+    """Stops the thread of a backward within it, until ``solved``; with ``in_solve`` it starts in the middle of a solve."""
+
+    def __init__(self):
+        super().__init__()
+        self.threads = [None]  # in a list: a backward puts attributes back as they were in its solve
+        self.begun, self.solved = threading.Event(), threading.Event()
+        self.in_solve, self.calls = False, 0
+
+    def forward(self, x):
+        if x.requires_grad:
+            x.register_hook(self.wait)  # under autograd
+        self.wait()  # under the others, which evaluate the field again
+        self.calls += self.in_solve
+        if self.calls == 4:  # at another time than t0
+            self.calls += 1
+            self.threads[0].start()
+            self.begun.wait(0.3)  # it waits for the solve to end, else it has set the modules by now
+        return x
+
+    def wait(self, _=None):
+        if threading.current_thread() is self.threads[0]:
+            self.begun.set()
+            self.solved.wait(60)
+
+
+def trained_by_two(keeper, **options):
+    """A span, the thread of a backward, what that has found, the state of another solve, and what each gets alone."""
+    torch.manual_seed(0)
+    meeting, width = Meeting(), 4 if isinstance(keeper, DataControl) else 3
+    field = nn.Sequential(meeting, keeper, nn.Linear(width, 4), nn.Tanh(), nn.Linear(4, 2))
+    node = make_node(field=field, sensitivity=options.get("sensitivity", "autograd")).double()
+    span = tm.LearnableSpan(node, SPAN, checkpoint="checkpoint" in options)
+    mine, other = torch.randn(2, 5, 2, dtype=torch.float64)
+    parameters, found = list(span.parameters()), []
+
+    def loss_of(x):
+        return span(x)[1][-1].square().sum()
+
+    alone, end = torch.autograd.grad(loss_of(other), parameters), span(mine)[1][-1].detach()
+    loss = loss_of(other)
+    meeting.threads[0] = threading.Thread(target=lambda: found.extend(torch.autograd.grad(loss, parameters)))
+    return span, meeting, found, mine, alone, end
+
+
+@pytest.mark.parametrize("keeper", [DataControl(), DepthCat(1)], ids=["control", "time"])
+def test_a_backward_in_the_middle_of_another_threads_solve_leaves_it_alone(keeper):
+    span, meeting, found, mine, alone, end = trained_by_two(keeper)
+    meeting.in_solve = True
+    assert torch.equal(span(mine)[1][-1], end)
+    meeting.solved.set()
+    meeting.threads[0].join(60)
+    assert len(found) == len(alone) and all(map(torch.equal, found, alone))
+
+
+@pytest.mark.parametrize("options", [{"sensitivity": "adjoint"}, {"checkpoint": True}], ids=str)
+def test_a_solve_waits_for_the_backward_of_another_thread_that_evaluates_the_field(options):
+    span, meeting, found, mine, alone, end = trained_by_two(DataControl(), **options)
+    meeting.threads[0].start()
+    assert meeting.begun.wait(10)
+    threading.Timer(0.3, meeting.solved.set).start()
+    assert torch.equal(span(mine)[1][-1], end)
+    meeting.threads[0].join(60)
+    assert len(found) == len(alone) and all(map(torch.equal, found, alone))
+
+
+def test_a_backward_on_a_gpu_does_not_wait():
+    lock, held, done = threading.RLock(), threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            done.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(60)
+    try:
+        with pytest.raises(RuntimeError, match="another thread"), _alone_in_backward(lock, on_cpu=False):
+            pass
+    finally:
+        done.set()
+        other.join(60)
+    with _alone_in_backward(lock, on_cpu=False):
+        pass
