@@ -939,17 +939,18 @@ def judged(**changes):
     return {"inference": 1.0, "loss": 0.1, "reference_accuracy": 1.0, "changed": 0.0, **changes}
 
 
-def test_tables_all_sums_up_what_is_through(tmp_path, monkeypatch):
+def test_tables_with_a_search_are_summed_up_beside_those_of_other_tasks(tmp_path, monkeypatch):
     rows = (comparison.Row("vanilla:4"), comparison.Row("minimum-time"), comparison.Row("shallowest"), comparison.TWIN)
     monkeypatch.setitem(tables.TABLES, "1", ("Table 1", {"annuli": rows}))
-    part = tables.Part("1", "annuli", 1, (), 0.1)
-    monkeypatch.setattr(tables, "ALL", (part,))
-    settings = {"iterations": 120, "target": 0.3, "lr": 0.03}
-    monkeypatch.setattr(tables.Part, "options", comparison.Options((20,), settings=settings))
-    tables.make_all(tmp_path, Store(tmp_path / "runs"))
-    head, _, line = (tmp_path / "summary.md").read_text().splitlines()
-    assert [cell.strip() for cell in head.split("|")][1:4] == ["task", "evaluations: vanilla", "best control"]
-    cells = [cell.strip() for cell in line.split("|")][1:-1]
-    assert cells[:2] == ["concentric annuli", "16"] and int(cells[4]) < 16
-    assert all(float(times) > 0 for times in cells[5].split(", ")) and len(cells[6].split(", ")) == 3
-    assert cells[8].startswith("100% of seeds; error ")
+    options = comparison.Options((20,), settings={"iterations": 120, "target": 0.3, "lr": 0.03})
+    (tmp_path / "summary.csv").write_text("task,search\nanother,3\nconcentric annuli,400\n")
+    for _ in range(2):  # a task has one line, however often its table is made
+        tables.make("1", options, tmp_path, Store(tmp_path / "runs"), ("annuli",))
+    head, _, other, line = (tmp_path / "summary.md").read_text().splitlines()
+    assert other.split("|")[1].strip() == "another"
+    found = dict(
+        zip([cell.strip() for cell in head.split("|")], [cell.strip() for cell in line.split("|")], strict=True)
+    )
+    assert (found["task"], found["evaluations: vanilla"]) == ("concentric annuli", "16") and int(found["search"]) < 16
+    assert all(float(times) > 0 for times in found["depth of minimum time: training, inference"].split(", "))
+    assert found["search true on test data"].startswith("100% of seeds; error ")

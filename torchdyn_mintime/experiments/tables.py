@@ -303,7 +303,8 @@ ALL = (
 def make(number: str, options: Options, folder: Path, store: Store, only: tuple[str, ...] = ()) -> pd.DataFrame:
     """Trains a table's rows and controls, prints the table, and writes it as CSV, JSON and Markdown.
 
-    Does not train again what an earlier call has finished. A task whose data is missing is left out, with a note.
+    Tables with a search beside minimum time add a line for each task to ``summary.md``. Does not train again what an earlier
+    call has finished. A task whose data is missing is left out, with a note.
 
     Args:
         number: a key of :data:`TABLES`.
@@ -334,6 +335,8 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
         heading = _titled(task.title, store.data(plans[rows[0]][0]).files)
         texts.append(show(f"{title}: {heading}", heading, lines, report, console))
         results += [line.results for line in lines if not line.results.empty]
+        if number in SUMMARISED:
+            _sum_up(name, lines, folder)
         if task.goal is measure.CLASSIFICATION:
             picture = folder / f"table-{number}-{name}.png"
             if number == "precision":
@@ -355,19 +358,25 @@ def _titled(title: str, files: str) -> str:
 def make_all(folder: Path, store: Store) -> None:
     """Makes every part of :data:`ALL`. After a stop, the same call goes on where it was.
 
-    Writes each part's table as ``table-NUMBER-TASK``, and a ``summary.md`` with a line for each finished task.
+    Writes each part's table as ``table-NUMBER-TASK``.
     """
     total = sum(part.hours for part in ALL)
     store.console.print(f"{len(ALL)} tables, about {total:.0f} hours of one core if nothing was trained before:")
     for part in ALL:
         store.console.print(f"  table {part.number}, {TASKS[part.only].title}: {part.hours:g} h", highlight=False)
-    done = []
     for part in ALL:
-        made = make(part.number, part.options, folder, store, (part.only,))
-        if part.number in SUMMARISED and not made.empty:
-            lines, _ = compare(part.only, TABLES[part.number][1][part.only], part.options, store)
-            done.append(_summary_of(part.only, lines))
-            (folder / "summary.md").write_text(markdown(pd.DataFrame(done)) + "\n", encoding="utf-8")
+        make(part.number, part.options, folder, store, (part.only,))
+
+
+def _sum_up(task: str, lines: Sequence[Line], folder: Path) -> None:
+    """Puts the line of a task into ``summary.csv`` and ``summary.md``, beside those of other tasks."""
+    path, table = folder / "summary.csv", pd.DataFrame([_summary_of(task, lines)])
+    if path.exists():
+        others = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.concat([others[others["task"] != table.loc[0, "task"]], table]).fillna("")
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    (folder / "summary.md").write_text(markdown(table) + "\n", encoding="utf-8")
 
 
 def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
