@@ -1,11 +1,11 @@
 """Speed and memory, side by side in one process: a plain Python loop, torchdiffeq, bare NeuralODE and LearnableSpan.
 
-All contestants of a case solve the same network from the same state over [0, 1]. They take turns, round by round, and
-the ratio to the reference is taken within each round before the median over rounds: a machine that is busy for a while
-slows a whole round, and the ratio hardly at all. With one thread the clock is the process's own, which stands still while
-others have the processor. Milliseconds are shown for orientation; ratios are what to quote.
+All contestants of a case solve the same network from the same state over [0, 1]. They take turns, round by round. The
+ratio to the first contestant is taken within each round, and then the median over rounds: a machine that is busy for a
+while slows a whole round, and hardly changes the ratio. With one thread the clock is the processor time of this process,
+which leaves out the work of other programs. Quote the ratios; milliseconds depend on the machine.
 
-    python -m torchdyn_mintime bench                       # one thread, all parts
+    python -m torchdyn_mintime bench                       # one thread, all parts but compile
     python -m torchdyn_mintime bench --threads all
     python -m torchdyn_mintime bench --only shallow memory --rounds 30
 """
@@ -29,19 +29,21 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> pandas.DataFrame:
-    """The command ``python -m torchdyn_mintime bench``; returns the lines of its table."""
+    """Runs the command ``python -m torchdyn_mintime bench``, and returns the lines of its table."""
     parser = argparse.ArgumentParser(prog="python -m torchdyn_mintime bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", choices=("1", "all"), default="1", help="threads of torch (default 1)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of a case (default 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each case (default 15)")
     parser.add_argument(
         "--only",
         nargs="+",
         choices=PARTS,
         default=[*PARTS][:-1],
         metavar="PART",
-        help=f"of {', '.join(PARTS)}; all but compile, which takes minutes, by default",
+        help=f"some of the parts {', '.join(PARTS)} (default: all but compile, which takes minutes)",
     )
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of the CSV, JSON and PNG")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench"), help="folder for CSV, JSON and PNG (default results/bench)"
+    )
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {options.rounds}")

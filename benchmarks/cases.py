@@ -1,4 +1,4 @@
-"""What the benchmark measures, part by part. Each part takes the number of rounds and yields the table's lines."""
+"""The parts of the benchmark. Each takes the number of rounds and yields lines of the table."""
 
 import time
 import warnings
@@ -28,15 +28,15 @@ PASS = {False: "forward", True: "forward + backward"}
 def _side_by_side(
     part: str, case: str, sizes: tuple[int, int, int], steps: int, backward: bool, rounds: int, without: str = ""
 ) -> list[Row]:
-    """Returns the lines of a case in which everyone takes so many steps of rk4.
+    """Returns the lines of a case in which all contestants take equal steps of rk4.
 
     Args:
-        part, case: what is measured.
+        part, case: names of what is measured.
         sizes: of the state, of the hidden layer and of the batch.
-        steps: from 0 to 1.
+        steps: number of steps from 0 to 1.
         backward: whether gradients are taken too.
-        rounds: at least so many.
-        without: who is left out.
+        rounds: the least number of rounds.
+        without: a contestant that is left out.
     """
     size, width, batch = sizes
     net = mlp(size, width)
@@ -46,7 +46,7 @@ def _side_by_side(
 
 
 def fixed(rounds: int) -> Iterator[Row]:
-    """rk4, 100 steps: two small states, and a larger one where the network itself counts for more."""
+    """Measures 100 steps of rk4: two small states, and a larger one whose network takes a larger share of the time."""
     for size, width, batch, backward in ((2, 64, 64, False), (3, 32, 512, True), (64, 128, 512, True)):
         case = f"{PASS[backward]}, {size}-{width}-{size}, batch {batch}"
         fewer = rounds if size < 64 else max(3, rounds // 5)
@@ -54,7 +54,7 @@ def fixed(rounds: int) -> Iterator[Row]:
 
 
 def adaptive(rounds: int) -> Iterator[Row]:
-    """tsit5 and dopri5 at 1e-3 on [0, 1]; the reference is bare NeuralODE. Mind the evaluations beside the ratios."""
+    """Measures tsit5 and dopri5 at a tolerance of 1e-3, against bare NeuralODE. Read the evaluations beside the ratios."""
     fields = ((1.0, "as initialised"), (6.0, "weights times 6"))
     for (gain, what), solver, backward in product(fields, ("tsit5", "dopri5"), (False, True)):
         net = mlp(3, 32, gain=gain)
@@ -76,9 +76,9 @@ def _loop_to(t_f: Tensor) -> Callable[[Any, Tensor, int], Tensor]:
 
 
 def shallow(rounds: int) -> Iterator[Row]:
-    """1, 2 and 4 steps of rk4: what a trained model ends with, where the cost of a call shows.
+    """Measures 1, 2 and 4 steps of rk4, as a trained model may end with. There the cost of a call shows.
 
-    The step of the plain loop is t_f over their number, t_f being a parameter there too.
+    The plain loop has a learned t_f too: its step is t_f over the number of steps.
     """
     for steps, backward in product((1, 2, 4), (False, True)):
         net, x = mlp(2, 64), state(64, 2)
@@ -88,7 +88,7 @@ def shallow(rounds: int) -> Iterator[Row]:
 
 
 def penalty(rounds: int) -> Iterator[Row]:
-    """A training step with step doubling, and the same two solves and their relative difference by hand."""
+    """Measures a training step with step doubling, against the same two solves and their relative difference by hand."""
     t_f = nn.Parameter(torch.tensor(1.0))
     loop = _loop_to(t_f)
     for (size, width, batch), steps in product(((2, 64, 64), (3, 32, 512)), (1, 4)):
@@ -114,7 +114,7 @@ def penalty(rounds: int) -> Iterator[Row]:
 
 
 def _of_the_search(net: nn.Module, x: Tensor, stages: int) -> dict[str, Run]:
-    """Returns an iteration of the search without its optimizer: both losses, and the penalty against 4 steps of rk4."""
+    """Returns runs of an iteration of the search without its optimizer: both losses, and the penalty against 4 steps of rk4."""
     solver = LearnableSolver(stages)
     span = LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, 2))
     searched = SearchedModel(span, torch.optim.SGD(net.parameters(), lr=0.0))
@@ -136,7 +136,7 @@ def _of_the_search(net: nn.Module, x: Tensor, stages: int) -> dict[str, Run]:
 
 
 def dense(rounds: int) -> Iterator[Row]:
-    """States at 200 times on 20 steps of rk4, and at 1,000 times by dopri5: landed on, or read off the steps."""
+    """Measures solves with states at many times: 200 with 20 steps of rk4, 1,000 with dopri5; a step for each, or dense."""
     for solver, points, asked in (("rk4", 21, 200), ("dopri5", 2, 1000)):
         net, x = mlp(2, 64, gain=1.0 if solver == "rk4" else 6.0), state(64, 2)
         span = LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, points)).eval()
@@ -147,18 +147,18 @@ def dense(rounds: int) -> Iterator[Row]:
         }
         solves["landing on each"] = partial(_end, span, x, t_span=times)
         runs = {name: task(solve, []) for name, solve in solves.items()}
-        with warnings.catch_warnings():  # of what the last of them shows
+        with warnings.catch_warnings():  # the slow way is meant here
             warnings.filterwarnings("ignore", message="the .* times asked for have cut the solve")
             rows = compare("dense", f"{solver}, {asked} times", runs, max(3, rounds // 5), net)
         yield from rows
 
 
 def trace(rounds: int) -> Iterator[Row]:
-    """A normalizing flow over Linear, Tanh, Linear: its exact trace by autograd, and in closed form."""
+    """Measures a normalizing flow over Linear, Tanh, Linear: its exact trace by autograd, and in closed form."""
     for size, backward in product((2, 16), (False, True)):
         net, x = mlp(size, 64), state(64, 1 + size)
         runs = {}
-        # Under another name autograd's trace is not recognised.
+        # Inside another function the trace by autograd is not recognised, and so not replaced by the closed form.
         for name, estimator in (
             ("by autograd", lambda *args, **kw: autograd_trace(*args, **kw)),
             ("closed form", None),
@@ -169,7 +169,7 @@ def trace(rounds: int) -> Iterator[Row]:
 
 
 def memory(rounds: int) -> Iterator[Row]:
-    """What is alive between forward and backward, 512 x 64 state, 100 steps of rk4, and the time of both."""
+    """Measures the memory held between forward and backward, and the time of both: a state of 512 x 64, 100 steps of rk4."""
     net, x, grid = mlp(64, 128), state(512, 64), torch.linspace(0, 1, 101)
     spans = {
         "autograd": LearnableSpan(node_of(net), grid),
@@ -180,7 +180,7 @@ def memory(rounds: int) -> Iterator[Row]:
     kept = {name: saved_bytes(partial(_end, span, x), held) / MIB for name, span in spans.items()}
     runs = {name: _training(span, x) for name, span in spans.items()}
     forward, training = task(partial(_end, spans["autograd"], x), []), runs["autograd"]
-    # What recomputation costs at the least: autograd's own work and one more forward solve.
+    # The least that recomputation can cost: autograd's own work and one more forward solve.
     runs["autograd, forward twice"] = lambda: (forward(), training())
     for row in compare("memory", "512 x 64, 100 steps", runs, max(3, rounds // 5)):
         yield {**row, "mebibytes": kept.get(row["contestant"])}
@@ -195,7 +195,7 @@ def _training(span: LearnableSpan, x: Tensor) -> Run:
 
 
 def time_gradient(rounds: int) -> Iterator[Row]:
-    """The same training step with t_f frozen and learned: the difference is what the time gradient costs."""
+    """Measures a training step with t_f frozen and with t_f learned: the difference is the cost of the time gradient."""
     for solver, points in (("rk4", 101), ("tsit5", 2)):
         net = mlp(3, 32, gain=3.0)
         frozen, learned = (LearnableSpan(node_of(net, solver=solver), torch.linspace(0, 1, points)) for _ in range(2))
@@ -205,7 +205,7 @@ def time_gradient(rounds: int) -> Iterator[Row]:
 
 
 def scaling(rounds: int) -> Iterator[Row]:
-    """Batch, state size and width: the ratio to the plain loop as the network grows (20 steps, forward + backward)."""
+    """Measures the ratio to the plain loop as batch, state and width grow (20 steps, forward + backward)."""
     cases = [
         *(("batch", b, 2, 64, b) for b in (16, 256, 4096)),
         *(("state size", s, s, 64, 256) for s in (2, 32, 512)),
@@ -217,14 +217,14 @@ def scaling(rounds: int) -> Iterator[Row]:
 
 
 def linearity(rounds: int) -> Iterator[Row]:
-    """Forward without gradient from 10 to 10,000 steps. NeuralODE stops at 1,000: its checks grow quadratically."""
+    """Measures forward without gradient from 10 to 10,000 steps; NeuralODE, whose checks grow quadratically, to 1,000."""
     for steps in (10, 30, 100, 300, 1000, 3000, 10000):
         fewer, without = max(3, min(rounds, 1000 // steps)), "NeuralODE" if steps > 1000 else ""
         yield from _side_by_side("linearity", str(steps), (2, 64, 64), steps, False, fewer, without)
 
 
 def final_state(rounds: int) -> Iterator[Row]:
-    """Inference that needs z(t_f) alone: what the returned states keep in memory, and the time."""
+    """Measures inference that needs only z(t_f): the memory of the returned states, and the time."""
     span = LearnableSpan(node_of(mlp(64, 128)), torch.linspace(0, 1, 101)).eval()
     whole = partial(_end, span, state(512, 64))
     solves = {"all points": whole, "save_at t_f only": partial(whole, save_at=[span.t_f.item()])}
@@ -234,9 +234,9 @@ def final_state(rounds: int) -> Iterator[Row]:
 
 
 def compiled(rounds: int) -> Iterator[Row]:
-    """torch.compile on a step by hand, with the step size as a tensor, and on the field inside a LearnableSpan.
+    """Measures torch.compile on a step by hand, with the step size as a tensor, and on the field inside a LearnableSpan.
 
-    The graphs are those of a first solve, and what fewer steps (60, 30, 7, 2) add to them.
+    The case names the graphs of the first solve, and how many more other numbers of steps (60, 30, 7, 2) need.
     """
     from torch._dynamo.utils import counters
 
@@ -248,7 +248,7 @@ def compiled(rounds: int) -> Iterator[Row]:
         wanted = list(net.parameters()) if backward else []
         graphs = []
         start = time.perf_counter()
-        # Of two steps first: the second one's state carries a gradient, which makes a graph of its own.
+        # A solve of two steps first: the state of the second step carries a gradient, which needs a graph of its own.
         for steps in (2, 60, 30, 7, 2, 100):
             by_step = task(partial(plain_rk4, net, x, steps, step), wanted)
             by_step()

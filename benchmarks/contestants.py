@@ -1,4 +1,4 @@
-"""The same solve by everyone: a plain Python loop, LearnableSpan, bare NeuralODE, torchdiffeq, and torchode if installed."""
+"""The contestants: one solve by a plain Python loop, LearnableSpan, bare NeuralODE, torchdiffeq, and torchode if installed."""
 
 import contextlib
 import importlib.util
@@ -18,7 +18,7 @@ __all__ = ["contestants", "mlp", "node_of", "plain_rk4", "rk4_step", "state", "t
 
 
 def mlp(size: int, width: int, seed: int = 0, gain: float = 1.0) -> nn.Sequential:
-    """Returns Linear, tanh, Linear. A larger gain makes a field that needs more adaptive steps."""
+    """Returns a network Linear, Tanh, Linear. With a larger gain its field needs more adaptive steps."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(size, width), nn.Tanh(), nn.Linear(width, size))
@@ -33,7 +33,7 @@ def state(batch: int, size: int) -> Tensor:
 
 
 def node_of(net: nn.Module, **options: Any) -> NeuralODE:
-    """Returns a NeuralODE, of rk4 unless told otherwise, without torchdyn's printed note on fields without time."""
+    """Returns a NeuralODE, by default with rk4, without torchdyn's printed note on fields without time."""
     with contextlib.redirect_stdout(io.StringIO()):
         return NeuralODE(net, **{"solver": "rk4", **options})
 
@@ -48,8 +48,8 @@ def rk4_step(net: Callable[[Tensor], Tensor], x: Tensor, dt: float | Tensor) -> 
 
 
 def plain_rk4(net: Callable[[Tensor], Tensor], x: Tensor, steps: int, step: Callable = rk4_step) -> Tensor:
-    """Returns z(1) by a loop as one writes it by hand: nothing kept, nothing checked."""
-    # A compiled step takes its size as a tensor: a number would be compiled in.
+    """Returns z(1) by a loop written by hand, which keeps and checks nothing."""
+    # A compiled step takes its size as a tensor: a number would become a constant of the compiled code.
     dt = 1 / steps if step is rk4_step else torch.tensor(1 / steps)
     for _ in range(steps):
         x = step(net, x, dt)
@@ -57,7 +57,7 @@ def plain_rk4(net: Callable[[Tensor], Tensor], x: Tensor, steps: int, step: Call
 
 
 def task(solve: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Run:
-    """Returns the run of a solve, and of the gradients of a loss on its result in ``wanted``; without any, inference."""
+    """Returns a run of a solve, with the gradients of a loss on its result in ``wanted``. If that is empty: inference."""
 
     def run() -> Tensor:
         with torch.set_grad_enabled(bool(wanted)):
@@ -81,16 +81,16 @@ def contestants(
     plain: Callable[[Any, Tensor, int], Tensor] = plain_rk4,
     timed: bool = False,
 ) -> dict[str, Run]:
-    """Returns the ways to solve z' = net(z) from x over [0, 1], by name; at the tolerance 1e-3.
+    """Returns runs that solve z' = net(z) from x over [0, 1], by the name of their contestant; at a tolerance of 1e-3.
 
     Args:
         net: the field, called with the state.
         x: the initial state.
-        steps: of a solver of fixed steps; an adaptive one lands on so many points.
-        backward: takes the gradients of a loss on the last state in the parameters too.
-        solver: torchdyn's name.
-        plain: the loop by hand, called with the field, x and the steps.
-        timed: the field is called with the time and the state.
+        steps: number of fixed steps; an adaptive solver ends a step at the end of each of these.
+        backward: whether to take the gradients of a loss on the last state too.
+        solver: torchdyn's name of the solver.
+        plain: the loop by hand, called with the field, x and the number of steps.
+        timed: whether the field is called with the time and the state.
     """
     grid = torch.linspace(0, 1, steps + 1, device=x.device)
     node, wrapped = (node_of(net, solver=solver, atol=1e-3, rtol=1e-3) for _ in range(2))
@@ -111,7 +111,7 @@ def contestants(
 
 
 def _in_torchode(rate: Callable[[Any, Tensor], Tensor], x: Tensor, grid: Tensor, solver: str) -> Callable[[], Tensor]:
-    """Returns torchode's solve at the tolerance 1e-3. It controls the error of each row by itself, with steps of its own."""
+    """Returns torchode's solve at a tolerance of 1e-3. torchode chooses the steps of each row of the batch by itself."""
     import torchode
 
     term = torchode.ODETerm(rate)

@@ -1,6 +1,6 @@
-"""A model of few evaluations as it is deployed: its static network in ONNX Runtime, beside the span and a jitted JAX scan.
+"""A deployed model of few evaluations: its static network in ONNX Runtime, beside the span and a jitted scan in JAX.
 
-Each row needs what it is named after, and is left out where that is not installed: ``pip install onnxscript onnxruntime jax``.
+Rows whose packages are not installed are left out: ``pip install onnxscript onnxruntime jax``.
 """
 
 import importlib.util
@@ -20,12 +20,12 @@ __all__ = ["deployed", "in_jax", "in_onnx_runtime"]
 
 
 SIZES = ((2, 64, 64), (16, 64, 64))
-"""Of the state, of the hidden layer and of the batch."""
+"""Sizes of the state, of the hidden layer and of the batch."""
 EVALUATIONS = (1, 2, 4, 8)
 
 
 def deployed(rounds: int) -> Iterator[Row]:
-    """Inference at 1 to 8 evaluations, in the time of the span; the field's own evaluations alone are the limit."""
+    """Measures inference at 1 to 8 evaluations, against the span. The field's evaluations alone are the lower limit."""
     for size, width, batch in SIZES:
         for evaluations in EVALUATIONS:
             net, x = mlp(size, width), state(batch, size)
@@ -49,12 +49,12 @@ def deployed(rounds: int) -> Iterator[Row]:
 
 
 def in_onnx_runtime(network: nn.Module, x: Tensor) -> Run:
-    """Returns the run of an exported network, from and to NumPy, on one thread."""
+    """Returns a run of an exported network in ONNX Runtime, from and to NumPy, on one thread."""
     import onnxruntime
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it says that t_eval is an output
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns that t_eval is an output
         program = torch.onnx.export(network, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
     assert program is not None
     options = onnxruntime.SessionOptions()
@@ -67,7 +67,7 @@ def in_onnx_runtime(network: nn.Module, x: Tensor) -> Run:
 
 
 def in_jax(net: nn.Sequential, x: Tensor, steps: int) -> Run:
-    """Returns the run of so many steps of rk4 from 0 to 1 as a jitted scan, with the weights of ``net``."""
+    """Returns a run of equal steps of rk4 from 0 to 1 as a jitted scan in JAX, with the weights of ``net``."""
     import jax
     import jax.numpy as jnp
 

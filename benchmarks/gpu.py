@@ -1,11 +1,12 @@
-"""One prepared run on a GPU: correctness, speed, memory, two ranks, and the paper's images at full size.
+"""All measurements on a GPU in one run: correctness, speed, memory, two ranks, and the paper's images at full size.
 
     python -m benchmarks.gpu --data FOLDER --out results/gpu     # at most eight minutes of one GPU
-    python -m benchmarks.gpu --tiny                              # the rehearsal: everything in small, on the CPU
+    python -m benchmarks.gpu --tiny                              # a rehearsal on the CPU, with everything small
 
-Writes ``gpu.json`` and ``gpu.md`` anew after every section. A section that fails leaves its traceback there, one for
-which no time is left a note; the others run all the same. ``--data`` holds the folders ``mnist`` and ``fashion-mnist``
-(IDX files, gzip or xz) and ``cifar10-jpeg75`` (all images as JPEG in one npz file); a data set without files is left out.
+Writes ``gpu.json`` and ``gpu.md`` anew after every section. If a section fails, its traceback stands there; if no time is
+left for it, a note. The other sections run all the same. The folder of ``--data`` has the folders ``mnist`` and
+``fashion-mnist`` (IDX files, gzip or xz) and ``cifar10-jpeg75`` (all images as JPEG in one npz file). A data set without
+files is left out.
 """
 
 import argparse
@@ -36,34 +37,41 @@ from torchdyn_mintime.experiments.models import ConvField
 
 
 class Session:
-    """The device, the sizes, the time left, and what was found so far."""
+    """A run: the device, the sizes, the time left, and the results so far."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.found = options, dict[str, Row]()
         self.device = torch.device("cpu" if options.tiny else "cuda")
         self.name = f"{'CPU' if options.tiny else torch.cuda.get_device_name()}, torch {torch.__version__}"
         self.width, self.batch = (8, 16) if options.tiny else (64, int(options.batch))
-        self.end = self.stop = math.inf  # a rehearsal takes the time that it takes
+        self.end = self.stop = math.inf  # a rehearsal has no limit of time
         if not options.tiny:
             self.end = time.monotonic() + options.total
-            # All on one stream that can be captured: the default one cannot, and gradients are added up on the stream
-            # that a parameter was first used on.
+            # Everything runs on one stream that a CUDA graph can capture. The default stream cannot be captured, and
+            # gradients are added up on the stream where a parameter was first used.
             torch.cuda.set_stream(torch.cuda.Stream())
 
     def clock(self) -> float:
-        """Returns the seconds when all that was started on the device is done."""
+        """Waits until the device has finished, and returns a time in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def run(self, name: str, least: float, most: float, section: Callable[["Session", Row], None]) -> None:
-        """Runs a section that needs ``least`` seconds and stops after ``most``, and writes what there is."""
+        """Runs a section, and writes all results so far.
+
+        Args:
+            name: of the section.
+            least: seconds that the section needs; with less time left it is left out.
+            most: seconds after which it stops.
+            section: the function that measures.
+        """
         part = self.found[name] = {"rows": [], "notes": []}
         start = time.monotonic()
         self.stop = min(self.end, start + most) if self.end < math.inf else math.inf
         try:
             if self.end - start < least:
-                raise TimeoutError(f"{self.end - start:.0f} seconds are left, it takes {least:.0f}")
+                raise TimeoutError(f"{self.end - start:.0f} seconds are left, and it needs {least:.0f}")
             section(self, part)
         except (FileNotFoundError, TimeoutError) as error:
             part["notes"].append(f"left out: {error}")
@@ -75,6 +83,7 @@ class Session:
         self.write(self.options.out)
 
     def write(self, folder: Path) -> None:
+        """Writes ``gpu.json`` and ``gpu.md`` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gpu.json").write_text(
             json.dumps({"device": self.name, "sections": self.found}, indent=1, default=str)
@@ -96,10 +105,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def correctness(session: Session, part: Row) -> None:
-    """Runs the tests in tests/gpu in a process of their own; what they count comes along."""
+    """Runs the tests in tests/gpu in a process of their own, with the numbers that they record."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # Of the project's own options only the import mode: plugins such as nbmake may not be there.
+        # Without the project's pytest options, except the import mode: plugins such as nbmake may not be installed.
         options = "-q -p no:cacheprovider -o addopts=--import-mode=importlib -W default tests/gpu"
         command = [sys.executable, "-m", "pytest", *options.split(), f"--junitxml={report}"]
         env = os.environ | ({"GPU_TESTS_DEVICE": "cpu"} if session.options.tiny else {})
@@ -116,7 +125,7 @@ def correctness(session: Session, part: Row) -> None:
 
 
 def plain_loop(field: Callable, x: Tensor, steps: int) -> Tensor:
-    """Returns z(1) by classical Runge-Kutta steps as one writes them by hand for a field with time."""
+    """Returns z(1) by classical Runge-Kutta steps written by hand, for a field that depends on time."""
     times, dt = torch.linspace(0, 1, 2 * steps + 1, device=x.device).unbind(), 1 / steps
     for i in range(0, 2 * steps, 2):
         k1 = field(times[i], x)
@@ -128,7 +137,7 @@ def plain_loop(field: Callable, x: Tensor, steps: int) -> Tensor:
 
 
 def as_graph(run: Run) -> Run:
-    """Returns the replay of a CUDA graph of ``run``."""
+    """Captures ``run`` in a CUDA graph, and returns the replay of the graph."""
     for _ in range(3):
         run()
     graph = torch.cuda.CUDAGraph()
@@ -138,13 +147,13 @@ def as_graph(run: Run) -> Run:
 
 
 def speed(session: Session, part: Row, compiled: bool = False) -> None:
-    """Times the paper's block on feature maps of its MNIST network, [batch, 64, 6, 6], or the same field compiled."""
+    """Times the field of the paper's image network on the feature maps of MNIST, [batch, 64, 6, 6]; or the field compiled."""
     field = ConvField(session.width).to(session.device)
     quick = cast(nn.Module, torch.compile(field, dynamic=False))
     for steps, backward in product((1, 2) if session.options.tiny else (1, 2, 4, 10, 100), (False, True)):
         if time.monotonic() > session.stop:
             raise TimeoutError(f"the rest, from {steps} steps on")
-        # A state that asks for a gradient, as all after it do: a compiled field would be compiled for both else.
+        # The first state requires a gradient, as later ones have one. Else the field would be compiled for both kinds.
         x = torch.randn(session.batch, session.width, 6, 6, device=session.device, requires_grad=backward)
         runs = contestants(field, x, steps, backward=backward, plain=plain_loop, timed=True)
         if compiled:
@@ -162,7 +171,7 @@ def speed(session: Session, part: Row, compiled: bool = False) -> None:
 
 
 def memory(session: Session, part: Row) -> None:
-    """Measures the most memory of forward and backward at batch 1,024, beyond what is held before; and the time."""
+    """Measures peak memory of forward and backward at batch 1,024, beyond what is held before, and their time."""
     batch, field = 16 if session.options.tiny else 1024, ConvField(session.width).to(session.device)
     x = torch.randn(batch, session.width, 6, 6, device=session.device)
     for steps in (2,) if session.options.tiny else (1, 4, 10, 100):
@@ -186,7 +195,7 @@ def memory(session: Session, part: Row) -> None:
 
 
 def ranks(session: Session, part: Row) -> None:
-    """Trains on two processes on one device, half of the batch each, and beside them on one process with all of it."""
+    """Compares a training by two processes on one device, each with half of the batch, with one process and all of it."""
     part["notes"].append("gloo with tensors on the device: nccl refuses two ranks on one GPU")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (2, session.device, folder), nprocs=2)
@@ -198,7 +207,7 @@ def ranks(session: Session, part: Row) -> None:
 
 
 def _rank(rank: int, size: int, device: torch.device, folder: str) -> None:
-    """Saves the parameters after ten iterations of a minimum-time training in float64."""
+    """Trains by minimum-time for ten iterations in float64, and saves the parameters."""
     torch.manual_seed(0)
     span = tm.LearnableSpan(node_of(ConvField(8).double()), torch.linspace(0, 1, 5)).to(device)
     x = torch.randn(32, 8, 6, 6, dtype=torch.float64)[rank::size].to(device)
@@ -217,8 +226,8 @@ def _rank(rank: int, size: int, device: torch.device, folder: str) -> None:
 
 
 def images(session: Session, part: Row, name: str) -> None:
-    """Trains on a data set, see :mod:`benchmarks.gpu_images`; as long as asked for, or as time is left for."""
-    # Beside the trainings, 15 seconds for reading, tests and exact solves.
+    """Trains on a data set (:mod:`benchmarks.gpu_images`), for the seconds asked for or for those that are left."""
+    # Two trainings, and 15 seconds for reading, tests and exact solves.
     longest = 4.0 if session.options.tiny else (session.stop - time.monotonic() - 15) / 2
     seconds = min(session.options.seconds, longest)
     folder = session.options.data / name
@@ -232,28 +241,30 @@ SECTIONS: dict[str, tuple[float, float, Callable[[Session, Row], None]]] = {
     "mnist": (50, 100, partial(images, name="mnist")),
     "cifar10-jpeg75": (50, 100, partial(images, name="cifar10-jpeg75")),
     "fashion-mnist": (50, 100, partial(images, name="fashion-mnist")),
-    # Last: a CUDA graph that cannot be captured leaves the device's random numbers unusable.
+    # Last, since a CUDA graph that cannot be captured leaves the device's random numbers unusable.
     "speed": (30, 70, speed),
     "compiled": (50, 70, partial(speed, compiled=True)),
 }
-"""Each section's least and most seconds."""
+"""Each section with its least and most seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command ``python -m benchmarks.gpu``; returns what was found, by section."""
+    """Runs the command ``python -m benchmarks.gpu``, and returns the results by section."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="everything in small, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU, with everything small")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the images (default data)")
-    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder of gpu.json and gpu.md")
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, help="some sections (a rehearsal compiles only if asked)"
+        "--out", type=Path, default=Path("results/gpu"), help="folder for gpu.json and gpu.md (default results/gpu)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, help="some sections (default: all; a rehearsal leaves out compiled)"
     )
     parser.add_argument("--total", type=float, default=460, help="seconds of the whole run (default 460)")
-    parser.add_argument("--seconds", type=float, default=40, help="of each training on images (default 40)")
+    parser.add_argument("--seconds", type=float, default=40, help="seconds of each training on images (default 40)")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default 128)")
     options = parser.parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --tiny rehearses on the CPU")
+        parser.error("torch finds no GPU; --tiny rehearses on the CPU")
     session = Session(options)
     for name in options.only or [name for name in SECTIONS if not (options.tiny and name == "compiled")]:
         session.run(name, *SECTIONS[name])

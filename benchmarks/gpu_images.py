@@ -1,4 +1,4 @@
-"""The paper's images at full size: the search, and vanilla for as long beside it."""
+"""Trains on the paper's images at full size: by the search, and vanilla for the same time."""
 
 import gzip
 import io
@@ -24,24 +24,24 @@ from torchdyn_mintime.experiments.models import conv_parts
 __all__ = ["compare_trainings"]
 
 SMOOTHING = 0.95
-"""Of the training loss: the weight of the past in an iteration."""
+"""Smoothing of the training loss: the weight of the value before, in each iteration."""
 MEASURED = 1024
-"""The search holds the loss on so many training images against its target."""
+"""Number of training images on which the search compares the loss with its target."""
 
 Curve = list[tuple[float, float]]
 """(seconds, smoothed training loss) of every iteration."""
 
 
 def compare_trainings(part: Row, folder: Path, device: torch.device, seconds: float, batch: int, tiny: bool) -> None:
-    """Searches from an untrained model on, and trains vanilla at step .01 for as long beside it.
+    """Searches from an untrained model on, and trains vanilla with steps of 0.01 for the same time.
 
     Args:
-        part: ``rows`` and ``notes``, which what was found is added to.
-        folder: of the images; its name says which they are.
-        device: to train on.
-        seconds: of the search, and of vanilla.
+        part: the results are added to its ``rows`` and ``notes``.
+        folder: folder of the images; its name says which they are.
+        device: where to train.
+        seconds: duration of the search, and of vanilla.
         batch: images of an iteration.
-        tiny: few images, a narrow network, and vanilla at step .1.
+        tiny: few images, a narrow network, and vanilla with steps of 0.1.
     """
     few, exactly, width, steps = (256, 64, 8, 10) if tiny else (None, 2000, 64, 100)
     x, y, x_test, y_test = (tensor.to(device) for tensor in read_images(folder, few))
@@ -83,7 +83,7 @@ def compare_trainings(part: Row, folder: Path, device: torch.device, seconds: fl
 
 
 def read_images(folder: Path, few: int | None) -> list[Tensor]:
-    """Returns images ``[n, channels, height, width]`` of bytes and labels, for training and for the test."""
+    """Returns training images and labels, then test images and labels. Images are bytes ``[n, channels, height, width]``."""
     found = []
     if folder.name == "cifar10-jpeg75":
         packed = np.load(folder / "cifar10-jpeg75.npz")
@@ -107,7 +107,7 @@ def read_images(folder: Path, few: int | None) -> list[Tensor]:
 
 
 class Classifier(nn.Module):
-    """The paper's network for images, as a user of torchdyn writes it, with so many steps of rk4."""
+    """The paper's network for images, as a user of torchdyn writes it, with equal steps of rk4."""
 
     def __init__(self, channels: int, width: int, steps: int):
         super().__init__()
@@ -126,7 +126,7 @@ def train(
     search: tm.Shallowest | None = None,
     measure: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> Curve:
-    """Trains for so many seconds, or until the search ends."""
+    """Trains for ``seconds``, or until the search ends, and returns the curve of the loss."""
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     if search is not None:
         search.start(model, optimizer)
@@ -152,7 +152,7 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def judged(model: nn.Module, x: Tensor, y: Tensor, few: int) -> Row:
-    """Returns what a trained model does on the test set, and on its first images with the ODE solved exactly."""
+    """Returns the figures of a trained model on the test set, and on its first images with the ODE solved exactly."""
     exact: list[Tensor] = []
 
     def keep(output: Tensor, target: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A span with a LearnableSolver against the same arithmetic by hand: ``python -m benchmarks.learned``.
+"""Compares a span with a LearnableSolver and the same arithmetic by hand: ``python -m benchmarks.learned``.
 
-A network of 2-64-2, a batch of 64, one thread. By hand is a loop over the stages: with the coefficients as tensors that
-require a gradient where there is one, as numbers where there is none. Medians, microseconds.
+The network is 2-64-2, the batch 64, and torch has one thread. By hand is a loop over the stages. Its coefficients are numbers
+in inference, and tensors that require a gradient in training. Prints medians in microseconds.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""The results as a table, as CSV and JSON, and as a picture."""
+"""Shows the results as a table, and writes them as CSV, JSON and a picture."""
 
 import json
 import platform
@@ -21,11 +21,11 @@ COLUMNS = {
     "evaluations": ("evaluations", ".0f"),
     "mebibytes": ("MiB kept", ".1f"),
 }
-"""The columns of the results: the title that the table shows, and the format of a number."""
+"""The columns of the results, each with its title in the table and the format of its numbers."""
 
 
 def as_table(results: pandas.DataFrame, threads: int) -> Table:
-    """Returns a table, a section for each case."""
+    """Returns a table with a section for each case."""
     table = Table(
         title=f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}: ratios, medians over rounds"
     )
@@ -41,7 +41,7 @@ def as_table(results: pandas.DataFrame, threads: int) -> Table:
 
 
 def write(results: pandas.DataFrame, folder: Path, threads: int) -> list[Path]:
-    """Writes the results as CSV and JSON, and time against steps as PNG where it was measured; returns the paths."""
+    """Writes the results as CSV and JSON, and a PNG of time against steps if that was measured. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{threads}-thread{'s' * (threads > 1)}"
     written = [folder / f"bench-{name}.csv", folder / f"bench-{name}.json"]
@@ -57,7 +57,7 @@ def write(results: pandas.DataFrame, folder: Path, threads: int) -> list[Path]:
 
 
 def _draw(results: pandas.DataFrame, path: Path) -> None:
-    """Milliseconds a solve, and microseconds a step, against the steps."""
+    """Draws milliseconds a solve, and microseconds a step, against the number of steps."""
     figure, (left, right) = plots.grid_of_axes(1, 2, 5.0, 4.0)
     for name, own in results.groupby("contestant", sort=False):
         left.loglog(own["case"], own["milliseconds"], "o-", label=name)

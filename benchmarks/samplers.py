@@ -1,9 +1,10 @@
-"""Fields of flow matching, and samplers of few evaluations: ``python -m benchmarks.samplers planes,digits,densities 5 10``.
+"""Measures samplers of few evaluations of flow matching: ``python -m benchmarks.samplers planes,digits,densities 5 10``.
 
-Named are the tables, the number of seeds and the first one. Each field carries one distribution of the plane to another along
-straight lines between independent draws. Printed are the error of the end relative to the displacement, on fresh states, and
-its share of midpoint's with as many evaluations. The control is midpoint on the best of a family of time grids.
-``distances`` prints the distance W2 of samples to the data, of fitted solvers and with the weights free (``compress_sampler``).
+The arguments are the tables, the number of seeds and the first seed. Each field carries one distribution of the plane to
+another, along straight lines between independent draws. The tables have the error of the end over the displacement, on new
+states, and its share of the error of midpoint with as many evaluations. The control is midpoint on the best of a family of
+time grids.
+``distances`` has the distance W2 of samples to the data, by fitted solvers and with trained weights (``compress_sampler``).
 Seconds are those of one core.
 """
 
@@ -32,7 +33,9 @@ from torchdyn_mintime.flows import Gaussian, HyperCNF
 from torchdyn_mintime.numerics.step_control import rms
 
 EVALUATIONS = (4, 6, 8, 10)
+"""Numbers of evaluations of the fitted solvers."""
 FLOW_ITERATIONS = 200
+"""Iterations of the training of a flow."""
 
 
 def rings(n: int) -> Tensor:
@@ -70,7 +73,7 @@ TASKS: dict[str, tuple[Callable[[int], Tensor], Callable[[int], Tensor]]] = {
 
 
 def trained(name: str, seed: int) -> nn.Module:
-    """Returns the field of a task, trained once and kept in ``results/samplers``; torch's random state is then the seed's."""
+    """Returns the field of a task, which is trained once and kept in ``results/samplers``. Seeds torch in either case."""
     path = Path("results/samplers") / f"{name.replace(' ', '-')}-{seed}.pt"
     torch.manual_seed(seed)
     field = Velocity()
@@ -87,30 +90,33 @@ def trained(name: str, seed: int) -> nn.Module:
 
 
 def end_of(solver: str | nn.Module, field: nn.Module, x0: Tensor, times: Tensor) -> Tensor:
-    """Returns the end of a solve by steps between these times."""
+    """Returns the end of a solve whose steps lie between the given times."""
     with torch.no_grad():
         return tm.LearnableSpan(NeuralODE(field, solver=solver), times)(x0)[1][-1]
 
 
 def relative(end: Tensor, exact: Tensor, x0: Tensor) -> float:
-    """Returns the error of ends relative to the displacement."""
+    """Returns the error of ends, over the displacement."""
     return float(rms(end - exact) / rms(exact - x0))
 
 
 def fresh_error(solver: str | nn.Module, field: nn.Module, x0: Tensor, exact: Tensor, steps: int = 1) -> float:
-    """Returns the error of equal steps, relative to the displacement."""
+    """Returns the error of equal steps, over the displacement."""
     return relative(end_of(solver, field, x0, torch.linspace(0, 1, steps + 1)), exact, x0)
 
 
 def best_grid(field: nn.Module, x0: Tensor, exact: Tensor, steps: int) -> Tensor:
-    """Returns the times 1 - (1 - s^a)^b, s equal steps, at which midpoint errs least on the states: of 169 pairs (a, b)."""
+    """Returns the times 1 - (1 - s^a)^b at which midpoint has the least error on the states, of 169 pairs (a, b).
+
+    s are the points of equal steps on [0, 1].
+    """
     equal, powers = torch.linspace(0, 1, steps + 1), torch.logspace(-1, 1, 13, base=3)
     grids = [1 - (1 - equal**a) ** b for a in powers for b in powers]
     return min(grids, key=lambda times: relative(end_of("midpoint", field, x0, times), exact, x0))
 
 
 def planes(seeds: range) -> None:
-    """Prints the table of the fields of the plane."""
+    """Prints the errors of fitted solvers, midpoint and the control, for fields of the plane."""
     shares: dict[str, dict[int, list[float]]] = {which: {n: [] for n in EVALUATIONS} for which in ("fitted", "grid")}
     for name, (start, _) in TASKS.items():
         for seed in seeds:
@@ -141,7 +147,7 @@ def planes(seeds: range) -> None:
 
 
 def digits(seeds: range) -> None:
-    """Prints the same of digits of 8 by 8 pixels, from a normal distribution."""
+    """Prints the errors of fitted solvers and midpoint, for a field from a normal distribution to digits of 8 by 8 pixels."""
     images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
     for seed in seeds:
         torch.manual_seed(seed)
@@ -164,14 +170,14 @@ def digits(seeds: range) -> None:
 
 
 def nll_of(field: nn.Module, solver: str | nn.Module, base: Any, x: Tensor, steps: int = 1, tol: float = 1e-6) -> float:
-    """Returns the negative log-likelihood (nats) of data by a flow's field."""
+    """Returns the negative log-likelihood of data (nats) by a flow's field."""
     node = NeuralODE(field, solver=solver, atol=tol, rtol=tol)
     span = tm.LearnableSpan(node, torch.linspace(0, 1, steps + 1))
     return tm.FlowModel(span, base).nll(x).item()
 
 
 def train(model: tm.FlowModel, optimizer: torch.optim.Optimizer, batch: Callable[[], Tensor], iterations: int) -> None:
-    """Minimises the negative log-likelihood, with a rate that falls to 0 as a cosine."""
+    """Minimises the negative log-likelihood, with a learning rate that falls to 0 as a cosine."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         optimizer.zero_grad()
@@ -192,9 +198,9 @@ def trained_flow(data: Callable[..., Tensor], generator: torch.Generator) -> tm.
 
 @torch.no_grad()
 def densities(seeds: range) -> None:
-    """Prints the negative log-likelihood of the paper's flows by fitted solvers, the fields as they are.
+    """Prints the negative log-likelihood of the paper's flows by fitted solvers, with the fields as they are.
 
-    And how far the log-density of samples, solved from the base, is from the exact likelihood of the same points.
+    Also prints the error of the log-density of samples, solved from the base: the exact one is that of the same points.
     """
     for name, data in (("moons", datasets.density_moons), ("circles", datasets.density_circles)):
         for seed in seeds:
@@ -279,7 +285,7 @@ def cotrained(seeds: range) -> None:
 
 
 def tutorial(seeds: range) -> None:
-    """Prints the likelihood of the flow of torchdyn's tutorial, by dopri5 and by fitted solvers, all with the exact trace."""
+    """Prints the negative log-likelihood of the tutorial's flow, by dopri5 and by fitted solvers, with the exact trace."""
     for seed in seeds:
         torch.manual_seed(seed)
         data, parts, base = datasets.spiral(seed, 4000), tutorial_flow_parts(), Gaussian(2)
@@ -312,7 +318,7 @@ def tutorial(seeds: range) -> None:
 
 
 def distilled(field: nn.Module, solver: nn.Module, x0: Tensor, exact: Tensor, iterations: int = 500) -> nn.Module:
-    """Returns a copy of a field trained with its solver to the ends alone, with no penalty: a network that need be no ODE."""
+    """Returns a copy of a field that is trained with its solver to the ends, without a penalty: its ODE may end elsewhere."""
     made = copy.deepcopy(field)
     span = tm.LearnableSpan(NeuralODE(made, solver=solver))
     solver.requires_grad_(True)
@@ -329,7 +335,7 @@ def distilled(field: nn.Module, solver: nn.Module, x0: Tensor, exact: Tensor, it
 
 
 def distances(seeds: range, draws: int = 5, points: int = 1000) -> None:
-    """Prints W2 to the data: means over draws, and how far the exact sampler's own draws are apart."""
+    """Prints W2 to the data as means over draws, and the spread of W2 between draws of the exact sampler."""
     for name, (start, end) in TASKS.items():
         for seed in seeds:
             field = trained(name, seed)

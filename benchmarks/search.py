@@ -1,4 +1,4 @@
-"""What the search finds, and what it costs, beside vanilla training to the same target: `python -m benchmarks.search moons`."""
+"""Compares the search with vanilla training to the same target: `python -m benchmarks.search moons`."""
 
 import statistics
 import time
@@ -16,22 +16,22 @@ from benchmarks.contestants import node_of
 from torchdyn_mintime.experiments import datasets, models
 
 TARGET = 0.01
-"""Training cross entropy, of both."""
+"""Training cross entropy that both must reach."""
 MOST = 1000
-"""Iterations of vanilla training, at most."""
+"""The largest number of iterations of vanilla training."""
 SIZES = {"moons": (2, 16, 2), "annuli": (3, 32, 3)}
 
 
 def main(
     task: Annotated[str, typer.Argument(help="moons or annuli")],
-    seeds: Annotated[int, typer.Option(help="from 0 on")] = 10,
-    first_seed: int = 0,
-    lr: Annotated[list[float], typer.Option(help="learning rates")] = [0.1, 0.03, 0.01],  # noqa: B006
-    tol: Annotated[float, typer.Option(help="solver error allowed, of the displacement")] = 0.1,
-    vanilla: Annotated[bool, typer.Option(help="train vanilla beside it")] = True,
-    output: Annotated[Path | None, typer.Option(help="CSV of every run")] = None,
+    seeds: Annotated[int, typer.Option(help="number of seeds, from --first-seed on")] = 10,
+    first_seed: Annotated[int, typer.Option(help="the first seed")] = 0,
+    lr: Annotated[list[float], typer.Option(help="learning rate; may be given several times")] = [0.1, 0.03, 0.01],  # noqa: B006
+    tol: Annotated[float, typer.Option(help="solver error that the search allows, over the displacement")] = 0.1,
+    vanilla: Annotated[bool, typer.Option(help="train vanilla for comparison")] = True,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write, with a row for each run")] = None,
 ) -> None:
-    """Searches with the defaults on every seed and rate, and prints medians and ranges."""
+    """Searches with the default settings at every learning rate and seed, and prints medians and ranges."""
     torch.set_num_threads(1)
     rows = []
     for rate in lr:
@@ -70,7 +70,7 @@ def _net(task: str, seed: int) -> torch.nn.Module:
 
 
 def _vanilla(task: str, data: datasets.Data, seed: int, rate: float) -> tuple[float, int]:
-    """Returns the seconds and iterations until torchdyn's own node of 100 steps meets the target; NaN where it does not."""
+    """Returns seconds and iterations until torchdyn's own node of 100 steps meets the target; NaN seconds if it does not."""
     node = node_of(_net(task, seed))
     optimizer, span, start = (
         torch.optim.Adam(node.parameters(), lr=rate),

@@ -1,4 +1,4 @@
-"""Time and memory of functions that take turns: a machine that is busy for a while slows all of them alike."""
+"""Measures time and memory of functions that take turns, so that a busy machine slows all of them alike."""
 
 import gc
 import statistics
@@ -20,14 +20,15 @@ Run = Callable[[], Any]
 def alternate(
     runs: Sequence[Run], rounds: int, seconds_a_round: float = 0.05, clock: Callable[[], float] | None = None
 ) -> list[list[float]]:
-    """Returns the seconds of every call of each run, as many for each.
+    """Returns the seconds of every call, a list for each run. All lists have the same length.
 
     Args:
-        runs: they take turns call by call, each round in the opposite order.
-        rounds: at least so many; up to 100 times as many while a run takes less than ``seconds_a_round``.
+        runs: the functions. They take turns call by call, and each round reverses their order.
+        rounds: the least number of rounds. If the slowest run takes less than ``seconds_a_round``, as many times more are
+            made as fit, up to 100 times.
         seconds_a_round: see ``rounds``.
-        clock: returns seconds. Default: the process's own with one thread, which stands still while others have the
-            processor, else wall time. On a GPU it has to wait for the device.
+        clock: returns seconds. Default: with one thread the processor time of this process, else wall time. On a GPU it
+            has to wait for the device.
 
     Example:
         >>> [len(seconds) for seconds in alternate([lambda: None, lambda: None], 2, 0.0)]
@@ -61,13 +62,13 @@ def alternate(
 def compare(
     part: str, case: str, runs: Mapping[str, Run], rounds: int, field: nn.Module | None = None, **timing: Any
 ) -> list[Row]:
-    """Returns one line of the table for each way to do the work of a case; the first is the reference.
+    """Returns one line of the table for each contestant of a case. The first contestant is the reference.
 
     Args:
-        part, case: what is measured.
-        runs: does the work once, by the name of who does it.
-        rounds: see :func:`alternate`, which ``timing`` goes to as well.
-        field: its evaluations in a run are counted.
+        part, case: names of what is measured.
+        runs: functions that do the work once, by the contestants' names.
+        rounds: see :func:`alternate`, which also gets ``timing``.
+        field: a module whose calls in a run are counted.
 
     Returns:
         ``part``, ``case`` and ``contestant``; ``ratio``, the median over rounds of the ratio to the reference within a
@@ -88,7 +89,7 @@ def compare(
 
 
 def count_evaluations(field: nn.Module, run: Run) -> int:
-    """Returns how often ``run`` calls the field.
+    """Returns the number of calls of the field in one ``run``.
 
     Example:
         >>> net, x = nn.Linear(2, 2), torch.ones(1, 2)
@@ -109,7 +110,7 @@ def saved_bytes(run: Run, held: Sequence[Tensor] = ()) -> int:
 
     Args:
         run: the forward pass; returns a tensor.
-        held: tensors that live anyway (parameters, the input); they are left out.
+        held: tensors that are alive anyway (parameters, the input), which do not count.
     """
     storages: dict[int, int] = {}
     alive = []

@@ -1,4 +1,4 @@
-"""The verdicts of random searches against scipy's DOP853 at 1e-10: `python -m benchmarks.verdicts 200`."""
+"""Checks the verdicts of 200 random searches by scipy's DOP853 at 1e-10: `python -m benchmarks.verdicts 200`."""
 
 import sys
 import time
@@ -62,7 +62,7 @@ TASKS = {
 
 
 def main(runs: int, first: int = 0) -> None:
-    """Runs searches over tasks, widths, rates and tolerances, and counts the verdicts that DOP853 does not confirm."""
+    """Runs searches on all tasks, with random widths, rates and tolerances; counts verdicts that DOP853 does not confirm."""
     torch.set_num_threads(1)
     found, wrong, start = dict.fromkeys(TASKS, 0), 0, time.perf_counter()
     for run in range(first, first + runs):
@@ -87,7 +87,8 @@ def main(runs: int, first: int = 0) -> None:
         if error > tol * (1 + 1e-3) or max(losses) > problem.target * (1 + 1e-3):
             wrong += 1
             print(
-                f"run {run} ({task}): error {error:.4g} of {tol}, losses {losses} of {problem.target}; said {verdict}"
+                f"run {run} ({task}): solver error {error:.4g}, allowed {tol}; losses {losses}, target {problem.target}; the "
+                f"search said: {verdict}"
             )
     each = ", ".join(f"{task} {n}" for task, n in found.items())
     print(
@@ -96,7 +97,7 @@ def main(runs: int, first: int = 0) -> None:
 
 
 class End(nn.Module):
-    """The last state of what a span returns."""
+    """Gives the last state of what a span returns."""
 
     def forward(self, out: tuple[Tensor, Tensor]) -> Tensor:
         """Returns ``[n, dim]``."""
@@ -105,7 +106,7 @@ class End(nn.Module):
 
 @torch.no_grad()
 def checked(model: nn.Sequential, problem: Problem) -> tuple[float, tuple[float, float]]:
-    """Returns the solver error relative to the displacement by DOP853, and the losses at its end and at the model's own."""
+    """Returns the solver error by DOP853, over the displacement, and the losses at its end and at the model's own."""
     before, span, end, head = model
     begin = before(problem.x)
     own = end(span(begin))

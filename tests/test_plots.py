@@ -100,6 +100,9 @@ def test_dots_of_trajectories_are_where_the_steps_end_and_marks_lie_on_their_cur
     plots.curves(right, {"one": ([1, 2], [3, 4]), "two": ([1], [5])}, x="", y="", title="", marks={"two": (1, 5)})
     (dot,) = [line for line in right.lines if line.get_marker() == "o"]
     assert dot.get_xydata().tolist() == [[1, 5]] and dot.get_color() == plots.COLOURS[1]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["one", "two"]
+    plots.curves(left, {"one": ([1, 2], [3, 4]), "two": ([1], [5])}, x="", y="", title="", legend=False)
+    assert left.get_legend() is None
 
 
 def test_wide_states_are_projected_with_their_dots():

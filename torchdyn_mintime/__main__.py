@@ -19,23 +19,23 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Iterations: TypeAlias = Annotated[
     int | None, typer.Option("--iterations", min=1, help="Optimizer steps, instead of each task's own.")
 ]
-Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of data, initialisation and batches.")]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Seed of data, initialisation and batches.")]
 Subset: TypeAlias = Annotated[
-    int | None, typer.Option("--subset", min=1, help="Training images; a fifth as many for the test.")
+    int | None, typer.Option("--subset", min=1, help="Number of training images, with a fifth as many test images.")
 ]
 Width: TypeAlias = Annotated[
-    int | None, typer.Option("--width", min=1, help="Channels of the convolutional network (paper: 64).")
+    int | None, typer.Option("--width", min=1, help="Number of channels of the convolutional network (paper: 64).")
 ]
-Data: TypeAlias = Annotated[Path, typer.Option("--data", help="Folder of image data, as torchvision lays it out.")]
+Data: TypeAlias = Annotated[Path, typer.Option("--data", help="Folder of image data, in torchvision's layout.")]
 Download: TypeAlias = Annotated[
-    bool, typer.Option("--download", help="Let torchvision fetch image data that is missing.")
+    bool, typer.Option("--download", help="Let torchvision download image data that is missing.")
 ]
-Device: TypeAlias = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
-Output: TypeAlias = Annotated[Path, typer.Option("--output", help="Folder for tables, figures and pictures.")]
+Device: TypeAlias = Annotated[str, typer.Option("--device", help="Where to train: cpu, cuda, ...")]
+Output: TypeAlias = Annotated[Path, typer.Option("--output", help="Folder for runs, tables and pictures.")]
 DATA, OUTPUT = Path("data"), Path("results")
 
 NO_DATA, NOT_FOUND, STOPPED = 1, 3, 130
-"""Exit statuses beside 0 and 2, which click takes for a wrong use."""
+"""Exit statuses, beside 0 and 2: click takes 2 for wrong use."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,17 +52,17 @@ def main(
 ) -> None:
     """Neural ODEs that learn how deep they need to be: the paper's experiments, with the controls beside them.
 
-    Begin with `demo`. `run --help` names tasks and methods, `table --help` and `figure --help` the paper's, with a line on
-    each. Models are kept: Ctrl-C saves what was trained so far, and the same command goes on from there.
+    Begin with `demo`. `run --help` lists tasks and methods, `table --help` and `figure --help` the paper's tables and figures.
+    Trained models are kept. Ctrl-C saves what was trained so far, and the same command goes on from there.
 
-    Exit status: 0 done; 1 data is missing; 2 wrong use; 3 a model was trained and missed its target, as a search that found
-    nothing; 130 stopped by Ctrl-C.
+    Exit status: 0 done; 1 data is missing; 2 wrong use; 3 a model was trained and missed its target, such as a search that
+    found nothing; 130 stopped by Ctrl-C.
     """
 
 
 @app.command("demo")
 def make_demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed = 0) -> None:
-    """Vanilla, minimum-time, the search, and controls on two moons and digits: tables and pictures. About two minutes."""
+    """Compares vanilla, minimum-time, the search and controls on two moons and digits, in about two minutes."""
     from torchdyn_mintime.experiments.demo import demo
 
     store = _store(output)
@@ -71,14 +71,14 @@ def make_demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed
 
 
 def _listing(title: str, lines: dict[str, str]) -> str:
-    """The names with their lines, one below another, as click keeps them."""
+    """Returns names with their lines, one below another, in a form that click does not wrap."""
     width = max(map(len, lines)) + 2
     return f"\b\n{title}:\n" + "\n".join(f"  {name:<{width}}{line}" for name, line in lines.items())
 
 
-RUN_HELP = f"""One task: a row for each method and seed. A finished seed is not trained again, a stopped one goes on.
+RUN_HELP = f"""Trains one task and prints a row for each method and seed. A finished run is not trained again.
 
-What is not given is as published, or the task's own.
+Settings that are not given are the published ones, or the task's own.
 
 {_listing("Tasks", names.TASKS | names.SAMPLER_TASKS)}
 
@@ -93,20 +93,24 @@ What is not given is as published, or the task's own.
 @app.command(help=RUN_HELP)
 def run(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="By its name in the list.")],
+    task: Annotated[str, typer.Argument(help="A name of the list above.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(help="May be given several times. Default: minimum-time; of flows those of their table."),
+        typer.Option(
+            help="May be given several times. Default: minimum-time; for flows and the -cpu tasks several to compare."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed on.")] = 1,
-    first_seed: Annotated[int, typer.Option()] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from --first-seed on.")] = 1,
+    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     weight: Annotated[float | None, typer.Option(min=0, help="Price of time, eq. (13).")] = None,
-    start: Annotated[float | None, typer.Option(min=0, help="Where a learned t_f begins.")] = None,
-    target: Annotated[float | None, typer.Option(min=0, help="Loss that growth and search are to reach.")] = None,
+    start: Annotated[float | None, typer.Option(min=0, help="First value of a learned t_f.")] = None,
+    target: Annotated[
+        float | None, typer.Option(min=0, help="Training loss that growth and search are to reach.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the network.")] = None,
     span_lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the times.")] = None,
     iterations: Iterations = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of --iterations, where there are batches.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes through the data, instead of --iterations.")] = None,
     subset: Subset = None,
     width: Width = None,
     data: Data = DATA,
@@ -146,7 +150,7 @@ def run(
             raise typer.Exit(NOT_FOUND)
 
 
-TABLE_HELP = f"""A table of the paper: its rows, ours, and the controls, in one run. What was finished is not run again.
+TABLE_HELP = f"""Makes a table of the paper: its rows, ours and the controls. Finished runs are not trained again.
 
 {_listing("Tables", names.TABLES)}
 """
@@ -155,17 +159,24 @@ TABLE_HELP = f"""A table of the paper: its rows, ours, and the controls, in one 
 @app.command(help=TABLE_HELP)
 def table(
     context: typer.Context,
-    number: Annotated[str, typer.Argument(help="By its name in the list.")],
-    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    number: Annotated[str, typer.Argument(help="A name of the list above.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from --first-seed on.")] = 5,
     lrs: Annotated[
-        str, typer.Option(help="Learning rates to try every method with, on a seed of its own; 'own': the task's.")
+        str,
+        typer.Option(help="Learning rates that every method is tried with, on another seed; 'own': the task's rate."),
     ] = ".01,.03,.1",
-    only: Annotated[list[str] | None, typer.Option(help="Of the table's tasks; may be given several times.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="One of the table's tasks; may be given several times.")
+    ] = None,
     iterations: Iterations = None,
     subset: Subset = None,
     width: Width = None,
-    sweep: Annotated[str, typer.Option(help="Steps of the control.")] = "1,2,3,4,6,8,12,16",
-    first_seed: Annotated[int, typer.Option(help="Settings were chosen on seeds below the default.")] = 200,
+    sweep: Annotated[
+        str, typer.Option(help="Numbers of steps at which vanilla is trained, to find the fewest that are as good.")
+    ] = "1,2,3,4,6,8,12,16",
+    first_seed: Annotated[
+        int, typer.Option(help="The first seed. Settings were chosen on seeds below the default.")
+    ] = 200,
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
@@ -189,13 +200,13 @@ def table(
 
 @app.command("tables")
 def all_tables(
-    which: Annotated[str, typer.Argument(help="all")],
+    which: Annotated[str, typer.Argument(help="The word 'all'.")],
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
     output: Output = OUTPUT,
 ) -> None:
-    """Every table of the documentation, one after another: hours, which it says first. What was finished is not run again."""
+    """Makes every table of the documentation. Prints first how many hours it takes. Finished runs are not trained again."""
     from torchdyn_mintime.experiments import tables
 
     if which != "all":
@@ -205,7 +216,7 @@ def all_tables(
         tables.make_all(output, store)
 
 
-FIGURE_HELP = f"""A figure of the paper, from models trained here. What was trained before is not trained again.
+FIGURE_HELP = f"""Draws a figure of the paper, from models trained here. Finished runs are not trained again.
 
 {_listing("Figures", names.FIGURES)}
 """
@@ -214,7 +225,7 @@ FIGURE_HELP = f"""A figure of the paper, from models trained here. What was trai
 @app.command(help=FIGURE_HELP)
 def figure(
     context: typer.Context,
-    number: Annotated[str, typer.Argument(help="By its number in the list.")],
+    number: Annotated[str, typer.Argument(help="A number of the list above.")],
     iterations: Iterations = None,
     seed: Seed = 0,
     subset: Subset = None,
@@ -245,11 +256,15 @@ def figure(
 def compress(
     checkpoint: Annotated[Path, typer.Argument(help="The .pt of a finished vanilla run, in results/runs.")],
     target: Annotated[
-        float | None, typer.Option(min=0, help="Training loss to keep; default: about the model's own.")
+        float | None, typer.Option(min=0, help="Training loss to keep; default: a little above the model's own.")
     ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default: a tenth of the run's.")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="At most; default: as many as the run had.")] = None,
-    trim: Annotated[bool, typer.Option("--trim", help="Train nothing; only take steps and time away.")] = False,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps at most; default: as many as the run's settings have.")
+    ] = None,
+    trim: Annotated[
+        bool, typer.Option("--trim", help="Train nothing; only remove steps and time that the loss does not need.")
+    ] = False,
     data: Data = DATA,
     download: Download = False,
     device: Device = "cpu",
@@ -267,7 +282,7 @@ def compress(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    help="Speed and memory beside torchdyn and torchdiffeq; `bench --help` lists its options.",
+    help="Measures speed and memory beside torchdyn and torchdiffeq. `bench --help` lists the options.",
 )
 def bench(context: typer.Context) -> None:
     try:
@@ -275,7 +290,9 @@ def bench(context: typer.Context) -> None:
     except ModuleNotFoundError as error:
         if error.name != "benchmarks":
             raise
-        raise typer.BadParameter("the benchmarks are not part of the wheel; run this from a checkout's root") from error
+        raise typer.BadParameter(
+            "the benchmarks are not part of the installed package; run this in the root of a checkout of the repository"
+        ) from error
     module.main(context.args)
 
 
@@ -287,7 +304,7 @@ def _store(output: Path, data: Path = DATA, download: bool = False, device: str 
 
 @contextmanager
 def _said(console: Console, what: str, usage: bool = True) -> Iterator[None]:
-    """Shows what a user can mend, and an end by Ctrl-C, without a traceback; every other error is a defect and keeps its."""
+    """Shows errors that a user can mend, and a stop by Ctrl-C, without a traceback. Other errors are defects and show it."""
     try:
         yield
     except (MissingData, UsageError) as error:
@@ -300,22 +317,22 @@ def _said(console: Console, what: str, usage: bool = True) -> Iterator[None]:
 
 
 def _only(context: typer.Context, what: str, *names: str) -> None:
-    """Refuses options that were given and that ``what`` would ignore."""
+    """Raises an error for options that were given and that ``what`` would ignore."""
     known = {*names, "task", "number", "seeds", "output"}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     wrong = [f"--{name.replace('_', '-')}" for name in given if name not in known]
     if wrong:
-        raise typer.BadParameter(f"{what} has no use for {', '.join(wrong)}: leave it out")
+        raise typer.BadParameter(f"{what} does not take {', '.join(wrong)}: leave it out")
 
 
 def _numbers(text: str, kind: type) -> tuple:
     try:
         numbers = tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(f"{text!r} must be numbers with commas between them") from None
+        raise typer.BadParameter(f"give numbers with commas between them; got {text!r}") from None
     if any(number <= 0 for number in numbers):
-        raise typer.BadParameter(f"{text!r} must be positive")
+        raise typer.BadParameter(f"give positive numbers; got {text!r}")
     return numbers
 
 

@@ -119,9 +119,18 @@ def curves(
     log: bool = False,
     spread: Mapping[str, Sequence[float]] | None = None,
     marks: Mapping[str, tuple[float, float]] | None = None,
+    legend: bool = True,
 ) -> None:
-    """Draws named curves, each a pair (x, y), with a band of ``spread`` above and below, and a dot at the point of ``marks``,
-    where there is one by that name."""
+    """Draws named curves, each a pair (x, y).
+
+    Args:
+        lines: the curves, by name.
+        x, y, title: what stands at the axes and above them.
+        log: whether the axis of y is logarithmic.
+        spread: half the height of a band around a curve, by its name.
+        marks: a point (x, y) to be drawn as a dot, by the name of its curve.
+        legend: whether the axes show the names, if there are several.
+    """
     for i, (name, (xs, ys)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         axis.plot(xs, ys, color=colour, label=name, linewidth=1.6, linestyle=STYLES[i % len(STYLES)])
@@ -136,7 +145,7 @@ def curves(
     if log:
         axis.set_yscale("log")
     axis.grid(alpha=0.3)
-    if len(lines) > 1:
+    if legend and len(lines) > 1:
         axis.legend(fontsize=8)
 
 
@@ -233,7 +242,7 @@ def trajectories(
         middle = ends.mean(0)
         directions = torch.linalg.svd(ends - middle, full_matrices=False).Vh[:2]
         sol, ends = (sol - middle) @ directions.T, (ends - middle) @ directions.T
-        names = "first principal direction", "second"
+        names = "first principal direction", "second principal direction"
     every = max(1, sol.shape[1] // most)  # evenly spread: data is often sorted by class
     sol, ends, labels = sol[:, ::every, :2].cpu(), ends[::every, :2].cpu(), labels[::every].cpu()
     colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]

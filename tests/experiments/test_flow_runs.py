@@ -130,7 +130,7 @@ def test_a_flow_that_breaks_says_so_and_ends_no_table(tmp_path, monkeypatch, dra
     monkeypatch.setitem(FLOW_METHODS, "minimum-time", replace(FLOW_METHODS["minimum-time"], **breaks))
     text = printed("flow-moons", ("vanilla", "minimum-time"), tmp_path)
     assert f"1 of 1 failed: {said}" in text and "minimum-time failed on every seed" in text
-    assert drawn == ["vanilla", "vanilla, 1 steps"]  # with the control
+    assert drawn == ["vanilla", "vanilla, 1 step"]  # with the control
     rows = json.loads((tmp_path / "flows.json").read_text())
     assert [math.isnan(r["nll"]) for r in rows] == [False, True, False, False]
 

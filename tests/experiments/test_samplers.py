@@ -69,7 +69,7 @@ def test_the_weights_may_move(tmp_path):
     "words, text",
     [
         (("--method", "vanilla"), "there is no method 'vanilla' for sampler-moons"),
-        (("--weight", "1"), "has no use for"),
+        (("--weight", "1"), "does not take"),
     ],
 )
 def test_what_has_no_use_is_refused(words, text):

@@ -121,7 +121,7 @@ def test_it_counts_its_evaluations_and_leaves_no_trace():
 
 def test_what_it_cannot_follow_is_refused():
     span, _ = make("mlp", "rk4")
-    with pytest.raises(TypeError, match="rk4 has none. For fixed steps see StepDoubling"):
+    with pytest.raises(TypeError, match="rk4, which has none. For fixed steps see StepDoubling"):
         StepCount(span, 2)
     with pytest.raises(ValueError, match="has no LearnableSpan"):
         StepCount(nn.Linear(2, 2), 2)

@@ -92,15 +92,20 @@ def build(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def build_plugin(folder: Path) -> int:
-    """Writes this package with the moved rooms imported from torchdyn, and its tests of losses; returns the lines left."""
-    package = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ROOMS]
+def build_plugin(folder: Path) -> tuple[int, int]:
+    """Writes this package with the moved rooms imported from torchdyn, and its tests of losses.
+
+    Returns the lines that are left, and those of the whole package.
+    """
+    whole = list(PACKAGE.rglob("*.py"))
+    package = [path for path in whole if path.relative_to(PACKAGE).parts[0] not in ROOMS]
     tests = [*(ROOT / "tests" / name for name in HELPERS), *(ROOT / "tests/losses").glob("*.py")]
     for path in (*package, *tests):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(renamed(path, ROOMS_RENAMED), encoding="utf-8")
-    return sum(path.read_text(encoding="utf-8").count("\n") for path in package)
+    left, every = (sum(path.read_text(encoding="utf-8").count("\n") for path in paths) for paths in (package, whole))
+    return left, every
 
 
 def difference(before: Path, after: Path) -> str:
@@ -140,7 +145,8 @@ def main() -> None:
         released = apply([arguments.out.resolve()], copy_torchdyn(root / "released"))
         series = apply([*PATCHES, arguments.out.resolve()], copy_torchdyn(root / "series"))
         plugin = apply([arguments.out.resolve()], copy_torchdyn(root / "plugin"))
-        console.print(f"This package without both rooms: {build_plugin(plugin)} lines.")
+        left_lines, all_lines = build_plugin(plugin)
+        console.print(f"This package without both rooms: {left_lines} of {all_lines} lines.")
         runs = []
         for name, folder, others in (("the released torchdyn", released, ()), ("the series", series, OF_THE_RELEASED)):
             (folder / "torchdyn_mintime.py").write_text(ABSENT, encoding="utf-8")

@@ -2,23 +2,24 @@
 
 | file | holds |
 |---|---|
-| ``names`` | what ``--help`` says of each task and method |
+| ``names`` | the names of tasks and methods, with the line that ``--help`` prints for each |
 | ``datasets`` | the data sets |
-| ``models`` | the networks: a NeuralODE with what comes before and after it |
-| ``context`` | how a model is trained, and what its training shows of itself |
-| ``methods`` | by which method a model is trained, and who decides the depth |
+| ``models`` | the networks: a NeuralODE with the layers around it |
+| ``context`` | the settings of a training, and its history |
+| ``methods`` | the methods of training, and the drivers that decide the depth |
 | ``results`` | medians, ranges and ratios; printing and writing of tables |
-| ``measure`` | how a trained model is judged, and how that is shown |
-| ``tasks`` | on what a model is trained: data, network and published settings |
+| ``measure`` | the figures of a trained model, and how they are shown |
+| ``tasks`` | the tasks: data, network and published settings |
 | ``training`` | the training loop |
 | ``store`` | finished and unfinished runs on disk |
-| ``comparison`` | one task with its rows and controls, as tables and runs need it |
-| ``figures`` | the paper's figures, by number, and what any trained classifier or flow looks like |
+| ``comparison`` | the runs of one task, with its rows and controls |
+| ``figures`` | the paper's figures, by number, and pictures of any trained classifier or flow |
 | ``tables`` | the paper's tables, by number, and those of the command ``run`` |
-| ``demo`` | the command of this name |
-| ``compress`` | the command of this name |
+| ``samplers`` | the task ``sampler-moons`` of the command ``run`` |
+| ``demo`` | the command ``demo`` |
+| ``compress`` | the command ``compress`` |
 
-A file imports only those above it.
+A file imports only files above it.
 """
 
 __all__ = ["MissingData", "UsageError"]
@@ -29,4 +30,4 @@ class UsageError(ValueError):
 
 
 class MissingData(RuntimeError):
-    """A data set is not at hand; the message says how to get it."""
+    """A data set is not there. The message says how to get it."""

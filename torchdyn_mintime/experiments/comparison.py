@@ -1,4 +1,4 @@
-"""One task with its rows and controls: learning rates are chosen, every row is trained on every seed, medians are compared."""
+"""Compares the rows and controls of one task: chooses learning rates, trains every row on every seed, and makes the lines."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,30 +23,30 @@ __all__ = [
 ]
 
 TRIAL_SEED = 1000
-"""Learning rates are chosen on it, so that no seed of a table has had a say in them.
+"""The seed on which learning rates are chosen. No table has results of it.
 
-Its points are drawn afresh; of images it has another split, whose test images may stand in a table's.
+Points are drawn anew for each seed. Images are chosen or split anew, so that this seed may share some with those of a table.
 """
 
 
 LEARNED = "minimum-time"
-"""The method whose number of steps the twins take."""
+"""The method whose number of steps its twins take."""
 
 BASELINE = "vanilla"
-"""The method beside which the drive is measured, where a table begins with it."""
+"""The drive is measured if a table begins with this method."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table. The first is the baseline of the ratios.
+    """A row of a table. The first row is the baseline of the ratios.
 
     Attributes:
-        method: a name for the task's ``method``.
+        method: a name that the task's ``method`` takes.
         paper: what the paper reports, as printed.
-        settings: what differs from the task's own, as pairs.
-        label: as printed; default: the method's.
-        control: whether it is a control, and no method of the paper.
-        published: whether it is trained at the learning rate of its settings, whatever rates are tried for the others.
+        settings: the settings that differ from the task's own, as pairs (name, value).
+        label: the printed name; default: the method's.
+        control: whether the row is a control, and no method of the paper.
+        published: whether it is trained at the learning rate of its settings, whatever rates are tried for other rows.
     """
 
     method: str
@@ -65,30 +65,31 @@ TWIN, TORCHDYN_TWIN = (
     for name in ("vanilla", "torchdyn")
 )
 SEARCH_TWIN = Row("vanilla, as few evaluations", label="vanilla, as few evaluations as the search", control=True)
-"""The controls that only a finished run can name: as many equal steps on the whole interval as the learned row ended with.
+"""The twins: vanilla controls with as many equal steps on the whole interval as another row ended with.
 
-They are trained after the others: by a span's rk4, and by torchdyn's own, which is another where the field depends on time
-(U1). That of the search has one step more where the evaluations are no multiple of four. Their learning rate is chosen for
-the number of steps on ``TRIAL_SEED``.
+They are trained after that row, whose result says how many steps they take. ``TWIN`` is solved by a span's rk4, and
+``TORCHDYN_TWIN`` by torchdyn's own, which gives other values for a field that depends on time (U1). ``SEARCH_TWIN`` takes the
+search's evaluations over four as steps of rk4, rounded up. The learning rate of each is chosen on ``TRIAL_SEED``, at the
+number of steps of that seed.
 """
 
 TWINS = {TWIN: ("vanilla", LEARNED), TORCHDYN_TWIN: ("torchdyn", LEARNED), SEARCH_TWIN: ("vanilla", SEARCH)}
-"""How each of them is trained, and the method of the row that it is beside."""
+"""For each twin: the method that trains it, and the method of the row whose steps it takes."""
 
 BEST_OF_SWEEP = Row("best of a sweep", control=True)
-"""The control with the fewest steps, among those of the options, that is as good as the baseline."""
+"""The control with the fewest steps, among those of the options' sweep, that is as good as the baseline."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is run.
+    """What is run.
 
     Attributes:
-        seeds: of data, initialisation and batches.
-        rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty is the task's own alone.
-        sweep: steps of the control.
-        defaults: what is given in the place of each task's own, as in the demo.
-        settings: what is given in the place of each task's and row's own; None is not given.
+        seeds: seeds of data, initialisation and batches.
+        rates: learning rates that every method is tried with, on ``TRIAL_SEED``; empty: the task's own rate alone.
+        sweep: numbers of steps of the control :data:`BEST_OF_SWEEP`.
+        defaults: settings that replace the task's own; a row's settings replace these.
+        settings: settings that replace the task's and the row's own; a value of None replaces nothing.
     """
 
     seeds: Sequence[int] = (0,)
@@ -101,26 +102,26 @@ class Options:
 def compare(
     name: str, table: Sequence[Row], options: Options, store: Store, report: Report | None = None
 ) -> tuple[list[Line], dict[Row, list[Plan]]]:
-    """Trains every row on every seed, and compares them. What an earlier call has finished is not trained again.
+    """Trains every row on every seed, and compares them. Does not train again what an earlier call has finished.
 
     Args:
-        name: of the task.
+        name: the name of the task.
         table: the rows; the first is the baseline of the ratios.
         options: seeds, learning rates, steps of the sweep, settings.
-        store: of the runs.
-        report: how lines are compared; default: as the task's goal says.
+        store: where the runs are kept.
+        report: how lines are compared; default: that of the task's goal.
 
     Returns:
-        The lines of its table, and the plans of each row, in the order of the seeds.
+        The lines of the table, and the plans of each row, in the order of the seeds.
 
     Raises:
-        UsageError: a method or a setting that the task does not take.
-        MissingData: the task's data is not at hand.
+        UsageError: the task does not take a method or a setting.
+        MissingData: the task's data is not there.
     """
     task, console = TASKS[name], store.console
     sweep = [Row(f"vanilla:{k}") for k in options.sweep] if BEST_OF_SWEEP in table else []
     rows = [*(row for row in table if row not in (*TWINS, BEST_OF_SWEEP)), *sweep]
-    lasts = {row.method: row for row in rows}  # ours stands below the paper's
+    lasts = {row.method: row for row in rows}  # of two rows with one method the second, which is ours
     twins = {row: lasts[beside] for row, (_, beside) in TWINS.items() if row in table and beside in lasts}
     rates = options.rates
     if rates and task.settings.optimizer == "sgd":
@@ -143,7 +144,7 @@ def compare(
         return Row(f"{TWINS[row][0]}:{steps or 1}")  # a model that cannot be solved has no steps
 
     def choose(among: Sequence[Row]) -> list[float]:
-        """The learning rate of each row that does best on a seed of its own."""
+        """Returns the best learning rate of each row, on the seed of the trials."""
         tried = {(row, rate): plan(row, rate, TRIAL_SEED) for row in among for rate in rates}
         store.finish(list(tried.values()))
         return [min(rates, key=lambda rate: rank(store.result(tried[row, rate]))) for row in among]
@@ -175,13 +176,22 @@ def lines_of(
     sweep: Iterable[Row] = (),
     drive: Mapping[str, float] | None = None,
 ) -> list[Line]:
-    """Returns the lines of a table, from the results of each row and of the rows of the sweep, and the drive, if measured."""
+    """Returns the lines of a table.
+
+    Args:
+        table: the rows.
+        found: the results of each row, those of the sweep included, one for each seed.
+        report: how lines are compared.
+        sweep: the rows of the sweep.
+        drive: how many times longer torchdyn's own NeuralODE takes than a span, by figure; None where it was not measured.
+    """
     frames = {row: frame_of(results) for row, results in found.items()}
     base, labels = frames[table[0]], {}
     good = [row for row in sweep if report.as_good(frames[row], base)]
     if good:
         best = frames[BEST_OF_SWEEP] = min((frames[row] for row in good), key=lambda frame: frame["nfe"].iloc[0])
-        labels[BEST_OF_SWEEP] = f"{BEST_OF_SWEEP.method} ({best['steps'].iloc[0]} steps)"
+        steps = best["steps"].iloc[0]
+        labels[BEST_OF_SWEEP] = f"{BEST_OF_SWEEP.method} ({steps} step{'s' * (steps > 1)})"
     lines = []
     for row in table:
         if row in frames:
@@ -194,7 +204,7 @@ def lines_of(
 
 
 def rank(result: Mapping[str, Any]) -> tuple[float, ...]:
-    """Returns what a learning rate is chosen by, smaller is better: failure, accuracy, time to the target, loss."""
+    """Returns the key by which a learning rate is chosen: failure, accuracy, time to the target, loss. Smaller is better."""
     reached = float("inf") if result["to_target"] is None else result["to_target"]
     accuracy = min(result["accuracy"], result["reference_accuracy"])
     return bool(result["failure"]), -round(accuracy, 3), reached, result["train_loss"]

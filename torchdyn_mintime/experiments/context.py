@@ -1,4 +1,4 @@
-"""What a training is given and what it shows of itself: to who decides the depth, and to the terms of the loss."""
+"""The settings and the history of a training, and what it shows to the terms of its loss and to its driver."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -18,18 +18,19 @@ class Settings:
     Attributes:
         iterations: optimizer steps.
         lr: learning rate of the network.
-        span_lr: learning rate of the times; None is the method's, else ``lr``: one group as in the paper's code.
-        weight: the price of time, eq. (13).
-        start: where a learned t_f begins; None is the end of the template.
-        target: the training loss that growth, search and TargetLoss are to reach; None lets the search find its own.
-        solver_tol: the solver error that a search allows, of the displacement.
-        decay: of every learning rate: the factor at each iteration, or with a cosine its end over its start.
+        span_lr: learning rate of the times. None: that of the method, or else ``lr``, as in the paper's code.
+        weight: the price of time, eq. (13), in loss per unit of time.
+        start: the first value of a learned t_f; None: the end of the template.
+        target: the training loss that growth, search and TargetLoss are to reach. None: a search finds its own.
+        solver_tol: the solver error that a search allows, over the displacement.
+        decay: of every learning rate. With the exponential schedule the factor at each iteration, with the cosine the last rate
+            over the first.
         schedule: "exponential", "cosine", or "steps": the paper's three decays by ten after 60, 100 and 140 of 160 epochs.
-        batch: samples per iteration; None is all of them.
-        optimizer: "adam", "adamw" with a weight decay of 1e-5, or "sgd" with momentum .9.
-        subset: how many training images; None is all.
-        width: channels of the convolutional network.
-        test: samples that a flow is judged on.
+        batch: samples per iteration; None: all of them.
+        optimizer: "adam", "adamw" with a weight decay of 1e-5, or "sgd" with momentum 0.9.
+        subset: the number of training images; None: all.
+        width: the number of channels of the convolutional network.
+        test: the number of samples that a flow is judged on.
         seed: of the data, the initialisation and the batches.
     """
 
@@ -50,11 +51,11 @@ class Settings:
     seed: int = 0
 
     def but(self, **changes: Any) -> "Settings":
-        """Returns the same with those changes that are not None."""
+        """Returns these settings with the changes that are not None."""
         return replace(self, **{key: value for key, value in changes.items() if value is not None})
 
     def rate_factor(self, iteration: int) -> float:
-        """Returns the learning rate after so many iterations over the first one."""
+        """Returns the learning rate after ``iteration`` iterations, divided by the first one."""
         if self.schedule == "cosine":
             return self.decay + (1 - self.decay) * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
         if self.schedule == "steps":
@@ -64,17 +65,17 @@ class Settings:
 
 @dataclass
 class History:
-    """One entry per iteration.
+    """What was recorded in training. The lists have one entry per iteration.
 
     Attributes:
-        seconds: since the start, of this model's own iterations.
+        seconds: time that this model's own iterations have taken since the start.
         loss: the terminal loss of the batch, without other terms.
         accuracy: of the batch, before the step; empty where there are no labels.
         t_f: after the step.
-        nfe: evaluations of the field in the step.
-        first_stage: iterations of the first of two stages, of a search those until its first true model; None where there
+        nfe: evaluations of the field in the iteration.
+        first_stage: the number of iterations of the first of two stages; of a search, until its first true model. None if there
             is one stage, or no such model.
-        searched: whether it is a search's: its target is met by a true model alone.
+        searched: whether this is a search, where only a true model meets the target.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -87,11 +88,11 @@ class History:
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of all iterations."""
+        """The seconds of all iterations."""
         return self.seconds[-1] if self.seconds else 0.0
 
     def figures(self, target: float | None) -> dict[str, Any]:
-        """Returns the seconds of the first of two stages and until the target, and where those of inference will stand."""
+        """Returns the seconds of the first of two stages, those until the target, and an empty place for those of inference."""
         first = None if self.first_stage is None else ([0.0, *self.seconds][: self.first_stage + 1])[-1]
         met = first if self.searched else self.to_target(target)
         return {"inference": None, "pretraining": first, "to_target": met}
@@ -102,19 +103,19 @@ class History:
             return None
         for before, own_loss, own_accuracy in zip([0.0, *self.seconds], self.loss, self.accuracy, strict=False):
             if own_loss <= loss and own_accuracy >= accuracy:
-                return before  # they are those of the parameters before this iteration's update
+                return before  # loss and accuracy are those of the parameters before this iteration's update
         return None
 
 
 @dataclass
 class Step:
-    """What a term of the loss sees of an iteration.
+    """What a term of the loss gets of an iteration.
 
     Attributes:
         z0: initial states ``[batch, ...]``.
         y: labels ``[batch]``.
-        t_eval, sol: the solve, ``[points]`` and ``[points, batch, ...]``; its first point alone where the method trains
-            without one.
+        t_eval, sol: the solve, ``[points]`` and ``[points, batch, ...]``. They have only the first point if the method trains
+            without a solve.
         iteration: counted from 0.
     """
 
@@ -126,13 +127,13 @@ class Step:
 
 
 class Context(Protocol):
-    """A training, as who decides the depth and the judge see it.
+    """What a driver, which decides the depth, sees of a training.
 
     Attributes:
         model: the network with its NeuralODE, or its span.
         optimizer: that of the network, whose learning rates follow the settings.
-        settings, batches: how and on what it is trained.
-        history: what happened so far.
+        settings, batches: how and on what the model is trained.
+        history: what was recorded so far.
     """
 
     model: models.Model
@@ -142,10 +143,10 @@ class Context(Protocol):
     history: History
 
     def loss_of_batch(self) -> Tensor:
-        """Returns the terminal loss of the present batch once more."""
+        """Computes the terminal loss of the present batch again, and returns it."""
 
     def loss_again(self) -> Tensor:
-        """Returns the terminal loss with the model as it is now, on more than a batch."""
+        """Returns the terminal loss of the model as it is now, on a fixed set of training samples."""
 
     def renew_optimizer(self) -> None:
-        """Begins with a fresh optimizer, at the first learning rate."""
+        """Makes a new optimizer, at the first learning rate."""

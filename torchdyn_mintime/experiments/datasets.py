@@ -41,7 +41,8 @@ __all__ = [
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PAD, HUE, SATURATION = 4, 0.05, 0.05
-"""Of the augmentation of images, as in the paper's code: pixels, and shares of the whole circle and of the saturation."""
+"""Augmentation of images, as in the paper's code: the largest shift in pixels, and the largest changes of hue (1 is the whole
+circle) and of saturation (a share of it)."""
 CIFAR_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -52,12 +53,12 @@ class Data:
 
     Attributes:
         x, y: training points ``[n, ...]`` and labels ``[n]`` (int64).
-        x_test, y_test: those of the test.
-        pad: how far training images are shifted at random (random crop with so much black padding); 0 is not at all.
+        x_test, y_test: test points and labels.
+        pad: largest random shift of training images, in pixels (random crop with so much black padding); 0: no shift.
         colours: whether training images are mirrored and their colours varied at random.
         scale: mean and deviation of each channel, ``[1, channels, 1, 1]``, by which images were normalised.
-        files: what is said of files that are not the original ones; an empty text if they are.
-        draw: (n, generator) -> fresh training points ``[n, ...]``, in the place of ``x``; there are no labels then.
+        files: a note on files that are not the original ones; empty if they are.
+        draw: (n, generator) -> new training points ``[n, ...]``, in place of ``x``. There are no labels then.
     """
 
     x: Tensor
@@ -71,35 +72,38 @@ class Data:
     draw: Callable[[int, torch.Generator], Tensor] | None = None
 
     def to(self, device: torch.device) -> "Data":
-        """Returns the same data on a device."""
+        """Returns the data on a device."""
         tensors = {name: getattr(self, name).to(device) for name in ("x", "y", "x_test", "y_test")}
         mean, deviation = self.scale
         return replace(self, **tensors, scale=(mean.to(device), deviation.to(device)))
 
     def plain(self) -> "Data":
-        """Returns the same data whose training images are not varied."""
+        """Returns the data without the random changes of training images."""
         return replace(self, pad=0, colours=False)
 
 
 def fresh(draw: Callable[[int, torch.Generator], Tensor], x_test: Tensor) -> Data:
-    """Returns data of which every batch is drawn anew."""
+    """Returns data without labels, of which ``draw`` makes every batch anew."""
     none = torch.empty(0)
     return Data(none, none, x_test, none, draw=draw)
 
 
 class Batches:
-    """The batches of one training; the same seed gives the same ones.
+    """The batches of one training. The same seed gives the same batches.
 
     Args:
-        data: where they come from.
-        size: samples of a batch; None is all.
+        data: the data set.
+        size: samples of a batch; None: all.
         seed: of their order.
+
+    Attributes:
+        per_pass: batches of one pass through the data.
     """
 
     def __init__(self, data: Data, size: int | None, seed: int):
         self.data, self.size = data, size
         self.per_pass = max(1, len(data.x) // size) if size else 1
-        # Fresh points need a stream of their own, apart from all that is drawn from the seed itself.
+        # New points need random numbers of their own, apart from all that is drawn from the seed itself.
         self.generator = torch.Generator().manual_seed(seed + (data.draw is not None))
         self.order = torch.empty(0, dtype=torch.long)
 
@@ -116,11 +120,11 @@ class Batches:
         return varied(data.x[index], data, self.generator), data.y[index]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where in its order it is."""
+        """Returns the position in the order of batches."""
         return {"generator": self.generator.get_state(), "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores that position."""
         self.generator.set_state(state["generator"].cpu())
         self.order = state["order"].cpu()
 
@@ -128,7 +132,7 @@ class Batches:
 def varied(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
     """Returns normalised images ``[n, channels, height, width]``, each varied at random as ``data`` says.
 
-    What is done is done to the images as they were before they were normalised, so that black comes in at the border.
+    The images are varied as they were before normalisation, so that the padding is black.
     """
     if not data.pad and not data.colours:
         return x
@@ -140,7 +144,7 @@ def varied(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
 
 
 def cropped(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Returns images ``[n, channels, height, width]``, each shifted by up to ``pad`` pixels at random, zeros coming in."""
+    """Returns images ``[n, channels, height, width]``, each shifted at random by up to ``pad`` pixels and filled with zeros."""
     if pad == 0:
         return x
     height, width = x.shape[-2:]
@@ -153,19 +157,19 @@ def cropped(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 
 
 def _coloured(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Colour images in [0, 1], half of them mirrored, hue and saturation changed by 5 % at most: the paper's code does so."""
+    """Returns colour images in [0, 1], half of them mirrored, with random hue and saturation, as in the paper's code."""
     from torchvision.transforms.v2.functional import adjust_hue, adjust_saturation  # type: ignore[import-untyped]
 
     mirrored, hue, saturation = torch.rand((3, len(x)), generator=generator)
     x = torch.where((mirrored < 0.5).to(x.device)[:, None, None, None], x.flip(-1), x)
-    x = x.clamp(0, 1)  # what was normalised and is put back has rounding errors
+    x = x.clamp(0, 1)  # normalising and undoing it has rounding errors
     changes = zip(x, (HUE * (2 * hue - 1)).tolist(), (1 + SATURATION * (2 * saturation - 1)).tolist(), strict=True)
     return torch.stack([adjust_hue(adjust_saturation(image, s), h) for image, h, s in changes])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global states of numpy and torch, which torchdyn's generators draw from; both are put back afterwards."""
+    """Seeds the global random states of numpy and torch, which torchdyn's data sets use, and restores both afterwards."""
     with isolate_rng(include_cuda=False):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
@@ -196,14 +200,14 @@ def moons(seed: int = 0, n: int = 512, noise: float = 0.1) -> Data:
 def annuli(seed: int = 0, n: int = 512, noise: float = 1e-2) -> Data:
     """Returns concentric annuli, eq. (42): radius 1 is class 0 and radius .5 class 1, ``[n, 3]``.
 
-    The third dimension is zero. In the plane no flow can part them (paths of an ODE do not cross); the zero is the
-    augmentation that allows it.
+    The third dimension is zero. In the plane no ODE can separate the classes, since its paths do not cross. The added
+    dimension makes it possible.
     """
     return augmented(_drawn_twice("spheres", n, seed, dim=2, noise=noise, inner_radius=0.5, outer_radius=1.0))
 
 
 def augmented(data: Data) -> Data:
-    """Adds one zero to each state: a dimension through which paths can pass each other."""
+    """Returns the data with a zero added to each state: a dimension in which paths can pass each other."""
     return replace(data, x=functional.pad(data.x, (0, 1)), x_test=functional.pad(data.x_test, (0, 1)))
 
 
@@ -230,8 +234,8 @@ class Source:
     """Where image data comes from.
 
     Attributes:
-        folder: of the user's; what torchvision downloads lies below it, too.
-        download: whether torchvision may fetch what is missing.
+        folder: the user's folder of image data, into which torchvision also downloads.
+        download: whether torchvision may download what is missing.
     """
 
     folder: Path = Path("data")
@@ -239,28 +243,29 @@ class Source:
 
 
 def mnist(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
-    """MNIST, ``[n, 1, 28, 28]``. For arguments see ``cifar10``."""
+    """Returns MNIST, ``[n, 1, 28, 28]``. For the arguments and errors see :func:`cifar10`."""
     return _prepared(_idx("MNIST", source or Source(), []), seed, subset)
 
 
 def fashion_mnist(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
-    """Fashion-MNIST, ``[n, 1, 28, 28]``; Debian's package is found by itself. For arguments see ``cifar10``."""
+    """Returns Fashion-MNIST, ``[n, 1, 28, 28]``. Finds the files of Debian's package. For the arguments see :func:`cifar10`."""
     return _prepared(_idx("FashionMNIST", source or Source(), [DEBIAN]), seed, subset)
 
 
 def cifar10(seed: int, subset: int | None = None, source: Source | None = None) -> Data:
-    """CIFAR-10, ``[n, 3, 32, 32]``, normalised by the mean and deviation of the training images of each channel.
+    """Returns CIFAR-10, ``[n, 3, 32, 32]``. Each channel is normalised by the mean and deviation of the training images.
 
-    Batches in CIFAR's own layout whose checksums are not the originals', such as images stored anew, are read too, and
-    named so.
+    Reads batches in CIFAR's own layout even if their checksums are not the original ones, such as images that were
+    compressed again. ``files`` of the result then says so.
 
     Args:
         seed: of the choice of a subset.
-        subset: how many training images; a fifth as many are taken for the test. None is all.
+        subset: the number of training images, with a fifth as many test images. None: all.
         source: where the files are.
 
     Raises:
-        MissingData: they are nowhere.
+        MissingData: the files were not found.
+        UsageError: a file is damaged.
     """
     source = source or Source()
     try:
@@ -276,7 +281,7 @@ def cifar10(seed: int, subset: int | None = None, source: Source | None = None) 
 
 
 def _read_cifar(path: Path) -> tuple[Tensor, Tensor]:
-    """One batch of CIFAR's python version: a pickled dictionary of pixels ``[n, 3072]`` and labels."""
+    """Reads one batch of CIFAR's python version: a pickled dictionary of pixels ``[n, 3072]`` and labels."""
     try:
         with path.open("rb") as file:
             batch = _Arrays(file, encoding="bytes").load()
@@ -285,12 +290,12 @@ def _read_cifar(path: Path) -> tuple[Tensor, Tensor]:
         if x.dtype != np.uint8 or x.shape != (len(y), 3072):
             raise ValueError(f"pixels of the type {x.dtype} and the shape {x.shape} for {len(y)} labels")
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ValueError, TypeError) as error:
-        raise UsageError(f"{path.name} is no batch of CIFAR-10 images ({error}); fetch it again") from error
+        raise UsageError(f"{path.name} is no batch of CIFAR-10 images ({error}); download it again") from error
     return torch.from_numpy(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()), torch.from_numpy(y).long()
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads plain values and arrays alone: a pickle could else run any code, and these files have no known checksum."""
+    """Reads only plain values and arrays. Other pickles could run any code, and these files have no known checksum."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")} or (
@@ -301,9 +306,9 @@ class _Arrays(pickle.Unpickler):
 
 
 def _idx(name: str, source: Source, folders: Sequence[Path]) -> list[Tensor]:
-    """The training images and labels and those of the test, from the first folder that has all four files.
+    """Returns training images and labels, test images and labels, from the first folder that has all four files.
 
-    The files of MNIST and of Fashion-MNIST have the same names, so that folders which name the data set come first.
+    The files of MNIST and of Fashion-MNIST have the same names, so folders with the name of the data set come first.
     """
     for folder in (source.folder / name / "raw", *folders, source.folder):
         files = [_existing(folder / file) for file in IDX]
@@ -317,25 +322,27 @@ def _existing(path: Path) -> Path | None:
 
 
 def _read_idx(path: Path) -> Tensor:
-    """The IDX format: two zero bytes, the type (8: bytes), how many dimensions, each as 4 bytes, then the entries."""
+    """Reads an IDX file: two zero bytes, the type (8: bytes), the number of dimensions, their sizes of 4 bytes, the entries."""
     raw = path.read_bytes()
     if path.suffix == ".gz":
         try:
             raw = gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
-            raise UsageError(f"{path.name} cannot be unpacked: {error}; fetch it again") from error
+            raise UsageError(f"{path.name} cannot be unpacked: {error}; download it again") from error
     if raw[:3] != b"\0\0\x08":
         raise UsageError(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
     dimensions, begin = raw[3] if len(raw) > 3 else 0, 4
     begin += 4 * dimensions
-    # Labels have one dimension, images three; a file that says otherwise has been swapped with another.
+    # Labels have one dimension and images three. A file that has others was swapped with another file.
     expected = 1 if "labels" in path.name else 3
     if dimensions != expected or len(raw) < begin:
-        raise UsageError(f"{path.name} has {dimensions} dimensions in {len(raw)} bytes, not {expected}; fetch it again")
+        raise UsageError(
+            f"{path.name} is damaged: its {len(raw)} bytes name {dimensions} dimensions, not {expected}; download it again"
+        )
     shape = np.frombuffer(raw, ">u4", dimensions, 4).tolist()
     if len(raw) - begin != math.prod(shape):
         raise UsageError(
-            f"{path.name} has {len(raw) - begin} entries, not the {math.prod(shape)} of {shape}; fetch it again"
+            f"{path.name} is damaged: {len(raw) - begin} entries, not the {math.prod(shape)} of {shape}; download it again"
         )
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy())
 
@@ -349,8 +356,8 @@ def _torchvision(name: str, source: Source) -> list[Tensor]:
     except RuntimeError as error:
         package = ", or install Debian's package dataset-fashion-mnist" if name == "FashionMNIST" else ""
         raise MissingData(
-            f"data missing: {name}; give --data with a folder that holds it as torchvision lays it out, or --download "
-            f"where there is a network{package}"
+            f"data missing: {name}; give --data with the folder that has it in torchvision's layout, or --download if there is "
+            f"a network{package}"
         ) from error
     return [torch.as_tensor(values) for part in parts for values in (part.data, part.targets)]
 
@@ -363,7 +370,7 @@ def _prepared(parts: Sequence[Tensor], seed: int, subset: int | None, colours: b
             torch.randperm(len(a), generator=chosen)[:n] for a, n in ((x, subset), (x_test, max(1, subset // 5)))
         )
         x, y, x_test, y_test = x[first], y[first], x_test[second], y_test[second]
-    # One channel where there is no dimension of channels; CIFAR-10 has it last.
+    # MNIST has no dimension of channels, and CIFAR-10 has it last.
     channels = (a[:, None] if a.ndim == 3 else a.movedim(3, 1) for a in (x, x_test))
     x, x_test = (a.float() / 255 for a in channels)
     mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
@@ -375,7 +382,7 @@ def _prepared(parts: Sequence[Tensor], seed: int, subset: int | None, colours: b
 
 
 def density_moons(n: int, generator: torch.Generator | None = None) -> Tensor:
-    """Returns fresh points of two moons with noise 0.06, ``[n, 2]``.
+    """Returns new points of two moons with noise 0.06, ``[n, 2]``.
 
     Example:
         >>> density_moons(5).shape
@@ -389,7 +396,7 @@ def density_moons(n: int, generator: torch.Generator | None = None) -> Tensor:
 
 
 def density_circles(n: int, generator: torch.Generator | None = None) -> Tensor:
-    """Returns fresh points of two circles of radius 1 and 0.5 with noise 0.06, ``[n, 2]``: the Neural ODEs example's.
+    """Returns new points of two circles of radius 1 and 0.5 with noise 0.06, ``[n, 2]``, as in the Neural ODEs example.
 
     Example:
         >>> density_circles(5).shape
@@ -402,7 +409,7 @@ def density_circles(n: int, generator: torch.Generator | None = None) -> Tensor:
 
 
 def spiral(seed: int, test: int) -> Data:
-    """Returns the Gaussian spiral of torchdyn's tutorial, ``[16384, 2]``, of unit size; the last ``test`` are kept aside."""
+    """Returns the Gaussian spiral of torchdyn's tutorial, 16,384 points of deviation 1; the last ``test`` ones are the test."""
     from torchdyn.datasets import ToyDataset
 
     with seeded(seed):
@@ -410,5 +417,5 @@ def spiral(seed: int, test: int) -> Data:
         x, _ = ToyDataset().generate(1 << 14, "gaussians_spiral", n_gaussians=7, n_gaussians_per_loop=4, **spread)
         x = x[torch.randperm(len(x))].float()
     x = (x - x.mean(0)) / x.std(0)
-    # As in the tutorial: with repetitions, from torch's own generator, which Hutchinson's noise comes from too.
+    # As in the tutorial: with repetitions, from torch's global generator, which also gives Hutchinson's noise.
     return fresh(lambda n, generator: x[torch.randint(len(x) - test, (n,))], x[-test:])

@@ -1,4 +1,4 @@
-"""The command ``demo``: what the package gives that fewer steps do not, on two small tasks, in two minutes."""
+"""The command ``demo``: shows on two small tasks, in two minutes, what the package gives and fewer steps alone do not."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,7 +26,7 @@ DEMO: dict[str, dict[str, Any]] = {
     "moons": dict(iterations=100, span_lr=0.02),
     "digits": dict(iterations=100, span_lr=0.02),
 }
-"""The tasks, with fewer iterations than the paper's for all models alike, and a time that moves faster: a demo is short."""
+"""The tasks and their settings. All models have fewer iterations than in the paper, and t_f moves faster: a demo is short."""
 
 VANILLA, MINIMUM_TIME, SEARCH = Row("vanilla"), Row("minimum-time"), Row("shallowest", label="the search")
 ROWS = (VANILLA, MINIMUM_TIME, TWIN, SEARCH, SEARCH_TWIN)
@@ -45,28 +45,32 @@ REPORT = replace(
         "of inference": factors("inference"),
     },
     gains={"training": "training", "inference": "inference"},
-    caption="Loss: cross entropy of the test data, by the model's own steps. Exact loss: with its ODE solved to 1e-7. Changed: "
-    "predictions that differ then. Drive: torchdyn's NeuralODE over the same through a span, at equal steps. Depth: what "
-    "fewer evaluations give beside it. Times of one thread, in turn.",
+    caption="Loss: cross entropy of the test data, by the model's own steps. Exact loss: with its ODE solved at a tolerance of "
+    "1e-7. Changed: predictions that differ between the two. Drive x depth: how many times less than torchdyn's NeuralODE at "
+    "vanilla's steps; the drive is what a span saves at equal steps, the depth what fewer evaluations save. Times are those of "
+    "one thread; all models took turns.",
 )
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50, 100)
-"""Steps of rk4 at which the loss of each trained model is drawn."""
+"""Numbers of steps of rk4 at which the loss of each trained model is drawn."""
 
 PATH_STEPS = 200
-"""Of rk4 for the path of a model's ODE."""
+"""Steps of rk4 with which the path of a model's ODE is drawn."""
 
 
 def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Trains vanilla, minimum-time, the search, and vanilla with as few steps as each of them on every task of ``DEMO``.
+    """Trains five models on each task of :data:`DEMO`, prints a table for each, and writes tables and pictures.
 
-    Prints a table for each, and writes tables and pictures into ``folder``.
+    The models are vanilla, minimum-time, the search, and vanilla with as few steps as each of the last two.
 
     Args:
-        folder: for pictures, CSV, JSON and Markdown.
-        store: of the runs.
+        folder: where pictures, CSV, JSON and Markdown go.
+        store: where the runs are kept.
         iterations: optimizer steps of every model, instead of the demo's own.
         seed: of data, initialisation and batches.
+
+    Returns:
+        The figures of all models, a row for each.
     """
     texts, results, console = ["# Fewer evaluations, and still an ODE"], [], store.console
     for name, own in DEMO.items():
@@ -90,21 +94,24 @@ def demo(folder: Path, store: Store, iterations: int | None = None, seed: int = 
 
 
 def _in_words(lines: Mapping[Row, Line]) -> str:
-    """Says what the rows show of fewer steps."""
+    """Returns what the rows show, in sentences."""
     ours, twin, search, few = (lines[row].results.iloc[0] for row in (MINIMUM_TIME, TWIN, SEARCH, SEARCH_TWIN))
     said = [
-        f"Minimum-time went to {ours.nfe} evaluations in {ours.training:.1f} s of training, test loss {ours.loss:.3g}. "
-        f"Vanilla, told to take as many: {twin.training:.1f} s, {twin.loss:.3g}."
+        f"Minimum-time ended with {ours.nfe} evaluations after {ours.training:.1f} s of training, at a test loss of "
+        f"{ours.loss:.3g}. Vanilla, told to take as many, needed {twin.training:.1f} s, for {twin.loss:.3g}."
     ]
     if search.failure:
         return f"{said[0]} The search found nothing in {search.iterations} iterations: {search.failure}."
     for who, model in (
-        (f"The search went to {search.nfe} in {search.iterations} iterations, most of them at few evaluations", search),
+        (
+            f"The search ended with {search.nfe} after {search.iterations} iterations, most of them at few evaluations",
+            search,
+        ),
         (f"Vanilla, told to take {few.nfe}", few),
     ):
         said.append(
-            f"{who}: test loss {model.loss:.3g}, and {model.reference_loss:.3g} with the ODE solved exactly, where "
-            f"{100 * model.changed:.1f} % of the predictions change."
+            f"{who}: test loss {model.loss:.3g}, and {model.reference_loss:.3g} with the ODE solved exactly, which changes "
+            f"{100 * model.changed:.1f} % of the predictions."
         )
     return " ".join(said)
 
@@ -113,7 +120,7 @@ def _in_words(lines: Mapping[Row, Line]) -> str:
 
 
 def _draw(plans: Mapping[Row, Plan], store: Store, path: Path) -> Path:
-    """Draws the trained models of one task: their ODEs' paths, their losses by evaluations and by time, and the search."""
+    """Draws the models of one task: paths of their ODEs, losses against evaluations and training time, and the search."""
     figure, axes = plots.grid_of_axes(2, 4)
     names = {
         VANILLA: "vanilla",
@@ -136,8 +143,10 @@ def _draw(plans: Mapping[Row, Plan], store: Store, path: Path) -> Path:
     for label, one in shown.items():
         found = dict([own[label], *_losses_by_steps(one)])
         curves[label] = sorted(found), [found[nfe] for nfe in sorted(found)]
-    title = "solved by more steps or fewer; dots: its own"
-    plots.curves(axes[4], curves, x="evaluations of the field", y="test loss", title=title, log=True, marks=own)
+    title = "test loss at other numbers of steps; dots: its own"
+    plots.curves(
+        axes[4], curves, x="evaluations of the field", y="test loss", title=title, log=True, marks=own, legend=False
+    )
     axes[4].set_xscale("log")
     changed = {name: 100 * one.result["changed"] for name, one in shown.items()}
     plots.bars(axes[5], changed, x="%", title="predictions that change if solved exactly")
@@ -145,8 +154,11 @@ def _draw(plans: Mapping[Row, Plan], store: Store, path: Path) -> Path:
         plots.search(axes[6], verdict)
     histories = {labels[row]: store.history(plan) for row, plan in plans.items()}
     seconds = {name: (history.seconds, history.loss) for name, history in histories.items()}
-    plots.curves(axes[7], seconds, x="training time, s", y="training loss", title="training", log=True)
+    plots.curves(axes[7], seconds, x="training time, s", y="training loss", title="training", log=True, legend=False)
     axes[7].set_xscale("log")
+    # One legend for both panels of curves, below them: inside, some curve or line of the grid would run through it.
+    handles, names_shown = axes[7].get_legend_handles_labels()
+    figure.legend(handles, names_shown, loc="outside lower center", ncols=len(names_shown))
     return plots.save(figure, path)
 
 
@@ -159,7 +171,7 @@ def _steppable(shown: figures.Finished) -> tuple[models.Model, LearnableSpan]:
 
 @torch.no_grad()
 def _exact_path(shown: figures.Finished) -> Tensor:
-    """Returns the ODE's own path from the same states, ``[points, batch, ...]``: by so many steps that no eye sees an error."""
+    """Returns the path of the ODE itself from the same states, ``[points, batch, ...]``, by :data:`PATH_STEPS` steps."""
     model, span = _steppable(shown)
     set_steps(span, PATH_STEPS, "rk4")
     return model.trajectory(shown.x)[1]
@@ -167,7 +179,7 @@ def _exact_path(shown: figures.Finished) -> Tensor:
 
 @torch.no_grad()
 def _losses_by_steps(shown: figures.Finished) -> Iterator[tuple[int, float]]:
-    """Yields evaluations, and the loss of the same model solved by so many: nothing is trained for them."""
+    """Yields pairs (evaluations, loss) of the same trained model, solved with each number of steps in :data:`STEPS`."""
     model, span = _steppable(shown)
     for steps in STEPS:
         set_steps(span, steps, "rk4")
@@ -179,7 +191,7 @@ def _losses_by_steps(shown: figures.Finished) -> Iterator[tuple[int, float]]:
 
 
 def _same_limits(axes: Sequence[Any], states: Sequence[Tensor]) -> None:
-    """Shows the same part of the plane everywhere: that of the models' own states, and a little more."""
+    """Gives all axes the same limits, which hold the given states with a margin."""
     every = torch.cat([state[:, :2] for state in states])
     low, high = every.amin(0), every.amax(0)
     (x, y), half = ((low + high) / 2).tolist(), 0.55 * (high - low).max().item()

@@ -1,7 +1,7 @@
-"""The paper's figures, from models trained here, and what any trained model looks like.
+"""Draws the paper's figures, from models trained here, and pictures of any trained model.
 
-Each number of ``FIGURES`` and ``FLOW_FIGURES`` is a figure of the paper; figure 2 is a drawing, in the docs. A trained
-classifier is shown by its training and its loss along the flow, a trained flow by its samples and density over time.
+Each number of ``FIGURES`` and ``FLOW_FIGURES`` is a figure of the paper. Figure 2 is a drawing, in the docs. The picture of a
+trained classifier shows its training and its loss along the flow, that of a trained flow its samples and density over time.
 """
 
 import math
@@ -40,13 +40,13 @@ __all__ = [
 ]
 
 FLOW_FIGURES = {"6": "flow-moons", "12": "flow-circles"}
-"""The tasks of these figures: they are drawn with a table of their own beside them, by ``tables.make_own``."""
+"""The tasks of the figures on flows. ``tables.make_own`` draws these figures, and makes a table beside each."""
 
 MOST = 500
-"""Samples of the test data shown of a classifier."""
+"""The number of test samples that the picture of a classifier uses."""
 
 EULER_STEPS, MIDPOINT_STEPS, RK4_STEPS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16)
-"""Steps of the fixed solvers beside a search, of 1 to 64 evaluations."""
+"""Numbers of steps of the stock solvers that are drawn beside a search: 1 to 64 evaluations."""
 
 
 # ---------------------------------------------------------------------------------------------------- trained models
@@ -57,9 +57,10 @@ class Finished:
     """A trained classifier to be drawn.
 
     Attributes:
-        model, result: itself and its figures.
-        x, y: samples and labels of the test.
-        t_eval, sol, losses: on their way: ``[points]``, ``[points, batch, ...]`` and ``[points, batch]``.
+        model, result: the model and its figures.
+        x, y: test samples and labels.
+        t_eval, sol, losses: times, states and losses along the paths of the samples: ``[points]``,
+            ``[points, batch, ...]`` and ``[points, batch]``.
     """
 
     model: models.Model
@@ -72,13 +73,13 @@ class Finished:
 
     @property
     def profile(self) -> tuple[list[float], list[float]]:
-        """Times, and the mean loss at them."""
+        """The times, and the mean loss at each."""
         return self.t_eval.tolist(), self.losses.mean(1).tolist()
 
 
 @torch.no_grad()
 def finished(plan: Plan, store: Store, most: int | None = None) -> Finished:
-    """Returns what can be drawn of a finished plan, for the first ``most`` samples of its test."""
+    """Returns what can be drawn of a finished plan, for the first ``most`` test samples."""
     data, model = store.data(plan), store.model(plan).eval()
     x, y = data.x_test[:most], data.y_test[:most]
     t_eval, sol = model.trajectory(x)
@@ -88,7 +89,7 @@ def finished(plan: Plan, store: Store, most: int | None = None) -> Finished:
 
 @torch.no_grad()
 def certificate_of(plan: Plan, store: Store) -> Certificate | None:
-    """Returns the rate that held on the first :data:`MOST` test samples of a finished plan; None of methods without a rate."""
+    """Returns the certificate of a finished plan on its first :data:`MOST` test samples; None if its method has no rate."""
     rate = TASKS[plan.task].method(plan.method).rate
     if rate is None or math.isnan(store.result(plan)["accuracy"]):
         return None
@@ -101,7 +102,7 @@ def _regularizer(model: models.Model, rate: float) -> lyapunov.LyapunovRegulariz
 
 
 def verdict_of(plan: Plan, store: Store) -> Verdict | None:
-    """Returns what a finished search found; None where the plan is no search."""
+    """Returns the verdict of a finished search; None if the plan is no search."""
     record = store.search(plan).get("verdict")
     if record is None:
         return None
@@ -110,7 +111,7 @@ def verdict_of(plan: Plan, store: Store) -> Verdict | None:
 
 
 def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
-    """Draws a finished run: its training, and the loss along the flow. Of Lyapunov methods it shows the rate that held, too."""
+    """Draws a finished run: its training, the loss along the flow and, for Lyapunov methods, the rate that held."""
     if math.isnan(store.result(plan)["accuracy"]):
         return
     shown, rate = finished(plan, store, MOST), TASKS[plan.task].method(plan.method).rate
@@ -131,27 +132,28 @@ def draw_classifier(plan: Plan, store: Store, folder: Path) -> None:
         violation = _regularizer(model, rate).violation(shown.t_eval, shown.sol, shown.y)
         plots.violation(axes[3], shown.t_eval, violation)
     path = folder / f"run-{plan.task}-{plan.method}-seed{plan.settings.seed}.png".replace(":", "-")
-    store.console.print(f"What it looks like: {plots.save(figure, path)}", highlight=False)
+    store.console.print(f"Picture: {plots.save(figure, path)}", highlight=False)
 
 
 def draw_flows_of(plans: Sequence[Plan], store: Store, stem: Path) -> None:
-    """Draws the flows of one task's finished plans that did not fail; nothing where the task is no density's."""
+    """Draws the flows of one task's finished plans that did not fail. Draws nothing if the task is no flow's."""
     good = [plan for plan in plans if TASKS[plan.task].goal is measure.DENSITY and not store.result(plan)["failure"]]
     if good and (draw := store.data(good[0]).draw):
         flows = {store.result(plan)["method"]: models.flow_of(store.model(plan)) for plan in good}
         data = draw(1500, torch.Generator().manual_seed(0))
         paths = plots.flows(flows, data, stem)
-        store.console.print(f"What it looks like: {', '.join(map(str, paths))}", highlight=False)
+        store.console.print(f"Pictures: {', '.join(map(str, paths))}", highlight=False)
 
 
 def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], store: Store, path: Path) -> None:
-    """Draws accuracy and loss of a table's classifiers against their evaluations, of a search at every depth that passed.
+    """Draws accuracy and loss of a table's classifiers against their evaluations.
 
-    A line has a point for each seed; those of a search are joined. What failed is no point.
+    Each row of the table has a point for each seed. A search has a line for each seed, through all depths that passed. Models
+    that failed are not drawn. Without a search nothing is drawn.
     """
     if not any(store.search(own[0]) for own in plans.values()):
         return
-    # Of each row the models of each seed: one, of a search those of all its depths.
+    # For each row and seed its models: one, or those of all depths of a search.
     by_label: dict[str, list[list[Mapping[str, Any]]]] = {}
     for line in lines:
         if not line.finished.empty:
@@ -169,14 +171,12 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
         title = f"{what} against evaluations"
         plots.trade_off(axis, values, y=y, title=title, log=what == "loss", legend=False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", fontsize=6, ncols=2
-    )  # one for both, beside what is drawn
-    store.console.print(f"What it looks like: {plots.save(figure, path, small=True)}", highlight=False)
+    figure.legend(handles, labels, loc="outside upper center", fontsize=6, ncols=2)  # one for both panels, outside them
+    store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
 
 
 def draw_precision_of(plans: Mapping[Row, Sequence[Plan]], store: Store, path: Path) -> None:
-    """Draws solver error against evaluations: of searches at their tolerances, and of fixed solvers on the vanilla model."""
+    """Draws solver error against evaluations: searches at several tolerances, and stock solvers on the vanilla model."""
     values: dict[str, list[list[tuple[float, float]]]] = {}
     for row, own in plans.items():
         results = [result for plan in own if not (result := store.result(plan))["failure"]]
@@ -188,25 +188,25 @@ def draw_precision_of(plans: Mapping[Row, Sequence[Plan]], store: Store, path: P
             values[f"vanilla model, {solver}"] = [list(measure.solver_errors(model, x, solver, steps).items())]
     figure, (axis,) = plots.column_of_axes(1, height=3.0)
     plots.trade_off(axis, values, y="solver error / displacement", title="work and precision", log=True)
-    store.console.print(f"What it looks like: {plots.save(figure, path, small=True)}", highlight=False)
+    store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
 
 
 # ------------------------------------------------------------------------------------------------ the paper's figures
 
 
 def make(number: str, options: Options, folder: Path, store: Store) -> None:
-    """Trains what a figure of ``FIGURES`` shows, unless it was trained before, and draws it.
+    """Draws a figure of :data:`FIGURES`. Trains its models unless they were trained before.
 
     Raises:
-        MissingData: the figure's data is not at hand.
+        MissingData: the figure's data is not there.
     """
     path = plots.save(FIGURES[number](options, store), folder / f"figure-{number}.png", small=True)
     store.console.print(f"Figure {number}: {path}")
 
 
 def _trained(task: str, methods: Sequence[str], options: Options, store: Store) -> dict[str, Finished]:
-    """The trained models, by method."""
-    # Lyapunov training on annuli is at .03 in the paper's code; on two moons at .1, as the rest.
+    """Returns the trained models, by method."""
+    # The paper's code trains Lyapunov methods on annuli at the rate .03; on two moons at .1, as the other methods.
     lyapunov_rate = (("lr", 0.03),) if task == "annuli" else ()
     rows = [Row(m, settings=lyapunov_rate if TASKS[task].method(m).rate else ()) for m in methods]
     _, plans = compare(task, rows, options, store)
@@ -234,7 +234,7 @@ def _figure_1(options: Options, store: Store) -> Any:
 
 
 def _trajectories(task: str, methods: Sequence[str], options: Options, store: Store) -> Any:
-    """Each model's paths in the plane, and below them each dimension against time."""
+    """Draws each model's paths in the plane, and below them each dimension against time."""
     trained = _trained(task, methods, options, store)
     figure, axes = plots.column_of_axes(3, len(methods), 1.7)
     for i, shown in enumerate(trained.values()):
@@ -268,7 +268,7 @@ def _figure_5(options: Options, store: Store) -> Any:
     )
     trained = _trained("mnist-cpu", methods, options, store)
     figure, axes = plots.column_of_axes(3, height=2.6)
-    whole = [shown for shown in trained.values() if not shown.result["failure"]]  # what failed is no bar
+    whole = [shown for shown in trained.values() if not shown.result["failure"]]  # a model that failed has no bar
     for axis, what, head, scale in (
         (axes[0], "training", "training time, s", 1.0),
         (axes[1], "inference", "inference time, ms", 1e3),

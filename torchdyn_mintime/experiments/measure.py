@@ -1,4 +1,4 @@
-"""What models are trained for, and what a trained one is worth: by its own steps, solved exactly, and in seconds."""
+"""The goals of trainings, and the figures of trained models: by their own steps, solved exactly, and in seconds."""
 
 import statistics
 import time
@@ -41,22 +41,23 @@ __all__ = [
 ]
 
 CHUNK = 1000
-"""Samples solved at once, so that memory suffices."""
+"""Number of samples solved at once, to limit memory."""
 
 NOISE, ATTACK = 0.3, 0.1
-"""Sizes of the noise and of the attack, in deviations of the training data."""
+"""Sizes of the noise and of the attack, in standard deviations of the training data."""
 
 ATTACKED, ATTACKED_AT_ONCE = 500, 100
-"""Test samples that robustness is judged on, and how many of them keep their graph at once."""
+"""Number of test samples for robustness, and how many of them are differentiated at once, to limit memory."""
 
 PATIENCE = 60.0
-"""Seconds after which no new round of timing is begun, once there were three."""
+"""After so many seconds no new round of timing begins, if there were three."""
 
 
 def clock(device: torch.device) -> float:
-    """Returns seconds of this thread on the CPU, so that other work is not counted; on a GPU, seconds that passed.
+    """Returns a time in seconds. On a GPU it is wall time, once the device has finished.
 
-    On an idle machine both are the same, since all work is done in one thread.
+    On a CPU it is the processor time of this thread, which leaves out the work of other programs. On an idle machine it equals
+    wall time, since all work is done in one thread.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -66,7 +67,7 @@ def clock(device: torch.device) -> float:
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Works in one thread, so that times can be compared; small networks are faster so, too."""
+    """Works in one thread, so that times can be compared. Small networks are also faster in one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,9 +77,9 @@ def single_thread() -> Iterator[None]:
 
 
 def median_seconds(actions: Sequence[Callable[[], Any]], device: torch.device, calls: int = 11) -> list[float]:
-    """Returns the median seconds (see ``clock``) of each action, taken in turn on one thread, after one round to warm up.
+    """Returns the median seconds (see :func:`clock`) of each action. The actions take turns, in one thread.
 
-    Slow ones are called less often: no round is begun after :data:`PATIENCE` seconds, once there were three.
+    The first round warms up and is not counted. No round begins after :data:`PATIENCE` seconds if three were counted.
     """
     seconds: list[list[float]] = [[] for _ in actions]
     began = time.monotonic()
@@ -105,9 +106,10 @@ class Pass:
     """One forward pass in eval mode.
 
     Attributes:
-        output: logits ``[batch, classes]``, or of a flow log-densities ``[batch]``.
+        output: logits ``[batch, classes]``; of a flow, log-densities ``[batch]``.
         start, end: z(t0) and z(t_f), ``[batch, ...]``.
-        steps: those of the grid, or the adaptive solver's accepted ones (torchdyn's does not tell: those it returned).
+        steps: steps of the grid, or accepted steps of an adaptive solver. torchdyn's adaptive solvers do not tell theirs:
+            for them it is the number of returned points less one.
         nfe: evaluations of the field.
     """
 
@@ -120,7 +122,10 @@ class Pass:
 
 @torch.no_grad()
 def forward(model: models.Model, x: Tensor, chunk: int | None = None) -> Pass:
-    """Takes a forward pass in eval mode, in parts of ``chunk`` samples (default ``CHUNK``); steps and evaluations are means."""
+    """Takes a forward pass in eval mode, in parts of ``chunk`` samples (default :data:`CHUNK`).
+
+    Steps and evaluations of the result are means over the parts.
+    """
     model.eval()
     states, steps, nfe = [], [], []
     for part in x.split(chunk or CHUNK):
@@ -134,9 +139,9 @@ def forward(model: models.Model, x: Tensor, chunk: int | None = None) -> Pass:
 
 
 def exact(model: models.Model, tolerance: float = 1e-7) -> models.Model:
-    """Returns the same trained model with its ODE solved in float64 by dopri5 at ``tolerance``, a flow's with its exact trace.
+    """Returns the trained model with its ODE solved in float64 by dopri5 at ``tolerance``, and a flow with its exact trace.
 
-    Where they disagree, the model's steps are too long for it to be the ODE that it stands for.
+    Where its output differs from that of the model itself, the model's steps are too long to solve its ODE.
     """
     if isinstance(model.node, models.NoODE):
         return deepcopy(model).double()
@@ -145,7 +150,7 @@ def exact(model: models.Model, tolerance: float = 1e-7) -> models.Model:
 
 
 def solver_errors(model: models.Model, x: Tensor, solver: str, steps: Sequence[int]) -> dict[int, float]:
-    """Returns the solver error of a trained model, over the displacement, by the evaluations of so many equal steps."""
+    """Returns {evaluations: solver error over the displacement} of a trained model, for each number of equal steps."""
     reference, found = forward(exact(model), x.double()), {}
     for count in steps:
         points = torch.linspace(float(model.t_span[0]), model.t_f, count + 1, dtype=torch.float64)
@@ -155,8 +160,8 @@ def solver_errors(model: models.Model, x: Tensor, solver: str, steps: Sequence[i
 
 
 def _solved(model: models.Model, t_span: Tensor, **options: Any) -> models.Model:
-    """A copy in float64 whose ODE is solved otherwise."""
-    field = deepcopy(model.node.vf.vf).double()  # as torchdyn wraps it where it takes no time
+    """Returns a copy in float64 whose ODE is solved at other points, with other options."""
+    field = deepcopy(model.node.vf.vf).double()  # with torchdyn's wrapper, if the field takes no time
     for module in field.modules():
         if getattr(module, "trace_estimator", None) is hutch_trace:
             module.trace_estimator = autograd_trace
@@ -170,7 +175,7 @@ def _solved(model: models.Model, t_span: Tensor, **options: Any) -> models.Model
 
 
 def judge_classifier(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
-    """Writes the figures of a trained classifier into ``figures``, one after another: those before one that fails stay."""
+    """Writes the figures of a trained classifier into ``figures``. If one fails, those before it are kept."""
     figures["train_loss"], figures["train_accuracy"] = scores(forward(model, data.x).output, data.y)
     test = forward(model, data.x_test)
     figures["steps"], figures["nfe"] = test.steps, test.nfe
@@ -185,8 +190,8 @@ def judge_classifier(model: models.Model, data: datasets.Data, figures: dict[str
 def robust_accuracy(model: models.Model, data: datasets.Data) -> dict[str, float]:
     """Returns the accuracies on the first :data:`ATTACKED` test samples under noise, and under an attack of one step.
 
-    Noise is Gaussian with :data:`NOISE` times the deviation of the training data. The attack moves every entry of a sample by
-    :data:`ATTACK` times that deviation, with the sign of the loss's gradient, which is that of the model as it is (FGSM).
+    The noise is Gaussian, with :data:`NOISE` times the standard deviation of the training data. The attack (FGSM) moves every
+    entry of a sample by :data:`ATTACK` times that deviation, in the direction of the sign of the loss's gradient.
     """
     x, y = data.x_test[:ATTACKED], data.y_test[:ATTACKED]
     deviation, generator = data.x.std().item(), torch.Generator().manual_seed(0)
@@ -201,12 +206,12 @@ def robust_accuracy(model: models.Model, data: datasets.Data) -> dict[str, float
 
 
 def _relative_error(own: Pass, reference: Pass) -> float:
-    """Returns the solver error of a pass over the displacement, the reference being in float64."""
+    """Returns the solver error of a pass, over the displacement. The reference is in float64."""
     return float(rms(own.end - reference.end) / rms(reference.end - reference.start))
 
 
 def judge_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
-    """Writes the figures of a trained flow on fresh samples."""
+    """Writes the figures of a trained flow, on the test samples."""
     x, flow = data.x_test, models.flow_of(model)
     figures["nll"] = _nll(forward(model, x, len(x)))
     with torch.no_grad():
@@ -218,7 +223,7 @@ def judge_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]
 
 
 def judge_tutorial_flow(model: models.Model, data: datasets.Data, figures: dict[str, Any]) -> None:
-    """Writes the figures of the tutorial's flow: by the exact trace, at the tolerance of the training and at 1e-7."""
+    """Writes the figures of the tutorial's flow, with the exact trace: at the tolerance of the training, 1e-4, and at 1e-7."""
     x = data.x_test
     own, reference = (forward(exact(model, tolerance), x.double(), len(x)) for tolerance in (1e-4, 1e-7))
     figures.update(steps=own.steps, nfe=own.nfe, nll=_nll(own), reference=_nll(reference))
@@ -233,14 +238,14 @@ def _nll(found: Pass) -> float:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a model is trained for.
+    """The goal of a training: its loss, and how the trained model is judged.
 
     Attributes:
         loss: (output, labels) -> the terminal loss.
-        judge: writes the figures of a trained model.
-        figures: the names of those that the judge writes beside steps and nfe.
-        report: how they are shown.
-        accuracy: (output, labels) -> the share of right labels; None where there are none.
+        judge: writes the figures of a trained model into a dictionary.
+        figures: the names of the figures that ``judge`` writes, beside steps and nfe.
+        report: how the figures are shown.
+        accuracy: (output, labels) -> the share of right labels; None if there are no labels.
         judges_failed: whether a model whose training failed is judged too.
     """
 
@@ -253,11 +258,11 @@ class Goal:
 
 
 def _exactly(line: Line) -> str:
-    """What is said of a classifier below its row: its loss beside the baseline's, and what it is when solved exactly."""
+    """Returns what the sentence on a classifier says: its loss beside the baseline's, and its accuracy when solved exactly."""
     models, parts = line.finished, []
     if line.base is not None:
         own, base = (f"{float(frame['loss'].astype(float).median()):.3g}" for frame in (models, line.base))
-        parts.append(f"test loss {own} for {base}")
+        parts.append(f"test loss {own}, baseline {base}")
     worst = 100 * models["changed"].max()
     parts.append(
         f"at 1e-7 at least {100 * models['reference_accuracy'].min():.1f} %, up to {worst:.1f} % of predictions change"
@@ -306,11 +311,11 @@ CLASSIFICATION = Goal(
         },
         gains={"training": "training", "time to target": "to_target", "inference": "inference"},
         exactly=lambda line: _exactly(line),
-        caption="Medians over seeds (and ranges); ratios by seed, of depth alone: both models through a span. Drive: "
-        "torchdyn's own NeuralODE over the same through a span, at equal steps; its product with the depth is the whole gain. "
-        "Target: the task's training loss at 100 %. Loss: cross entropy of the test data. At 1e-7: the same model, its ODE "
-        "solved at that tolerance; changed: predictions that differ then; error: of z(t_f), over the displacement. Times of "
-        "one thread, in turn.",
+        caption="Medians over seeds (and ranges). Ratios are taken within a seed, between models in a span: the gain of "
+        "depth alone. Drive x depth: the drive is the time of torchdyn's own NeuralODE over that in a span, at equal steps; "
+        "its product with the depth is the whole gain. To target: until the task's training loss, at 100 % accuracy. Loss: "
+        "cross entropy of the test data. At 1e-7: the same model with its ODE solved at that tolerance. Changed: predictions "
+        "that differ then. Error: of z(t_f), over the displacement. Times are those of one thread; all models took turns.",
         own="accuracy",
         reference="reference_accuracy",
         slack=0.003,
@@ -333,8 +338,8 @@ ROBUSTNESS = replace(
     },
     details={},
     gains={},
-    caption=f"Medians over seeds (and ranges). Noise: Gaussian, {NOISE:g} deviations of the training data. Attack: one step "
-    f"along the sign of the gradient, {ATTACK:g} deviations. Both on the first {ATTACKED} test samples.",
+    caption=f"Medians over seeds (and ranges). Noise: Gaussian, of {NOISE:g} standard deviations of the training data. Attack: "
+    f"one step of {ATTACK:g} standard deviations along the sign of the gradient. Both on the first {ATTACKED} test samples.",
 )
 
 DENSITY = Goal(
@@ -353,10 +358,10 @@ DENSITY = Goal(
         },
         gains={"steps": "steps", "evaluations": "nfe", "training": "training", "sampling": "sampling"},
         exactly=lambda line: f"nll at 1e-7 at most {line.finished['reference'].max():.3f}",
-        caption="Medians over seeds (and ranges); ratios by seed, of depth alone: both models through a span. Drive: "
-        "torchdyn's own NeuralODE over the same through a span, at equal steps. nll: negative log-likelihood of fresh "
-        "samples, nats, by the steps of the training; at 1e-7: of the same model, its ODE solved at that tolerance. "
-        "Times of one thread.",
+        caption="Medians over seeds (and ranges). Ratios are taken within a seed, between models in a span: the gain of "
+        "depth alone. Drive x depth: the drive is the time of torchdyn's own NeuralODE over that in a span, at equal steps. "
+        "nll: negative log-likelihood of the test samples in nats, by the model's own steps; at 1e-7: of the same model with "
+        "its ODE solved at that tolerance. Times are those of one thread.",
         own="nll",
         reference="reference",
         slack=0.02,  # nats
@@ -378,7 +383,8 @@ TUTORIAL = replace(
             **_NLL,
         },
         gains={"evaluations": "nfe", "training": "training"},
-        caption="Medians over seeds (and ranges); ratios to vanilla, by seed. nll: negative log-likelihood of samples kept "
-        "aside, nats, at the tolerance of the training, 1e-4; at 1e-7: of the same model, its ODE solved at that tolerance.",
+        caption="Medians over seeds (and ranges). Ratios to vanilla are taken within a seed. nll: negative log-likelihood of "
+        "the test samples in nats, solved at the tolerance of the training, 1e-4; at 1e-7: of the same model, solved at that "
+        "tolerance.",
     ),
 )

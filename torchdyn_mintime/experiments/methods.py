@@ -1,7 +1,7 @@
-"""How a model is trained: each method as a row of the tables.
+"""The methods of training, each a row of the tables.
 
-A method is data: how the NeuralODE is set up, which terms go on the loss, and which driver moves t_f and says when training
-is over. A new one is one entry of ``METHODS``, or of ``FLOW_METHODS`` for flows.
+A method is data: how the NeuralODE is set up, which terms are added to the loss, and which driver moves t_f and ends the
+training. To add one, write an entry of ``METHODS``, or of ``FLOW_METHODS`` for flows.
 """
 
 import math
@@ -43,13 +43,13 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
-"""Of the network, by the name in the settings."""
+"""The optimizers of the network, by their names in the settings."""
 
 WEIGHT_DECAY = 1e-5
-"""Of the network under AdamW; times never decay."""
+"""Weight decay of the network under AdamW. Times never decay."""
 
 LONGER = 10
-"""How many times the iterations of other methods those may take that begin with few steps: theirs are far cheaper."""
+"""Methods that begin with few steps may take so many times the task's iterations, since theirs are far cheaper."""
 
 
 # ---------------------------------------------------------------------------------- who moves t_f, and ends the training
@@ -57,21 +57,21 @@ LONGER = 10
 
 def _target_of(run: Context) -> float:
     if run.settings.target is None:
-        raise ValueError("the task has no target loss of its own, which this method needs: give --target")
+        raise ValueError("this method needs a target loss, and the task has none of its own: give --target")
     return run.settings.target
 
 
 class Driver:
-    """The plain one: so many iterations, and the optimizer moves t_f if it is a parameter.
+    """The plain driver: training takes the iterations of the settings, and the optimizer moves t_f if it is a parameter.
 
     Args:
         run: the training.
-        parts: what has a state of its own, by name.
+        parts: objects with a state of their own, by name.
 
     Attributes:
-        owns_rates: whether it sets the learning rates, so that nobody else must.
-        limit: iterations, at most.
-        verdict: of a search that has ended.
+        owns_rates: whether the driver sets the learning rates; the training then leaves them alone.
+        limit: the largest number of iterations.
+        verdict: the result of a search that has ended, else None.
     """
 
     owns_rates = False
@@ -82,7 +82,7 @@ class Driver:
 
     @property
     def at_limit(self) -> bool:
-        """Whether as many iterations were taken as the settings say."""
+        """Whether all iterations of the settings were taken."""
         return len(self.run.history.loss) >= self.limit
 
     @property
@@ -91,19 +91,19 @@ class Driver:
         return self.at_limit
 
     def penalty(self) -> Tensor | float:
-        """Returns a term of the loss that the driver sets itself."""
+        """Returns the driver's own term of the loss."""
         return 0.0
 
     def before_step(self, loss: Tensor) -> bool:
-        """Looks at the terminal loss between backward and the optimizer's step. Returns whether the step is taken."""
+        """Sees the terminal loss between backward and the optimizer's step. Returns whether the step is to be taken."""
         return True
 
     def after_step(self, loss: Tensor) -> str:
-        """Looks at the terminal loss after the optimizer's step. Returns why training failed, or an empty text."""
+        """Sees the terminal loss after the optimizer's step. Returns why training failed, or an empty text."""
         return ""
 
     def recovers(self, why: str) -> bool:
-        """Returns whether there is another state to go on from, after an iteration that failed."""
+        """Restores an earlier state after an iteration that failed. Returns whether there is one."""
         return False
 
     def finish(self) -> str:
@@ -111,7 +111,7 @@ class Driver:
         return ""
 
     def front(self) -> list[Model]:
-        """Returns the models of a search at all depths that passed, from the deepest to the shallowest."""
+        """Returns the models of a search at all depths that passed, from the deepest to the shallowest; else an empty list."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,13 +119,13 @@ class Driver:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores a :meth:`state_dict`."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
 
 class KeepTarget(Driver):
-    """Minimum-time with the price of time found for a target loss."""
+    """Finds the price of time at which the loss stays at its target."""
 
     def __init__(self, run: Context):
         self.price = TargetLoss(run.model, _target_of(run))
@@ -141,17 +141,17 @@ class KeepTarget(Driver):
 
 
 class Grow(Driver):
-    """Algorithm 2: after the iterations of pre-training, t_f grows until the loss is met.
+    """Algorithm 2: after the iterations of pre-training, t_f grows until the loss meets its target.
 
-    Looked at is the loss of each iteration, or its mean over each pass where the data comes in batches. With
-    ``patience=0`` it is the paper's code: t_f grows at every look, and the optimizer starts afresh with each growth. With
-    patience t_f grows when the loss has not improved for so many looks, and the optimizer goes on.
+    The loss is checked at each iteration, or as the mean of each pass where the data comes in batches. With ``patience=0``,
+    as in the paper's code, t_f grows at every check, and each growth makes a new optimizer. With a patience, t_f grows when
+    the loss has not improved for so many checks, and the optimizer stays.
 
     Args:
         run: the training.
-        patience: see above.
-        pretrained: whether the settings' iterations come before the first look.
-        parts: what else has a state.
+        patience: number of checks without improvement before t_f grows.
+        pretrained: whether the iterations of the settings come before the first check.
+        parts: further objects with a state, by name.
     """
 
     def __init__(self, run: Context, patience: int = 0, pretrained: bool = True, **parts: Any):
@@ -174,13 +174,13 @@ class Grow(Driver):
             self.run.renew_optimizer()
         if grew or growth.done or not growth.exhausted:
             return ""
-        return f"t_f grew to {growth.max_t_f:g} and the loss is still {value:.3g}"
+        return f"t_f has grown to its limit {growth.max_t_f:g}, and the loss is still {value:.3g}"
 
 
 class GrowAlone(Grow):
     """Growth without pre-training, on the terminal loss, for as many iterations as the settings say.
 
-    With all data at once, a loss that explodes is gone back from, at half the rate.
+    If all data is one batch, a loss that explodes makes training go back to an earlier state, at half the learning rate.
     """
 
     owns_rates = True
@@ -196,7 +196,7 @@ class GrowAlone(Grow):
     def finish(self) -> str:
         if self.growth.done or not self.at_limit:
             return ""
-        return f"t_f is {self.run.model.t_f:.3g} and the loss above its target after {self.limit} iterations"
+        return f"the loss is above its target after {self.limit} iterations, at t_f = {self.run.model.t_f:.3g}"
 
     def before_step(self, loss: Tensor) -> bool:
         return not self._went_back(loss.item())
@@ -205,7 +205,7 @@ class GrowAlone(Grow):
         return self._went_back(math.inf)
 
     def _went_back(self, loss: float) -> bool:
-        # A batch's loss says too little to go back for.
+        # The loss of one batch of many is too noisy to tell that training has exploded.
         exploded = self.run.batches.per_pass == 1 and self.rollback.look(loss)
         if exploded:
             self.growth.restart()
@@ -213,7 +213,7 @@ class GrowAlone(Grow):
 
 
 class Search(Driver):
-    """The fewest evaluations at which the loss is met and the model is its own ODE."""
+    """Searches for the fewest evaluations at which the loss meets its target and the solver error is small."""
 
     owns_rates = True
 
@@ -260,25 +260,25 @@ class Search(Driver):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """One method of training.
 
     Attributes:
-        label: as printed.
-        span: options of ``wrap``; None leaves torchdyn's bare NeuralODE, with its own drive and its own rk4 (U1).
-        node: options of the NeuralODE over the task's; a solver may be a function that makes it.
-        t_span: the points of the solve over the task's.
-        span_lr: learning rate of the times where the settings give none; None is the network's.
+        label: the printed name.
+        span: options of ``wrap``; None: torchdyn's bare NeuralODE, with torchdyn's solves and rk4 (U1).
+        node: options of the NeuralODE that replace the task's. A solver may be a function that makes it.
+        t_span: points of the solve that replace the task's.
+        span_lr: learning rate of the times if the settings give none; None: the network's.
         terminal: weight of the terminal loss.
-        rate: kappa of the Lyapunov term, eq. (17); None is without one.
-        terms: each makes another term of the loss from the model and the settings.
-        solves: whether training needs the solution; LyaNet's does not.
-        frozen: t_f stays as it is.
-        skips: train without the NeuralODE: what the layers around it do alone.
+        rate: kappa of the Lyapunov term, eq. (17); None: no such term.
+        terms: functions that make further terms of the loss from the model and the settings.
+        solves: whether training needs the solution. LyaNet's does not.
+        frozen: whether t_f stays as it is.
+        skips: whether the NeuralODE is left out, to see what the layers around it do alone.
         driver: decides what happens to t_f, and when training ends.
-        solver: makes what is solved in training, from the model; default: its node.
-        times: makes another optimizer for the times, from them.
+        solver: makes from the model what is called in training; default: its node.
+        times: makes a separate optimizer for the times, from a list of them.
         in_turn: makes one optimizer that steps the network's and that of the times in turn; default: both step at once.
-        longer: how many times the task's iterations it may take where none are asked for.
+        longer: factor on the task's iterations if none are asked for.
     """
 
     label: str
@@ -299,12 +299,12 @@ class Method:
     longer: int = 1
 
     def loss_terms(self, model: Model, settings: Settings) -> list[Term]:
-        """Returns what is added to the terminal loss."""
+        """Returns the terms that are added to the terminal loss."""
         own = () if self.rate is None else (partial(_lyapunov, rate=self.rate),)
         return [make(model, settings) for make in (*own, *self.terms)]
 
     def optimizers(self, model: Model, settings: Settings) -> tuple[list[Any], Optimizer]:
-        """Returns new optimizers, and the one among their parts whose learning rates follow the settings."""
+        """Returns new optimizers, and the network's own, whose learning rates follow the settings."""
         decay = WEIGHT_DECAY if settings.optimizer == "adamw" else 0.0
         if next(spans(model), None) is None:
             groups: list[dict[str, Any]] = [
@@ -329,18 +329,18 @@ def _price_of_time(model: Model, settings: Settings) -> Term:
 
 
 def _lyapunov(model: Model, settings: Settings, rate: float) -> Term:
-    """Eq. (17), the plain mean over points as in the paper's code."""
+    """Returns the term of eq. (17), as the plain mean over points, as in the paper's code."""
     regularizer = lyapunov.regularizer_for(model, potentials.CrossEntropy(model.head), rate)
     return lambda step: regularizer.penalty(step.t_eval, step.sol, step.y, reduction="points")
 
 
 def _lyanet(model: Model, settings: Settings, rate: float = 20.0) -> Term:
-    """LyaNet: 512 states drawn in a ball of radius U(0, sqrt(225 n)) and one time in each iteration; no solve."""
+    """Returns the term of LyaNet, without a solve: 512 states from a ball of radius U(0, sqrt(225 n)) and one time."""
     regularizer = lyapunov.LyapunovRegularizer(model.node, potentials.CrossEntropy(model.head), rate)
 
     def term(step: Step) -> Tensor:
-        # LyaNet looks at every state with every sample's label. Samples of a class give the same, so one of each
-        # is enough where classes are equally many, as they are in these tasks.
+        # LyaNet evaluates every state with every sample's label. Samples of one class give the same value, so one of each
+        # class is enough if the classes are equally large, as they are in these tasks.
         first = [int((step.y == c).nonzero()[0]) for c in step.y.unique()]
         sampler = samplers.ball((225.0 * step.z0.shape[1]) ** 0.5, uniform_radius=True)
         z0, y = step.z0[first], step.y[first]
@@ -350,13 +350,13 @@ def _lyanet(model: Model, settings: Settings, rate: float = 20.0) -> Term:
 
 
 def _penalty(make: Callable[..., Any], every: int = 1, **options: Any) -> Callable[[Model, Settings], Term]:
-    """A regularizer of the last solve, taken at every ``every``-th iteration."""
+    """Returns the term of a regularizer of the last solve, which is added at every ``every``-th iteration."""
 
     def term_of(model: Model, settings: Settings) -> Term:
         regularizer, remembers = make(model.node, **options), isinstance(model.node, LearnableSpan)
 
         def term(step: Step) -> Tensor | float:
-            solve = () if remembers else (step.t_eval, step.sol)  # a span knows its last solve
+            solve = () if remembers else (step.t_eval, step.sol)  # a span remembers its last solve
             return 0.0 if step.iteration % every else regularizer.penalty(*solve)
 
         return term
@@ -389,7 +389,7 @@ METHODS: dict[str, Method] = {
     "growth": Method("growth from one step", span={}, t_span=span_of(1, 0.01), driver=GrowAlone, longer=LONGER),
     "pretrained": replace(_LYAPUNOV, label="Lyapunov on [0, .05]", t_span=_SHORT, rate=20.0),
     "pretrained-longer": replace(_LYAPUNOV, label="Lyapunov on [0, .1]", t_span=_LONGER, rate=20.0),
-    # From .035 on the Lyapunov term sees five points; it refuses fewer, between which much could happen.
+    # The Lyapunov term refuses fewer than five points, which is what it has from t_f = .035 on.
     "combined": Method("combined", span={"bounds": (0.035, 1.0)}, t_span=_SHORT, rate=20.0, terms=(_price_of_time,)),
     "combined-paper": Method(
         "combined, bounds as published",
@@ -464,7 +464,7 @@ FLOW_METHODS: dict[str, Method] = {
         span={},
         t_span=span_of(12),
         span_lr=0.01,
-        # At every fifth iteration alone, five times as heavy.
+        # Only at every fifth iteration, with five times the weight.
         terms=(_price_of_time, _penalty(step_doubling.StepDoubling, every=5, weight=5.0)),
     ),
     "minimum-time-paper": replace(_MINIMUM_TIME, label="minimum-time, as in the paper"),

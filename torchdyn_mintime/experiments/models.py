@@ -1,4 +1,4 @@
-"""The networks of the experiments: a NeuralODE with what comes before and after it."""
+"""The networks of the experiments: a NeuralODE with the layers before and after it."""
 
 import io
 import math
@@ -37,7 +37,7 @@ def span_of(steps: int, end: float = 1.0) -> Tensor:
 
 
 class Model(nn.Module):
-    """``head(node(before(x)))``, with torchdyn's own NeuralODE as a user writes it today.
+    """The network ``head(node(before(x)))``, with torchdyn's own NeuralODE, as a user of torchdyn writes it.
 
     Args:
         field: the vector field.
@@ -66,7 +66,7 @@ class Model(nn.Module):
 
     @property
     def t_f(self) -> float:
-        """Where the interval ends, in units of time; where the ODE is skipped, where it begins."""
+        """The end of the interval, in units of time. If the ODE is skipped, its beginning."""
         if isinstance(self.node, NoODE):
             return self.t_span[0].item()
         return self.node.t_f.item() if isinstance(self.node, LearnableSpan) else self.t_span[-1].item()
@@ -76,16 +76,16 @@ class Model(nn.Module):
         return self.node(self.before(x), self.t_span)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits ``[batch, classes]``, or of a flow log-densities ``[batch]``."""
+        """Returns logits ``[batch, classes]``; of a flow, log-densities ``[batch]``."""
         return self.head(self.trajectory(x)[1][-1])
 
 
 class NoODE(nn.Module):
-    """In the place of a NeuralODE: z(t_f) = z(t0). What is left of the network must do without."""
+    """Stands in the place of a NeuralODE and leaves the state as it is: z(t_f) = z(t0)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.vf = SimpleNamespace(nfe=0.0)  # counted as torchdyn's fields do
+        self.vf = SimpleNamespace(nfe=0.0)  # as torchdyn's fields have it
 
     def forward(self, z: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
         return t_span[:1], z[None]
@@ -100,7 +100,7 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
 
 
 class FirstDimensions(nn.Module):
-    """The first ``n`` dimensions of the state as logits: a head that learns nothing, as the paper's code has it."""
+    """Gives the first ``n`` dimensions of the state as logits: a head without parameters, as in the paper's code."""
 
     def __init__(self, n: int):
         super().__init__()
@@ -114,12 +114,13 @@ class FirstDimensions(nn.Module):
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    # Two channels a group, as the paper's 32 groups of 64: with one, pooling behind it would see nothing.
+    # Groups of two channels, as the paper has with 32 groups of 64. With groups of one, average pooling after the norm would
+    # give the same for every image.
     return nn.GroupNorm(math.gcd(32, max(1, width // 2)), width)
 
 
 class _ConvWithTime(nn.Module):
-    """A 3 by 3 convolution that sees the time as one more channel."""
+    """A 3 by 3 convolution with the time as one more channel."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -131,7 +132,11 @@ class _ConvWithTime(nn.Module):
 
 
 class ConvField(nn.Module):
-    """f(t, z) on feature maps ``[batch, width, height, width]``: norm, ReLU and convolution, twice, and a norm."""
+    """The field f(t, z) of feature maps ``[batch, channels, height, width]``: norm, ReLU and convolution, twice, and a norm.
+
+    Args:
+        width: number of channels.
+    """
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -148,8 +153,8 @@ def conv_parts(channels: int, width: int = 64) -> dict[str, nn.Module]:
     """Returns the paper's network for images, as keywords of ``Model``.
 
     Args:
-        channels: of the images.
-        width: channels inside; the paper's is 64.
+        channels: channels of the images.
+        width: channels inside the network; 64 in the paper.
     """
     before = nn.Sequential(
         nn.Conv2d(channels, width, 3),
@@ -165,13 +170,13 @@ def conv_parts(channels: int, width: int = 64) -> dict[str, nn.Module]:
 
 
 def patch_parts(channels: int, width: int = 16) -> dict[str, nn.Module]:
-    """Returns a network for images whose ODE has most of the work, as keywords of ``Model``.
+    """Returns a network for images whose ODE does most of the work, as keywords of ``Model``.
 
-    Before it stands one convolution of patches of 4 by 4, behind it pooling and a linear layer.
+    Before the ODE is one convolution of patches of 4 by 4; after it are pooling and a linear layer.
 
     Args:
-        channels: of the images.
-        width: channels inside.
+        channels: channels of the images.
+        width: channels inside the network.
     """
     before = nn.Conv2d(channels, width, 4, 4)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
@@ -182,7 +187,7 @@ def patch_parts(channels: int, width: int = 16) -> dict[str, nn.Module]:
 
 
 class LogDensity(nn.Module):
-    """log p(x) of eq. (5) from the state [l, z] at t_f: a flow's head.
+    """The head of a flow: gives log p(x) of eq. (5) from the state [l, z] at t_f.
 
     Args:
         base: the distribution at t_f.
@@ -201,19 +206,19 @@ def _flow_parts(field: nn.Module, base: Gaussian) -> dict[str, nn.Module]:
 
 
 def hyper_flow_parts() -> dict[str, nn.Module]:
-    """Returns the hypernetwork of the Neural ODEs example, with its base N(0, 0.1 I), as keywords of ``Model``."""
+    """Returns the flow of the Neural ODEs example: a hypernetwork, with the base N(0, 0.1 I). As keywords of ``Model``."""
     return _flow_parts(HyperCNF(), Gaussian(2, variance=0.1))
 
 
 def tutorial_flow_parts() -> dict[str, nn.Module]:
-    """Returns the CNF of torchdyn's tutorial, with Hutchinson's trace, as keywords of ``Model``."""
+    """Returns the flow of torchdyn's tutorial, with Hutchinson's trace estimator. As keywords of ``Model``."""
     noise = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
     net = mlp(2, 64, 64, 64, 2, activation=nn.Softplus)
     return _flow_parts(CNF(net, trace_estimator=hutch_trace, noise_dist=noise), Gaussian(2))
 
 
 def flow_of(model: Model) -> FlowModel:
-    """Returns a trained flow with its samples and its density, by the same steps and parameters."""
+    """Returns a trained flow as a FlowModel, which has samples and a density, with the same steps and parameters."""
     assert isinstance(model.head, LogDensity)
     span = model.node if isinstance(model.node, LearnableSpan) else LearnableSpan(model.node, model.t_span)
     return FlowModel(span, model.head.base).eval()

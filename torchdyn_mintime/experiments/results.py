@@ -1,4 +1,4 @@
-"""Results as DataFrames, one row a trained model: medians, ranges and ratios, printed, and written as CSV, JSON, Markdown."""
+"""Results as DataFrames with a row for each trained model: their medians, ranges and ratios, printed and written to files."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,26 +20,26 @@ except ModuleNotFoundError as error:
 __all__ = ["Line", "Report", "cell", "factors", "frame_of", "markdown", "print_table", "show", "write"]
 
 WIDTH = 260
-"""Tables are printed as wide as their figures need: a narrow window then wraps lines, but no figure is cut."""
+"""Width of printed tables, in characters. A narrow window then wraps lines, but no figure is cut."""
 
 
 def frame_of(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Returns records as rows; what is None, NaN or a whole number stays so."""
+    """Returns records as rows of a DataFrame. None, NaN and whole numbers stay what they are."""
     return pd.DataFrame(list(records), dtype=object)
 
 
 @dataclass
 class Line:
-    """A row of a table: the results of all seeds, and their baselines.
+    """A row of a table: the results of all seeds, and those of the baseline.
 
     Attributes:
-        label: as printed.
-        results: a row for each seed; empty where there is only a note.
-        base: those of the baseline, by the same seeds; None where nothing is compared with.
+        label: the printed name.
+        results: a row for each seed; empty if there is only a note.
+        base: the baseline's results on the same seeds; None if there is no baseline.
         paper: what the paper reports, as printed.
-        note: said beside the figures; failures are added.
+        note: a remark beside the figures; failures are added to an empty one.
         control: whether this is a control, and no method of the paper.
-        drive: by figure, how many times less of it a NeuralODE takes through a span than by itself, at equal steps.
+        drive: by figure, how many times more of it torchdyn's own NeuralODE takes than one in a span, at equal steps.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Line:
 
     @property
     def finished(self) -> pd.DataFrame:
-        """The results that did not fail; those that did count in no figure, and stand in the note."""
+        """The results that did not fail. Failed ones count in no figure; the note names them."""
         return self.results if self.results.empty else self.results[self.results["failure"] == ""]
 
     def text(
@@ -69,16 +69,16 @@ class Line:
         first: str = "",
         of_failed: bool = False,
     ) -> str:
-        """Returns the median, how many times less than the baseline that is, and the range where values differ as printed.
+        """Returns the median, the ratio to the baseline, and the range if the printed values differ.
 
-        Results that have no such figure are left out, and those that are left counted.
+        Results without this figure are left out. The text then says how many are left.
 
         Args:
             figure: a column of the results.
-            form: of a number.
+            form: format of a number.
             scale: factor on every value.
-            ratio: whether the baseline is compared with, on depth alone.
-            first: another column, of the first of two stages, whose median stands behind.
+            ratio: whether to add how many times less it is than the baseline, by depth alone (:meth:`depth`).
+            first: another column, of the first of two stages, whose median is added.
             of_failed: whether models that failed have this figure too.
         """
         if self.results.empty:
@@ -103,9 +103,9 @@ class Line:
         return [Line(f"{self.label}, seed {r['seed'].iloc[0]}", r, note=n) for r, n in zip(rows, notes, strict=True)]
 
     def gain(self, figure: str) -> float | None:
-        """Returns how many times less than the baseline it has of something: the median over seeds that did not fail.
+        """Returns how many times less of a figure it has than the baseline: the median over seeds on which neither failed.
 
-        None where one of these has no such figure.
+        None if one of these seeds lacks the figure.
         """
         if self.base is None or self.base is self.results or self.results.empty:
             return None
@@ -118,16 +118,16 @@ class Line:
 
     @property
     def bare(self) -> bool:
-        """Whether the models are torchdyn's own NeuralODE, without a span, so that they have no share in the drive."""
+        """Whether the models are torchdyn's own NeuralODE, without a span, so that they gain nothing by the drive."""
         return not self.results.empty and not self.results["wrapped"].astype(bool).any()
 
     def depth(self, figure: str) -> float | None:
-        """Returns the share of :meth:`gain` that fewer evaluations have: both models through a span, or neither."""
+        """Returns the factor in :meth:`gain` that comes from fewer evaluations, without that of the drive."""
         times = self.gain(figure)
         return times * self.drive.get(figure, 1.0) if times is not None and self.bare else times
 
     def factors(self, figure: str) -> str:
-        """Returns "drive x depth": their product is how many times less this takes than torchdyn's own NeuralODE."""
+        """Returns the text "drive x depth". The product says how many times less it takes than torchdyn's own NeuralODE."""
         if self.finished.empty or figure not in self.drive:
             return ""
         depth = 1.0 if self.base is self.results else self.depth(figure)
@@ -139,12 +139,12 @@ Cell = Callable[[Line], str]
 
 
 def cell(figure: str, form: str = "{:g}", **options: Any) -> Cell:
-    """Returns what shows one figure of a line; for the options see :meth:`Line.text`."""
+    """Returns a function that shows one figure of a line. For the options see :meth:`Line.text`."""
     return partial(Line.text, figure=figure, form=form, **options)
 
 
 def factors(figure: str) -> Cell:
-    """Returns what shows by how much a line takes less of a figure, the drive and the depth apart."""
+    """Returns a function that shows the gain of a line in a figure, as drive and depth (:meth:`Line.factors`)."""
     return partial(Line.factors, figure=figure)
 
 
@@ -153,14 +153,14 @@ class Report:
     """How the results of a task are shown, and what counts as good.
 
     Attributes:
-        columns: what a cell holds, by the head of the column.
-        details: more columns, where each seed has a row of its own.
-        gains: the figures of which a learned row has less than the baseline, by their names in the sentences below.
-        exactly: what such a sentence says of a row's loss, and of its models solved exactly.
-        caption: below the table.
-        own, reference: figures of a model by its own steps and solved exactly, held against the baseline's ``own``.
-        slack: how much worse than the baseline they may be.
-        higher: whether more is better.
+        columns: functions that fill a cell, by the head of the column.
+        details: more columns, for tables in which each seed has a row.
+        gains: figures that the sentences below a table compare with the baseline, by their names there.
+        exactly: makes the part of such a sentence on a row's loss, and on its models solved exactly.
+        caption: the text below the table.
+        own, reference: the figure that is compared with the baseline's ``own``, by the model's own steps and solved exactly.
+        slack: how much worse than the baseline both may be to count as good.
+        higher: whether more of the figure is better.
     """
 
     columns: Mapping[str, Cell]
@@ -174,7 +174,7 @@ class Report:
     details: Mapping[str, Cell] = field(default_factory=dict)
 
     def as_good(self, results: pd.DataFrame, base: pd.DataFrame) -> bool:
-        """Returns whether the models are as good as the baseline on every seed, as they are solved and solved exactly."""
+        """Returns whether the models are as good as the baseline on every seed, by their own steps and solved exactly."""
         sign = -1.0 if self.higher else 1.0
         failed = (results["failure"] != "").any() or (base["failure"] != "").any()
         bound = sign * base[self.own].astype(float).to_numpy() + self.slack
@@ -182,7 +182,7 @@ class Report:
         return bool(not failed and (both <= bound[:, None]).all())
 
     def frame(self, lines: Sequence[Line], detailed: bool = False) -> pd.DataFrame:
-        """Returns the cells of a table, with the details where they are wanted."""
+        """Returns the cells of a table; ``detailed``: with the columns of ``details``."""
         columns = {**self.columns, **(self.details if detailed else {})}
         return pd.DataFrame(
             {
@@ -195,7 +195,7 @@ class Report:
         )
 
     def remarks(self, lines: Sequence[Line]) -> list[str]:
-        """Returns a sentence for each learned row: its gains and its losses, and between which the controls' gains lie."""
+        """Returns a sentence for each row that is no control: its gains with the range of the controls' gains, and its loss."""
         controls = [line for line in lines if line.control and not line.results.empty]
         return [self._remark(line, controls) for line in lines[1:] if not (line.results.empty or line.control)]
 
@@ -221,22 +221,22 @@ class Report:
 
 
 def print_table(cells: pd.DataFrame, title: str, caption: str, console: Console) -> None:
-    """Prints cells under their heads."""
+    """Prints the cells as a table."""
     heads = (Column(str(head), no_wrap=head in ("", "note")) for head in cells)
     table = Table(*heads, title=title, caption=caption, box=box.SIMPLE_HEAD)
     for row in cells.itertuples(index=False):
-        table.add_row(*map(Text, row))  # as it is: brackets are no markup here
+        table.add_row(*map(Text, row))  # plain text: brackets are no markup here
     Console(width=max(console.width, WIDTH), file=console.file, quiet=console.quiet).print(table)
 
 
 def markdown(cells: pd.DataFrame) -> str:
-    """Returns cells under their heads as a table of Markdown."""
+    """Returns the cells as a table of Markdown."""
     rows = [[*map(str, cells)], ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in rows)
 
 
 def show(title: str, heading: str, lines: Sequence[Line], report: Report, console: Console) -> str:
-    """Prints a table with its sentences, and returns both as Markdown under ``heading``."""
+    """Prints a table and the sentences below it, and returns both as Markdown under ``heading``."""
     cells, remarks = report.frame(lines), report.remarks(lines)
     print_table(cells, title, report.caption, console)
     for remark in remarks:
@@ -245,7 +245,7 @@ def show(title: str, heading: str, lines: Sequence[Line], report: Report, consol
 
 
 def write(results: pd.DataFrame, texts: Sequence[str], folder: Path, name: str, console: Console) -> None:
-    """Writes results as CSV and JSON, their tables as Markdown, and says where."""
+    """Writes results as CSV and JSON and their tables as Markdown, and prints the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     table, record, page = (folder / f"{name}.{ending}" for ending in ("csv", "json", "md"))
     results.to_csv(table, index=False)

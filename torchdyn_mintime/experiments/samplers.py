@@ -1,4 +1,4 @@
-"""Samplers of few evaluations: a field of flow matching, and what stock, fitted and trained solvers make of it."""
+"""The task ``sampler-moons``: samples of a field of flow matching by stock, fitted and trained solvers of few evaluations."""
 
 import math
 import time
@@ -23,17 +23,17 @@ from torchdyn_mintime.experiments.store import Store
 __all__ = ["Velocity", "distance", "eight_gaussians", "exact_ends", "matched", "moons", "run"]
 
 EVALUATIONS = (2, 4, 8)
-"""Of the stock and the fitted solvers."""
+"""Numbers of evaluations of the stock and the fitted solvers."""
 
 ITERATIONS = 3000
-"""Of flow matching."""
+"""Iterations of flow matching."""
 
 STATES, FRESH = 4096, 1000
-"""Samples of the base that solvers are fitted to, and those that the figures are of."""
+"""Numbers of samples of the base: those for training a copy (a fit takes the first 1,280), and those that are measured."""
 
 
 def eight_gaussians(n: int) -> Tensor:
-    """Returns draws from eight clouds on a circle of radius 5, as torchcfm draws them, ``[n, 2]``."""
+    """Returns draws from eight Gaussians on a circle of radius 5, as torchcfm draws them, ``[n, 2]``."""
     angle = torch.randint(8, (n,)) * (math.pi / 4)
     return 5 * torch.stack([angle.cos(), angle.sin()], 1) + math.sqrt(0.1) * torch.randn(n, 2)
 
@@ -47,11 +47,11 @@ def moons(n: int) -> Tensor:
 
 
 class Velocity(nn.Module):
-    """A network of the state and the time.
+    """A velocity field: a network of the state and the time.
 
     Args:
-        dim: of the state.
-        width: of its three hidden layers.
+        dim: dimension of the state.
+        width: width of the three hidden layers.
     """
 
     def __init__(self, dim: int = 2, width: int = 64):
@@ -75,7 +75,15 @@ def matched(
     batch: int = 256,
     progress: bool = False,
 ) -> nn.Module:
-    """Trains a field by flow matching between independent draws, and returns it in eval mode."""
+    """Trains a field by flow matching, and returns it in eval mode.
+
+    Args:
+        start, end: n -> n draws of the distribution at t = 0 and at t = 1; the two are independent.
+        field: called with the time and the state.
+        iterations: of training.
+        batch: draws of each distribution per iteration.
+        progress: whether to show a progress bar.
+    """
     optimizer = torch.optim.Adam(field.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in track(range(iterations), "flow matching", disable=not progress, transient=True):
@@ -91,32 +99,32 @@ def matched(
 
 @torch.no_grad()
 def exact_ends(field: nn.Module, x0: Tensor) -> Tensor:
-    """Returns the ends by dopri5 at 1e-6."""
+    """Returns the states at t = 1 of solves from ``x0``, by dopri5 at a tolerance of 1e-6."""
     node = NeuralODE(field, solver="dopri5", atol=1e-6, rtol=1e-6)
     return LearnableSpan(node, torch.tensor([0.0, 1.0]))(x0)[1][-1]
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Returns the Wasserstein distance W2 of two sets of as many points."""
+    """Returns the Wasserstein distance W2 of two sets of equally many points."""
     costs = torch.cdist(x.double(), y.double()).square().numpy()
     return math.sqrt(costs[linear_sum_assignment(costs)].mean())
 
 
 def run(methods: Sequence[str], seeds: Sequence[int], iterations: int | None, output: Path, store: Store) -> Any:
-    """Samples eight gaussians carried to two moons by each method; prints and writes the table, and draws the last seed.
+    """Draws samples by each method, prints and writes a table of their errors, and draws those of the last seed.
 
     Args:
-        methods: keys of ``names.SAMPLER_METHODS``; none: all of them.
+        methods: keys of ``names.SAMPLER_METHODS``; empty: all of them.
         seeds: of the training and of all draws.
-        iterations: of flow matching.
-        output: the folder of the table and the picture.
+        iterations: of flow matching; None: :data:`ITERATIONS`.
+        output: the folder for the table and the picture.
         store: where trained fields are kept.
 
     Returns:
-        The rows as a DataFrame.
+        A row for each method, seed and number of evaluations.
 
     Raises:
-        UsageError: a method that is not known.
+        UsageError: there is no such method.
     """
     methods = methods or tuple(names.SAMPLER_METHODS)
     if unknown := [name for name in methods if name not in names.SAMPLER_METHODS]:
@@ -126,7 +134,7 @@ def run(methods: Sequence[str], seeds: Sequence[int], iterations: int | None, ou
     shown: dict[tuple[str, int], Tensor] = {}
     for seed in seeds:
         with seeded(seed):
-            # Drawn first: the same whether the field is trained or found.
+            # Drawn first, so that they are the same whether the field is trained now or was kept.
             states, fresh, data = eight_gaussians(STATES), eight_gaussians(FRESH), moons(FRESH)
             field = _field(seed, iterations or ITERATIONS, store)
         exact = exact_ends(field, fresh)
@@ -148,7 +156,7 @@ def run(methods: Sequence[str], seeds: Sequence[int], iterations: int | None, ou
 
 
 def _field(seed: int, iterations: int, store: Store) -> nn.Module:
-    """Returns the field, trained if it is not kept in the store's folder."""
+    """Returns the field from the store's folder, or trains it and puts it there."""
     path, field = store.folder / f"sampler-moons-seed{seed}-{iterations}.pt", Velocity()
     if path.exists():
         field.load_state_dict(torch.load(path))
@@ -162,7 +170,7 @@ def _field(seed: int, iterations: int, store: Store) -> nn.Module:
 def _samplers(
     method: str, field: nn.Module, states: Tensor, store: Store
 ) -> list[tuple[int, float, Callable[[Tensor], Tensor]]]:
-    """Returns (evaluations, seconds to make it, sampler) of a method."""
+    """Returns the samplers of a method, each as (evaluations, seconds to make it, sampler)."""
 
     def ends(span: nn.Module, x: Tensor) -> Tensor:
         return span(x)[1][-1]
@@ -203,15 +211,15 @@ def _print(found: Any, output: Path, store: Store) -> None:
     cells = frame_of(rows)
     exact = found["exact_distance"].astype(float).median() if len(found) else math.nan
     caption = (
-        f"Error: of the end, relative to the displacement, on {FRESH} fresh samples. W2 of the exact solution: {exact:.3f}. "
-        "Medians over seeds."
+        f"Error: of the end, over the displacement, on {FRESH} new samples. W2 of the exact solution: {exact:.3f}. Seconds: to "
+        "make the sampler. Medians over seeds."
     )
     print_table(cells, names.SAMPLER_TASKS["sampler-moons"], caption, store.console)
     write(found, [markdown(cells), caption], output, "run-sampler-moons", store.console)
 
 
 def _draw(shown: dict[tuple[str, int], Tensor], path: Path) -> Path:
-    """Draws a row of samples for each method."""
+    """Draws the samples of each method in a row of panels."""
     rows = [list(row) for _, row in groupby(shown, key=lambda key: key[0])]
     columns = max(map(len, rows))
     figure, axes = plots.grid_of_axes(len(rows), columns, 2.4, 2.0)

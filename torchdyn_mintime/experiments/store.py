@@ -1,4 +1,4 @@
-"""Finished and unfinished runs on disk, so that what was trained once is not trained again."""
+"""Keeps finished and unfinished runs on disk, so that nothing is trained twice."""
 
 import hashlib
 import json
@@ -23,17 +23,18 @@ from torchdyn_mintime.experiments.training import Run, race
 __all__ = ["Plan", "Store", "load_model"]
 
 CHECKPOINT_SECONDS = 20.0
+"""Unfinished runs are saved after so many seconds."""
 
 FORMAT = 2
-"""Of the records: runs that were made with another one are made again."""
+"""Version of the records. Runs of another version are made again."""
 
 DRIVE_ROUNDS = 10
-"""Iterations of training by which the drive is measured, at most."""
+"""The drive is measured by so many iterations of training at most."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run to be made: names of a task and of one of its methods, and the settings, the seed among them."""
+    """One run: the names of a task and of one of its methods, and the settings, which include the seed."""
 
     task: str
     method: str
@@ -41,13 +42,13 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """A file name that differs wherever the plan does."""
+        """A file name without its ending. Different plans have different ones."""
         digest = hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.task}-{self.method.replace(':', '-')}-seed{self.settings.seed}-{digest}"
 
 
 def load_model(plan: Plan, path: Path) -> models.Model:
-    """Returns the trained model of a finished plan, from the file that a store has written."""
+    """Returns the trained model of a finished plan from its ``.pt`` file."""
     task = TASKS[plan.task]
     with torch.random.fork_rng(devices=[]):
         model = task.model(task.method(plan.method), plan.settings)
@@ -56,11 +57,11 @@ def load_model(plan: Plan, path: Path) -> models.Model:
 
 
 class Store:
-    """A folder with a JSON record (figures and history) and a model for each finished plan; it trains what is missing.
+    """A folder with a record (figures and history, as JSON) and a model for each finished plan. Trains what is missing.
 
     Args:
-        folder: made when something is written.
-        console: for progress bars and messages; default: none.
+        folder: the folder, which is made when something is written.
+        console: for progress bars and messages; default: prints nothing.
         source: where image data is.
         device: where to train.
     """
@@ -86,9 +87,9 @@ class Store:
         return History(**self._record(plan)["history"])
 
     def search(self, plan: Plan) -> dict[str, Any]:
-        """Returns what a finished search tried, ``verdict``, and its models' figures at every depth that passed, ``front``.
+        """Returns the ``verdict`` of a finished search, and as ``front`` the figures of its models at every depth that passed.
 
-        An empty dictionary where the plan is no search.
+        Returns an empty dictionary if the plan is no search.
         """
         return self._record(plan).get("search", {})
 
@@ -104,11 +105,11 @@ class Store:
         return self._loaded[1]
 
     def begin(self, plan: Plan) -> Run:
-        """Returns the run of a plan, at the checkpoint where it was stopped, if there is one.
+        """Returns the run of a plan, from its checkpoint if it was stopped.
 
         Raises:
             UsageError: a span, a method or a search refuses the settings.
-            MissingData: the data is not at hand.
+            MissingData: the data is not there.
         """
         task, data = TASKS[plan.task], self.data(plan)
         method, path = task.method(plan.method), self._path(plan, ".checkpoint")
@@ -122,10 +123,10 @@ class Store:
         return run
 
     def finish(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
-        """Trains the plans that are not finished, one iteration of each in turn, and returns the figures of all.
+        """Trains the plans that are not finished, one iteration of each in turn, and returns the figures of all plans.
 
         Args:
-            plans: of one task.
+            plans: plans of one task.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed. What was trained so far is saved, and the next call goes on from there.
@@ -156,13 +157,13 @@ class Store:
             )
             raise KeyboardInterrupt
         for plan, run in runs.items():
-            if not self.has(plan):  # it had nothing to train
+            if not self.has(plan):  # there was nothing to train
                 self.save(plan, run)
         self._spoken_of.update(plans)
         return [self.result(plan) for plan in plans]
 
     def _say_what_is_done(self, plans: Sequence[Plan]) -> None:
-        """Names those plans, once, that an earlier command has finished."""
+        """Prints which plans an earlier command has finished, once for each."""
         done = [plan for plan in plans if plan not in self._spoken_of and self.has(plan)]
         if done:
             labels, first = ", ".join(self.result(plan)["method"] for plan in done), done[0]
@@ -173,9 +174,9 @@ class Store:
         self._spoken_of.update(done)
 
     def time_inference(self, plans: Iterable[Plan], calls: int = 11) -> None:
-        """Times one forward pass over the test set, all models in turn, unless every one of them was timed before.
+        """Times a forward pass over the test set, all models in turn, unless all of them were timed before.
 
-        A model that cannot be solved has no time, nor has a flow, whose sampling was timed.
+        Leaves out models that cannot be solved, and flows, whose sampling is timed instead.
         """
         results = {plan: self.result(plan) for plan in plans}
         solved = [plan for plan, result in results.items() if not math.isnan(result.get("accuracy", math.nan))]
@@ -187,10 +188,10 @@ class Store:
             self._write(plan, {**self._record(plan), "result": {**results[plan], "inference": seconds}})
 
     def drive(self, plan: Plan) -> dict[str, float]:
-        """Returns how many times longer torchdyn's own NeuralODE takes than the same through a span, by figure.
+        """Returns the drive: how many times longer torchdyn's own NeuralODE takes than one in a span, by figure.
 
-        The steps are the same: those of the task. Iterations of training are timed in turn, and so is inference, of which
-        flows have none. Nothing is returned where a training breaks.
+        Both take the steps of the task. Iterations of training are timed in turn, then inference, except for flows. Returns an
+        empty dictionary if a training fails.
 
         Args:
             plan: vanilla, with the settings of its training.
@@ -220,10 +221,10 @@ class Store:
         return found
 
     def save(self, plan: Plan, run: Run) -> dict[str, Any]:
-        """Judges a finished run, writes it, and returns its figures; its checkpoint goes."""
+        """Judges a finished run, writes it, removes its checkpoint, and returns its figures."""
         result = run.judge()
         self.folder.mkdir(parents=True, exist_ok=True)
-        searched = run.searched()  # while the model is where it was trained
+        searched = run.searched()  # while the model is still on the device of the training
         torch.save(run.model.cpu().state_dict(), self._path(plan, ".pt"))
         record = {"plan": asdict(plan), "result": result, "history": asdict(run.history), "search": searched}
         self._write(plan, record)
@@ -235,7 +236,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._path(plan, ".part")
         torch.save(run.state_dict(), part)
-        part.replace(self._path(plan, ".checkpoint"))  # never half a file
+        part.replace(self._path(plan, ".checkpoint"))  # so that no half-written file has this name
 
     def _record(self, plan: Plan) -> dict[str, Any]:
         return json.loads(self._path(plan, ".json").read_text(encoding="utf-8"))

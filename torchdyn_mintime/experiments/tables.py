@@ -1,6 +1,6 @@
-"""The paper's tables, with ours and the controls beside each of their rows: ``TABLES``, by number.
+"""The paper's tables, with our rows and controls: ``TABLES``, by number.
 
-``make`` makes these, ``make_all`` all of them, and ``make_own`` one of any task and methods.
+``make`` makes one of them, ``make_all`` all of them, and ``make_own`` a table of any task and methods.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,16 +30,16 @@ __all__ = [
 ]
 
 FLOW_SWEEP = (4, 6, 8, 12, 16)
-"""Steps of the control for flows, as a user without this package would try them."""
+"""Numbers of steps of the sweep for flows, as a user without this package would try them."""
 
 IMAGE_SWEEP = (1, 2, 4, 8)
-"""Steps of the control for images."""
+"""Numbers of steps of the sweep for images."""
 
 FIRST_SEED = 200
-"""Of the tables: seeds below it were looked at while settings, and the defaults of the search, were chosen."""
+"""First seed of the tables. Settings, and the defaults of the search, were chosen on seeds below it."""
 
-# One rate for all, as in the paper's code, drives t_f into its lower bound at .1: on two moons on most seeds, with an adaptive
-# solver on some. At a rate of its own t_f keeps its own pace: that of annuli in the paper.
+# With one learning rate for weights and t_f, as in the paper's code, the rate .1 drives t_f to its lower bound: on two moons on
+# most seeds, with an adaptive solver on some. So t_f has a rate of its own, that of annuli in the paper.
 _TIMES = (("span_lr", 0.01),)
 _LYAPUNOV = (("lr", 0.03),)  # of annuli in the paper's code
 _PEERS = tuple(
@@ -52,7 +52,7 @@ _PEERS = tuple(
 
 
 def _one_rate(paper: str, lr: float, weight: float | None = None) -> Row:
-    """Minimum-time as published: t_f moves at the network's learning rate."""
+    """Returns minimum-time as published: t_f moves at the network's learning rate."""
     settings = (("lr", lr), ("span_lr", lr), *(() if weight is None else (("weight", weight),)))
     price = "" if weight is None else f", weight {weight:g}"
     return Row("minimum-time", paper, settings, f"minimum-time, one rate as published{price}", published=True)
@@ -69,7 +69,7 @@ _DEFAULT_ADAPTIVE, _SKIPPED = Row("default-adaptive", control=True), Row("skippe
 _CONTROLS = (TWIN, BEST_OF_SWEEP, _DEFAULT_ADAPTIVE)
 _IMAGE_CONTROLS = (*_CONTROLS, TORCHDYN_TWIN, _SKIPPED)
 _FLOW_CONTROLS = (Row("torchdyn", control=True), _DEFAULT_ADAPTIVE, TWIN, TORCHDYN_TWIN, BEST_OF_SWEEP)
-# Whether "one evaluation" is more than a residual block: the same step, without a look at its error.
+# The row "residual" takes the same step as a search that ends at one evaluation, whatever its error: is the ODE any better?
 _CPU_ROWS = (Row("shallowest"), *_IMAGE_CONTROLS, Row("residual", control=True))
 _CIFAR_WEIGHTS = (
     (1.0, "76.38 %; .1103; 47.3"),
@@ -233,25 +233,25 @@ TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
         },
     ),
 }
-"""By number, and by name those that the paper has not: the title, and for each task its rows."""
+"""The title of each table, and the rows for each of its tasks, by the paper's number, or by a name if the paper lacks it."""
 
 REPORTS = {"robustness": measure.ROBUSTNESS}
-"""Of tables that show other figures than the goal of their tasks."""
+"""Reports of the tables that show other figures than the goal of their tasks."""
 
 LARGE = ("mnist", "fashion-mnist", "cifar10")
-"""Tasks at the paper's size, for an accelerator: they are run where they are named with ``--only``, and in no other call."""
+"""Tasks at the paper's size, for a GPU. They are run only if ``--only`` names them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One call of ``table``, as ``tables all`` makes it.
+    """One call of the command ``table``, as ``tables all`` makes it.
 
     Attributes:
-        number: of the table.
-        only: its task.
-        seeds: how many.
-        rates: learning rates tried.
-        hours: expected on one idle core.
+        number: the table's number or name.
+        only: the task.
+        seeds: the number of seeds.
+        rates: the learning rates that are tried.
+        hours: the expected hours on one idle core.
     """
 
     number: str
@@ -262,16 +262,16 @@ class Part:
 
     @property
     def options(self) -> Options:
-        """What the call runs."""
+        """The options of the call."""
         sweep = FLOW_SWEEP if self.number == "flows" else IMAGE_SWEEP if self.only.endswith("-cpu") else SWEEP
         return Options(range(FIRST_SEED, FIRST_SEED + self.seeds), self.rates, sweep)
 
 
 SUMMARISED = ("1", "2", "5")
-"""Tables with a search beside minimum time."""
+"""Tables that the summary has: those with minimum-time and the search."""
 
 SWEEP = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Steps of the control."""
+"""Numbers of steps of the sweep for other tasks."""
 
 _GRID = (0.01, 0.03, 0.1)
 
@@ -297,20 +297,24 @@ ALL = (
     Part("6", "cifar10-cpu", 3, (), 2.0),
     Part("robustness", "mnist-cpu", 3, (), 0.1),
 )
-"""Every table of the documentation, the quick ones first. Rows that were in an earlier one are not trained again."""
+"""Every table of the documentation, in the order in which ``tables all`` makes them. No run is trained twice."""
 
 
 def make(number: str, options: Options, folder: Path, store: Store, only: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Runs a table's rows and their controls, prints it, and writes it as CSV, JSON and Markdown.
+    """Trains a table's rows and controls, prints the table, and writes it as CSV, JSON and Markdown.
 
-    What an earlier call has finished is not trained again.
+    Tables with a search beside minimum time add a line for each task to ``summary.md``. Does not train again what an earlier
+    call has finished. A task whose data is missing is left out, with a note.
 
     Args:
-        number: a key of ``TABLES``.
+        number: a key of :data:`TABLES`.
         options: seeds, learning rates, steps of the sweep, settings.
-        folder: for the table, and pictures of flows.
-        store: of the runs.
-        only: of the table's tasks; empty is all.
+        folder: for the table and the pictures.
+        store: where the runs are kept.
+        only: tasks of the table; empty: all but those of :data:`LARGE`.
+
+    Returns:
+        The results, a row for each trained model.
 
     Raises:
         UsageError: the table has no such task.
@@ -331,6 +335,8 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
         heading = _titled(task.title, store.data(plans[rows[0]][0]).files)
         texts.append(show(f"{title}: {heading}", heading, lines, report, console))
         results += [line.results for line in lines if not line.results.empty]
+        if number in SUMMARISED:
+            _sum_up(name, lines, folder)
         if task.goal is measure.CLASSIFICATION:
             picture = folder / f"table-{number}-{name}.png"
             if number == "precision":
@@ -345,30 +351,36 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
 
 
 def _titled(title: str, files: str) -> str:
-    """The title, with what is to be said of the data."""
+    """Returns the title with the note on the data, if there is one."""
     return f"{title} ({files})" if files else title
 
 
 def make_all(folder: Path, store: Store) -> None:
-    """Runs every part of ``ALL``. A call that was stopped goes on where it was.
+    """Makes every part of :data:`ALL`. After a stop, the same call goes on where it was.
 
-    Each part's table is written as ``table-NUMBER-TASK``. ``summary.md`` has a line for each task that is through.
+    Writes each part's table as ``table-NUMBER-TASK``.
     """
     total = sum(part.hours for part in ALL)
-    store.console.print(f"{len(ALL)} tables, about {total:.0f} hours of one core if none of them was run before:")
+    store.console.print(f"{len(ALL)} tables, about {total:.0f} hours of one core if nothing was trained before:")
     for part in ALL:
         store.console.print(f"  table {part.number}, {TASKS[part.only].title}: {part.hours:g} h", highlight=False)
-    done = []
     for part in ALL:
-        made = make(part.number, part.options, folder, store, (part.only,))
-        if part.number in SUMMARISED and not made.empty:
-            lines, _ = compare(part.only, TABLES[part.number][1][part.only], part.options, store)
-            done.append(_summary_of(part.only, lines))
-            (folder / "summary.md").write_text(markdown(pd.DataFrame(done)) + "\n", encoding="utf-8")
+        make(part.number, part.options, folder, store, (part.only,))
+
+
+def _sum_up(task: str, lines: Sequence[Line], folder: Path) -> None:
+    """Puts the line of a task into ``summary.csv`` and ``summary.md``, beside those of other tasks."""
+    path, table = folder / "summary.csv", pd.DataFrame([_summary_of(task, lines)])
+    if path.exists():
+        others = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.concat([others[others["task"] != table.loc[0, "task"]], table]).fillna("")
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    (folder / "summary.md").write_text(markdown(table) + "\n", encoding="utf-8")
 
 
 def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
-    """What a reader wants to know of a task first: evaluations, loss, and whether the model is its own ODE."""
+    """Returns a line of the summary: evaluations, gains and loss of a task, and whether the search's model is a true ODE."""
     vanilla, report = lines[0], TASKS[task].goal.report
     by_method = {label: line for line in lines for label in line.results.get("method", ())}
     ours, search = by_method["minimum-time"], by_method["shallowest true ODE"]
@@ -400,12 +412,12 @@ def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
 
 
 def _depths(line: Line, *names: str) -> str:
-    """How many times less than vanilla through a span, of each figure; "-" where a seed has none."""
+    """Returns how many times less than vanilla a line takes by depth alone, for each figure; "-" if a seed lacks the figure."""
     found = [line.depth(name) for name in names]
     return ", ".join("-" if times is None else f"{times:.3g}" for times in found)
 
 
-# ----------------------------------------------------------------------------------------------- a table of one's own
+# ------------------------------------------------------------------------------------- a table of any task and methods
 
 
 def make_own(
@@ -413,20 +425,23 @@ def make_own(
 ) -> pd.DataFrame:
     """Trains some methods on one task, prints a row for each seed, then medians, and draws the models of the first seed.
 
-    What an earlier call has finished is not trained again; what it was stopped at goes on. Where a flow is learned by
-    minimum-time, vanilla with as many steps stands beside it, by a span's rk4 and by torchdyn's own.
+    Does not train again what an earlier call has finished, and goes on with what it was stopped at. For a flow with the
+    method minimum-time, vanilla with as many steps is added, by a span's rk4 and by torchdyn's own.
 
     Args:
         task: a key of ``TASKS``.
-        methods: names for the task's ``method``; ratios are to the first.
+        methods: names that the task's ``method`` takes; ratios are to the first.
         options: seeds and settings.
         folder: for the table and the figures.
-        store: of the runs.
-        name: of the files; default: after task and methods.
+        store: where the runs are kept.
+        name: of the files; default: made of task and methods.
+
+    Returns:
+        The results, a row for each trained model.
 
     Raises:
-        UsageError: a method or a setting that the task does not take.
-        MissingData: the task's data is not at hand.
+        UsageError: the task does not take a method or a setting.
+        MissingData: the task's data is not there.
     """
     title, goal, console = TASKS[task].title, TASKS[task].goal, store.console
     name = name or f"run-{task}-{'-'.join(methods).replace(':', '-')}"
@@ -459,12 +474,13 @@ def make_own(
 
 
 def note(plan: Plan, store: Store) -> str:
-    """Returns what a reader should know of a run: that it failed, or that t_f ran into its lower bound."""
+    """Returns a note on a run: why it failed, or that t_f is at its lower bound; else an empty text."""
     at_bound = (span.t_f.item() <= span.bounds[0] * (1 + 1e-5) for span in spans(store.model(plan)))
     return store.result(plan)["failure"] or ("t_f is at its lower bound" if any(at_bound) else "")
 
 
 def _beside_published(line: Line, plan: Plan) -> str:
+    """Returns a sentence on t_f and the training accuracy of a line, beside the published t_f if there is one."""
     values, perfect = line.results["t_f"].astype(float), (line.results["train_accuracy"] == 1).sum()
     text = (
         f"{line.label}: t_f {values.median():.4f} ({values.min():.4f} to {values.max():.4f}), "

@@ -1,4 +1,4 @@
-"""What is trained: the data, the network and the published settings of each task."""
+"""The tasks: the data, the network and the published settings of each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,17 +22,18 @@ class Task:
     """A data set with its network.
 
     Attributes:
-        name: a key of ``TASKS``, as typed.
-        load: the data, from the settings (seed, subset and test) and where images come from.
-        parts: the network's parts around and in the NeuralODE: keywords of ``Model``, made anew at each call.
-        settings: the published ones, or ours where there are none.
+        name: the key in ``TASKS``, which users type.
+        load: (settings, source of images) -> the data. Of the settings it uses seed, subset and test.
+        parts: settings -> the layers around and in the NeuralODE, as keywords of ``Model``, made anew at each call.
+        settings: the published settings, or ours where the paper gives none.
         t_span: the points of the vanilla solve.
-        node: options of the NeuralODE, where they are not torchdyn's rk4.
+        node: options of the NeuralODE that replace the default, rk4.
         published: t_f in the paper's tables, by method.
-        goal: what the network is trained for.
-        methods: how it can be.
-        compared: the methods that are trained where none are named.
-        options: of the command ``run`` that have a use here; None is all.
+        goal: the goal of the training.
+        methods: the methods that can be chosen.
+        compared: the methods that are trained if none is named.
+        options: the options of the command ``run`` that have an effect here, beside --iterations, --seeds, --first-seed and
+            --output. None: all.
     """
 
     name: str
@@ -49,24 +50,23 @@ class Task:
 
     @property
     def title(self) -> str:
-        """As printed."""
+        """The printed name."""
         return names.TASKS[self.name]
 
     def method(self, name: str) -> Method:
-        """Returns the method of a name: one of ``methods``, or for ``vanilla:12`` vanilla with 12 equal steps of rk4.
+        """Returns a method by its name: one of ``methods``, or for ``vanilla:12`` vanilla with 12 equal steps of rk4.
 
-        ``torchdyn`` and ``torchdyn:12`` are the same by torchdyn's own NeuralODE, whose rk4 is another where the field
-        depends on time (U1).
+        ``torchdyn`` and ``torchdyn:12`` are the same by torchdyn's own NeuralODE, whose rk4 gives other values for a field
+        that depends on time (U1).
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no such method.
         """
         base, _, steps = name.partition(":")
         if base in ("vanilla", "torchdyn") and steps.isdecimal() and int(steps) > 0:
             own, count = METHODS[base], int(steps)
-            return replace(
-                own, label=f"{own.label}, {count} steps", node={"solver": "rk4"}, t_span=models.span_of(count)
-            )
+            label = f"{own.label}, {count} step{'s' * (count > 1)}"
+            return replace(own, label=label, node={"solver": "rk4"}, t_span=models.span_of(count))
         if name == "torchdyn":
             return METHODS[name]
         if name not in self.methods:
@@ -75,7 +75,7 @@ class Task:
         return self.methods[name]
 
     def model(self, method: Method, settings: Settings) -> models.Model:
-        """Returns a new network, set up for a method; its initialisation follows torch's seed."""
+        """Returns a new network, set up for a method. Its initialisation uses torch's random state."""
         t_span = self.t_span if method.t_span is None else method.t_span
         node = {**self.node, **method.node}
         if callable(make := node.get("solver")):
@@ -84,17 +84,19 @@ class Task:
         if method.skips:
             model.node = models.NoODE()
             if next(model.parameters(), None) is None:
-                raise UsageError(f"{self.title} has no layers around its NeuralODE: skipped, nothing is left to train")
+                raise UsageError(
+                    f"{self.title}: without the NeuralODE nothing is left to train, as there are no other layers"
+                )
         if method.span is not None:
             start = None if method.frozen else settings.start
-            wrap(model, model.t_span, **{"t_f": start, **method.span})  # the one line
+            wrap(model, model.t_span, **{"t_f": start, **method.span})
         for span in spans(model):
             span.t_f.requires_grad_(not method.frozen)
         return model
 
 
 def _fresh(draw: Callable[[int, torch.Generator], Tensor]) -> Callable[[Settings, datasets.Source], datasets.Data]:
-    """Data drawn anew, with the same test samples for all."""
+    """Returns a loader of data that is drawn anew for every batch. The test samples are the same for every seed."""
     return lambda settings, source: datasets.fresh(draw, draw(settings.test, torch.Generator().manual_seed(10_000)))
 
 
@@ -119,15 +121,15 @@ _FASHION = replace(
     load=lambda settings, source: datasets.fashion_mnist(settings.seed, settings.subset, source),
     published={"minimum-time": 0.0564},
 )
-# What two CPU cores can train: few images, a narrow network, and so small an encoder that the ODE has work to do. Chosen by
-# nothing but their cost: vanilla takes about 20 minutes.
+# For two CPU cores: few images, a narrow network, and an encoder so small that the ODE has work to do. The numbers were chosen
+# by their cost alone: vanilla takes about 20 minutes.
 _CPU = Settings(iterations=800, lr=0.005, span_lr=0.005, weight=0.1, target=None, batch=64, subset=10_000, width=16)
 
 
 def _plain(
     load: Callable[[int, int | None, datasets.Source], datasets.Data], settings: Settings, source: datasets.Source
 ) -> datasets.Data:
-    """Images that are not varied, since each of them is seen a few times only."""
+    """Returns images without random changes, since training uses each of them only a few times."""
     return load(settings.seed, settings.subset, source).plain()
 
 
@@ -135,7 +137,7 @@ def _patch_parts(channels: int, settings: Settings) -> dict[str, nn.Module]:
     return models.patch_parts(channels, settings.width)
 
 
-# The paper takes 1,000 iterations. It says that its rate starts at .05, not how it goes on.
+# The paper takes 1,000 iterations. Its learning rate starts at .05; the paper does not say how it goes on.
 _FLOW = Task(
     "flow-moons",
     _fresh(datasets.density_moons),
@@ -205,14 +207,14 @@ TASKS: dict[str, Task] = {
             published={"minimum-time": 0.3606},
         ),
         _FLOW,
-        # The paper's price is .35, at which circles give up .04 nats; .1 was chosen on seeds 0 to 2.
+        # At the paper's price, .35, the circles lose .04 nats; .1 was chosen on seeds 0 to 2.
         replace(
             _FLOW,
             name="flow-circles",
             load=_fresh(datasets.density_circles),
             settings=_FLOW.settings.but(weight=0.1),
         ),
-        # The tutorial's own settings; the price of time was chosen on seed 0.
+        # The tutorial's own settings. The price of time was chosen on seed 0.
         Task(
             "flow-tutorial",
             lambda settings, source: datasets.spiral(settings.seed, settings.test),

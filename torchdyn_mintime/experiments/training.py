@@ -1,4 +1,4 @@
-"""The training loop: several models side by side, one iteration of each in turn, so that a busy machine slows all alike."""
+"""The training loop. Several models take turns, one iteration each, so that a busy machine slows all of them alike."""
 
 import signal
 import threading
@@ -21,21 +21,21 @@ from torchdyn_mintime.experiments.context import History, Settings, Step
 __all__ = ["LOOKED_AT", "Run", "race"]
 
 LOOKED_AT = 1024
-"""Training samples on which a search looks at a model before it believes it."""
+"""Number of training samples on which a search checks a model."""
 
 
 class Run:
-    """One model in training; for who decides the depth it is the ``Context``.
+    """One model in training, and the :class:`Context` of its driver.
 
     Args:
         task, method, settings, data: what is trained, how, and on what.
-        device: where.
-        start: the state of a trained model to go on from; None is a new one.
+        device: where it is trained.
+        start: the state_dict of a trained model to begin with; None: a new model.
 
     Attributes:
-        history: what happened so far.
-        failure: why it stopped early, or an empty text.
-        lost: seconds of iterations that failed, counted with the next one.
+        history: what was recorded so far.
+        failure: why training failed, or an empty text.
+        lost: seconds of failed iterations, which are added to the next one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Run:
             self.model = task.model(method, settings).to(self.device)
             if start is not None:
                 self.model.load_state_dict(start)
-            # What a method draws in training must not depend on which others train beside it.
+            # A method's random numbers must not depend on which other methods train beside it.
             self._random = torch.get_rng_state()
         self.batches = datasets.Batches(self.data, settings.batch, settings.seed)  # the same batches for every method
         self._solve, self._terms = method.solver(self.model), method.loss_terms(self.model, settings)
@@ -63,7 +63,7 @@ class Run:
         self.driver = method.driver(self)
 
     def renew_optimizer(self) -> None:
-        """Begins with a fresh optimizer, at the first learning rate."""
+        """Makes a new optimizer, at the first learning rate."""
         self._optimizers, self.optimizer = self.method.optimizers(self.model, self.settings)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._since_renewal = 0
@@ -74,7 +74,7 @@ class Run:
         return bool(self.failure) or self.driver.done
 
     def step(self) -> None:
-        """Takes one iteration. Forward, backward, update and what the driver decides are timed; nothing else."""
+        """Takes one iteration. Only forward, backward, update and the driver's work are timed."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
             self._iterate(*self.batches.next())
@@ -90,7 +90,7 @@ class Run:
             loss, output = self._backward(x, y)
             paused = measure.clock(self.device)
             self._check_gradients()
-            start += measure.clock(self.device) - paused  # a user's loop has no such look
+            start += measure.clock(self.device) - paused  # a user's loop has no such check
             if self.driver.before_step(loss):
                 for optimizer in self._optimizers:
                     optimizer.step()
@@ -118,7 +118,7 @@ class Run:
         self._finish()
 
     def _backward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Leaves the gradient of the method's loss; returns the terminal loss and the output."""
+        """Computes the gradient of the method's loss, and returns the terminal loss and the output."""
         method, model, goal, done = self.method, self.model, self.task.goal, len(self.history.loss)
         z0 = model.before(x)
         t_eval, sol = self._solve(z0, model.t_span) if method.solves else (model.t_span[:1], z0[None])
@@ -141,13 +141,13 @@ class Run:
         return terminal.detach(), output
 
     def _check_gradients(self) -> None:
-        """Ends a run before its weights are spoiled: torchdyn's adaptive solvers never return from a NaN (U3)."""
+        """Raises an error before NaN gets into the weights, where torchdyn's adaptive solvers would never end (U3)."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise FloatingPointError(f"the gradient is not finite after {len(self.history.loss)} iterations")
 
     def _recover(self, error: Exception) -> None:
-        """Goes on from another state if the driver knows one. One method that breaks must not end a table."""
+        """Goes on from an earlier state if the driver has one, else ends this run alone: other methods of a table go on."""
         solvable = isinstance(error, IntegrationError | FloatingPointError)
         try:
             if not (solvable and self.driver.recovers(str(error))):
@@ -162,19 +162,22 @@ class Run:
             self.failure = self.driver.finish() or self.failure
 
     def loss_of_batch(self) -> Tensor:
-        """Returns the terminal loss of the present batch once more."""
+        """Computes the terminal loss of the present batch again, and returns it."""
         x, y = self._batch
         return self.task.goal.loss(self.model(x), y)
 
     def loss_again(self) -> Tensor:
-        """Returns the terminal loss with the model as it is now, on the first :data:`LOOKED_AT` training samples.
+        """Returns the terminal loss of the model as it is now, on the first :data:`LOOKED_AT` training samples.
 
-        One batch is not enough: at a large learning rate a model is good on one and bad on the next.
+        One batch is not enough: at a large learning rate a model may be good on one batch and bad on the next.
         """
         return self.task.goal.loss(self.model(self.data.x[:LOOKED_AT]), self.data.y[:LOOKED_AT])
 
     def judge(self) -> dict[str, Any]:
-        """Returns the figures of the trained model, all but the inference time. What cannot be solved has NaN, and failed."""
+        """Returns the figures of the trained model, except its inference time.
+
+        A model that cannot be solved has NaN in their place, and has failed.
+        """
         goal, settings, history, failure = self.task.goal, self.settings, self.history, self.failure
         figures: dict[str, Any] = {
             "task": self.task.name,
@@ -198,7 +201,7 @@ class Run:
         return {**figures, "failure": failure}
 
     def searched(self) -> dict[str, Any]:
-        """Returns of a search what it tried, and the figures of its model at every depth that passed; else an empty dict."""
+        """Returns the verdict of a search and the figures of its models at all depths that passed; else an empty dictionary."""
         verdict = self.driver.verdict
         if verdict is None:
             return {}
@@ -209,7 +212,7 @@ class Run:
         return {"verdict": asdict(verdict), "front": front}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that a stopped run needs to go on as if it had not been stopped."""
+        """Returns all that a stopped run needs to go on as if it had never stopped."""
         parts = (self.model, self.driver, self.batches, *self._optimizers)
         return {
             "parts": [part.state_dict() for part in parts],
@@ -219,7 +222,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a stopped run."""
+        """Restores a stopped run from its :meth:`state_dict`."""
         parts = (self.model, self.driver, self.batches, *self._optimizers)
         for part, own in zip(parts, state["parts"], strict=True):
             part.load_state_dict(own)
@@ -229,7 +232,7 @@ class Run:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed. Pressed once more, it stops at once."""
+    """Gives a function that says whether Ctrl-C was pressed. A second Ctrl-C raises KeyboardInterrupt as usual."""
     if threading.current_thread() is not threading.main_thread():  # signals go to that one
         yield lambda: False
         return
@@ -255,16 +258,16 @@ def race(
 ) -> bool:
     """Trains all runs to their ends, one iteration of each in turn.
 
-    Ctrl-C stops it after the iteration, so that all runs can go on from there. Pressed once more, it stops at once.
+    Ctrl-C stops it after the present iteration, so that all runs can go on from there. A second Ctrl-C stops it at once.
 
     Args:
         runs: the models in training.
-        console: for a progress bar for each; None is without.
-        title: of the bars.
-        advanced: called after each iteration, for checkpoints.
+        console: shows a progress bar for each run; None: no bars.
+        title: the beginning of the bars' labels.
+        advanced: called with the run after each of its iterations, to save checkpoints.
 
     Returns:
-        Whether all came to their ends.
+        Whether all runs have ended.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -283,7 +286,7 @@ def race(
                 run.step()
                 loss, t_f = run.history.loss, run.history.t_f
                 done, latest = len(loss), f"loss {loss[-1]:.3f}  t_f {t_f[-1]:.3f}" if loss else ""
-                # A second stage goes on beyond the iterations of the first.
+                # A second stage takes iterations beyond those of the settings.
                 total = max(done, 1 if run.done else run.settings.iterations)
                 progress.update(bar, total=total, completed=done, state=run.failure[:60] or latest)
                 advanced(run)
