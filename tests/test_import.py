@@ -28,7 +28,9 @@ assert not {{"torch", "torchdyn", "matplotlib", "pandas"}} & set(sys.modules)
 
 
 def test_a_room_is_at_hand_without_an_import_of_its_own():
-    python("import torchdyn_mintime as tm; tm.flows.Gaussian, tm.numerics.cut, tm.LearnableSpan")
+    names = "tm.flows.Gaussian, tm.numerics.cut, tm.diagnostics.solver_error, tm.plots.front, tm.lightning.Shallowest"
+    python(f"import torchdyn_mintime as tm; {names}, tm.LearnableSpan")
+    assert {"diagnostics", "flows", "lightning", "numerics", "plots"} <= set(dir(tm))
 
 
 def test_every_public_name_is_there_and_listed():

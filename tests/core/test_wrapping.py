@@ -393,6 +393,17 @@ def test_nothing_to_unwrap_is_an_error(model):
         tm.unwrap(model)
 
 
+def test_a_module_without_a_forward_cannot_be_unwrapped_with_a_state():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _node()
+
+    with pytest.raises(NotImplementedError) as raised:
+        tm.unwrap(tm.wrap(Steps()), torch.randn(2, 2))
+    assert "If it has no forward, unwrap the network in it, such as unwrap(module.net, x)" in raised.value.__notes__[0]
+
+
 def test_a_bare_node_is_nothing_to_unwrap():
     with pytest.raises((TypeError, ValueError)):
         tm.unwrap(_node())

@@ -102,8 +102,33 @@ def test_what_is_held_out_must_pass_too(trained):
     assert not verdict.feasible
     # The training loss is met: the verdict says which loss is not.
     failed = verdict.trials[-1]
-    assert failed.loss <= 0.02 < failed.held_out_loss < math.inf
+    assert failed.training_loss <= 0.02 < failed.held_out_loss < math.inf and failed.missed == "held-out loss"
+    assert ", the loss on held-out batches missed the target, lowest loss in training" in str(verdict)
     assert f"at most {failed.held_out_loss:.4g} on held-out batches" in str(verdict)
+
+
+def test_a_condition_is_asked_of_the_copy_as_it_is_then(trained):
+    asked = []
+
+    def accept(copy):
+        assert copy is not trained and not copy.training and not torch.is_grad_enabled()
+        copy(X)
+        asked.append(next(tm.spans(copy)).nfe)
+        return asked[-1] > 4
+
+    _, verdict = tm.compress(
+        trained, [(X, TURNED)], mse_loss, target=0.5, accept=accept, solvers=["rk4"], progress=False, max_iterations=60
+    )
+    assert verdict.feasible and verdict.best.evaluations == 8 and {4, 8, 16} <= set(asked)
+    assert next(t for t in verdict.trials if t.evaluations == 4).missed == "accept"
+
+
+def test_an_error_of_the_loss_says_how_it_is_called(trained):
+    with pytest.raises(AttributeError) as raised:
+        tm.compress(trained, [(X, TURNED)], lambda out, batch: batch.targets, progress=False)
+    assert raised.value.__notes__ == [
+        "compress calls loss(output, *target), where (x, *target) is an element of batches"
+    ]
 
 
 def test_a_slack_counts_from_what_is_held_out_too(trained):

@@ -385,7 +385,7 @@ def test_a_search_of_an_older_version_goes_on_in_the_middle():
     optimizer.load_state_dict(saved["optimizer"])
     search.load_state_dict(saved["search"])
     search.start(span, optimizer)
-    assert search.status().startswith("2 x midpoint: loss 0.0687 (target 0.05), iteration 662")
+    assert search.status().startswith("2 x midpoint: lowest loss 0.0687 (target 0.05), iteration 662")
 
     def loss():
         return span(saved["x"])[1][-1].square().mean()
@@ -580,16 +580,33 @@ def test_set_steps_keeps_the_interval():
 
 @pytest.mark.parametrize(("options", "shown"), [({}, True), ({"progress": False}, False)])
 def test_the_progress_is_shown_on_request_and_by_default(options, shown, monkeypatch):
-    made = []
+    wanted, said = [], []
 
-    class Recorded(shallowest.Progress):
-        def __init__(self, **settings):
-            made.append(settings)
-            super().__init__(**{**settings, "disable": True})
+    @contextlib.contextmanager
+    def recorded(progress):
+        wanted.append(progress)
+        yield lambda *what: said.append(what)
 
-    monkeypatch.setattr(shallowest, "Progress", Recorded)
-    Shallowest(target=10.0, solver_tol=5.0, solvers=[]).fit(span_of(), criterion, [annuli(8)], **options)
-    assert made == [{"disable": not shown, "transient": True}]
+    monkeypatch.setattr(shallowest, "progress_shown", recorded)
+    search = Shallowest(target=-1.0, solvers=[])
+    search.fit(span_of(), criterion, [annuli(8)], max_iterations=3, **options)
+    assert wanted == [shown] and [what[1:] for what in said] == [(1, None), (2, None)]
+    assert said[0][0].startswith("4 x rk4: lowest loss ") and "(target -1), iteration 1" in said[0][0]
+
+
+def test_a_loss_without_a_gradient_is_an_error():
+    with pytest.raises(
+        ValueError, match="the loss has no gradient, so it cannot be trained. A count, such as an accuracy"
+    ):
+        Shallowest(target=0.1).fit(
+            span_of(), lambda out, batch: (out[1][-1] > 0).float().mean(), [annuli(8)], progress=False
+        )
+
+
+def test_an_error_of_the_loss_says_how_it_is_called():
+    with pytest.raises(AttributeError) as raised:
+        Shallowest(target=0.1).fit(span_of(), lambda out, y: y.shape, [annuli(8)], progress=False)
+    assert raised.value.__notes__ == ["fit calls loss(model(x), batch), where batch is a whole element of batches"]
 
 
 def test_a_foreign_state_is_refused_and_changes_nothing():
@@ -1038,15 +1055,64 @@ def test_a_loss_that_a_look_finds_too_high_is_not_the_best_of_the_training(scrip
     one = script([Verification(False, 1.5)])
     one.run(0.9, 5)
     trial = one.search.trials[0]
-    assert (trial.loss, trial.reference_loss, trial.solver_error) == (0.9, math.inf, math.inf)
+    assert (trial.loss, trial.training_loss, trial.reference_loss, trial.solver_error) == (1.5, 0.9, math.inf, math.inf)
 
 
-def test_without_a_measure_the_losses_stay_those_of_the_training(script):
+def test_without_a_measure_there_is_the_loss_of_the_training_alone(script):
     one = script([Verification(True, -math.inf, 0.01, -math.inf)], solvers=[])
     one.search.penalty()
     one.search.step(0.9)
     trial = one.search.trials[0]
-    assert (trial.passed, trial.loss, trial.reference_loss) == (True, 0.9, math.inf)
+    assert (trial.passed, trial.loss, trial.training_loss, trial.reference_loss) == (True, math.inf, 0.9, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("loss", "penalty", "missed", "words"),
+    [
+        (1.5, 0.5, "loss", "the loss missed the target"),
+        (0.9, 1.5, "solver error", "the solver error was above the tolerance"),
+    ],
+)
+def test_a_depth_that_no_look_has_seen_says_which_bound_it_missed_over_the_last_iterations(
+    script, caplog, loss, penalty, missed, words
+):
+    caplog.set_level(logging.INFO)
+    one = script([PASSED, FAILED])
+    one.run(0.5)
+    one.penalty = penalty
+    one.run(loss)
+    trial = one.search.trials[1]
+    assert (trial.passed, trial.missed) == (False, missed)
+    assert f"2 x rk4 is not enough: {words}" in caplog.text
+    assert f", {words}, lowest loss in training {trial.training_loss:.4g}" in str(one.search.finish()).splitlines()[2]
+
+
+def test_what_the_last_look_says_stays_while_the_training_is_within_its_bounds(script):
+    one = script([Verification(False, 0.9, 0.05, missed="accept")])
+    one.run(0.5, 15)
+    assert one.looked[-1] == ("4 x rk4", 11) and one.search.trials[0].missed == "accept"
+    one.run(3.0, 60)
+    assert one.search.trials[0].missed == "loss"
+    one.search.diverged("the state is not finite")
+    assert one.search.trials[0].missed == "solve"
+
+
+def test_an_adaptive_solver_misses_its_number_of_steps(script):
+    one = script(solver="tsit5", penalty=200.0)  # in hundredths: its bound is 1
+    one.run(0.5, 30)
+    assert one.search.trials[0].missed == "evaluations"
+
+
+@pytest.mark.parametrize(("sign", "mode"), [(1.0, "max"), (-1.0, "min")])
+def test_a_metric_that_gets_worse_in_training_names_the_other_mode(script, sign, mode):
+    one = script([Verification(True, 0.9 * sign, 0.01, 0.9 * sign)], target=None)
+    one.search.judge, one.search.figure, one.search.sign = (lambda: 0.1), "f1", sign
+    one.search._judged = 0.1 * sign, math.inf
+    worse = Verification(True, 0.9, 0.01, 0.9) if sign > 0 else Verification(True, -0.05, 0.01, -0.05)
+    one.looks[:] = [worse]
+    now = "0.9" if sign > 0 else "0.05"
+    with pytest.warns(UserWarning, match=f"f1 was 0.1 before the training and is {now} after it.*mode to '{mode}'"):
+        one.run(settling(0.0), 300)
 
 
 # ----------------------------------------------------------------------------------------------------- without a target

@@ -68,3 +68,17 @@ def test_a_verdict_shows_its_front_and_says_everything_in_words():
         "  4 x rk4: failed after 7 iterations, 0.0 s, loss 0.5",
     ]
     assert "(target none)" in str(nothing) and "predictions" not in str(nothing) and nothing.front == []
+
+
+def test_a_metric_is_shown_under_its_name_and_without_the_sign_that_makes_it_smaller():
+    best = passed(Depth("euler", 1), solver_error=0.09, loss=-0.75, reference_loss=-0.76)
+    failed = Trial.at([Depth("learned-2", 1)])
+    failed.training_loss, failed.missed = 0.54, "loss"
+    looked = replace(failed, loss=-0.7)
+    assert str(Verdict(True, best, [best, failed, looked], -0.73, 0.1, 9, "accuracy", -1.0)).splitlines() == [
+        "found 1 evaluation (1 x euler): accuracy 0.75 and 0.76 solved exactly (target 0.73), solver error 0.09 of the "
+        "displacement (tolerance 0.1), 9 iterations",
+        "  1 x euler: passed after 0 iterations, 0.0 s, accuracy 0.75 / 0.76, solver error 0.09",
+        "  learned-2: failed after 0 iterations, 0.0 s, the accuracy missed the target, lowest loss in training 0.54",
+        "  learned-2: failed after 0 iterations, 0.0 s, the accuracy missed the target, accuracy 0.7",
+    ]

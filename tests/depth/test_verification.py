@@ -47,23 +47,23 @@ def test_each_bound_is_held_and_the_cheap_ones_first():
     loss, error, reference = whole.loss, whole.solver_error, whole.reference_loss
     # 1e-3 and less: exact solves have a tolerance that follows from that of the solver error, 3e-7 to 1e-5 here.
     fits = dict(target=1.001 * max(loss, reference), solver_tol=1.01 * error, evaluations=4, accept=lambda: True)
-    assert verify(span, measured(span), **fits).passed
+    assert verify(span, measured(span), **fits).passed and not verify(span, measured(span), **fits).missed
 
-    def without(**change):
+    def without(missed, **change):
         found = verify(span, measured(span), **{**fits, **change})
-        assert not found.passed
+        assert not found.passed and found.missed == missed
         return [found.loss, found.solver_error, found.reference_loss]
 
     def near(*figures):
         return pytest.approx([*figures, *[math.inf] * (3 - len(figures))], rel=1e-3)
 
-    assert without(target=0.999 * loss) == near(loss)
-    assert without(solver_tol=0.99 * error) == near(loss, error)
-    assert without(evaluations=3) == near(loss, error)
-    assert without(accept=lambda: False) == near(loss, error, reference)
+    assert without("loss", target=0.999 * loss) == near(loss)
+    assert without("solver error", solver_tol=0.99 * error) == near(loss, error)
+    assert without("evaluations", evaluations=3) == near(loss, error)
+    assert without("accept", accept=lambda: False) == near(loss, error, reference)
     # The loss of a model may be met at its steps alone, or only where it is solved exactly.
     low, high = sorted((loss, reference))
-    between = without(target=(low + high) / 2)
+    between = without("exact loss" if loss < reference else "loss", target=(low + high) / 2)
     assert between == (near(loss, error, reference) if loss < reference else near(loss))
 
 
@@ -221,7 +221,7 @@ def test_a_failed_solve_of_any_batch_is_a_failure(place, target):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_infinite(loss):
-    assert verify(model(), [lambda: loss], target=1e9, solver_tol=1.0) == Verification(False, math.inf)
+    assert verify(model(), [lambda: loss], target=1e9, solver_tol=1.0) == Verification(False, math.inf, missed="solve")
 
 
 def test_a_target_of_none_holds_the_loss_against_nothing_but_a_failure():
@@ -239,7 +239,7 @@ def test_a_loss_that_is_the_target_meets_it_also_when_solved_exactly(reference, 
 def test_a_reference_that_fails_is_a_failure_too():
     span, losses = model(), iter([1.0, math.nan])
     found = verify(span, [lambda: next(losses)], target=None, solver_tol=1.0)
-    assert found == Verification(False, 1.0, 0.0, math.inf)
+    assert found == Verification(False, 1.0, 0.0, math.inf, missed="solve")
 
 
 def test_the_predictions_that_change_are_counted_over_all_batches():
@@ -326,4 +326,4 @@ def test_a_solve_that_fails_is_an_infinite_loss():
     def failing():
         raise tm.IntegrationError("not finite", time=0.0, step=1, solver="rk4")
 
-    assert verify(model(), [failing], target=1e9, solver_tol=1.0) == Verification(False, math.inf)
+    assert verify(model(), [failing], target=1e9, solver_tol=1.0) == Verification(False, math.inf, missed="solve")

@@ -184,6 +184,7 @@ def test_a_validation_metric_is_kept_in_the_place_of_the_training_loss(monitor, 
         if mode == "max"
         else torch.nn.functional.cross_entropy(logits, kept[1])
     )
+    assert f"{monitor} {sign * verdict.best.loss:.4g} and" in str(verdict) and f"(target {target:g})" in str(verdict)
     # The mean of three batches is that of all samples, to rounding.
     assert sign * own.item() == pytest.approx(verdict.best.loss, abs=1e-5)
 

@@ -15,6 +15,7 @@ from torchdyn_mintime.core.evaluation import (
     model_output,
     of_output,
     rest_of,
+    with_note,
 )
 from torchdyn_mintime.core.field import STATEFUL, BoundField, Field, cost_columns, evaluating, random_kept, takes
 from torchdyn_mintime.core.interval import Interval
@@ -112,6 +113,7 @@ __all__ = [
     "undisturbed",
     "untraced",
     "unwrap",
+    "with_note",
     "with_solver",
     "wrap",
 ]

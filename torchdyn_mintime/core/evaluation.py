@@ -5,6 +5,7 @@ called as ``loss(output, *target)`` and returns the mean over the batch. ``outpu
 model is a span itself, which returns times and states, it is z(t_f) alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "model_output",
     "of_output",
     "rest_of",
+    "with_note",
 ]
 
 Loss = Callable[..., Tensor | float]
@@ -63,6 +65,21 @@ def as_batches(batches: Any) -> list[tuple[Tensor, ...]]:
     if not found:
         raise ValueError("batches is empty; give at least one (x, *target)")
     return found
+
+
+def with_note(loss: Callable[..., Any], note: str) -> Callable[..., Any]:
+    """Returns the loss with a note on its errors, unless they have one: they are often about arguments in another order."""
+
+    @functools.wraps(loss)
+    def noted(*args: Any) -> Any:
+        try:
+            return loss(*args)
+        except Exception as error:
+            if not getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
+
+    return noted
 
 
 def model_output(model: nn.Module, x: Tensor) -> Any:

@@ -286,7 +286,14 @@ def _states(model: nn.Module, x: Any) -> dict[LearnableSpan, Tensor]:
     before = {span: span.last for span in spans(model)}
     others = [module for module in model.modules() if not isinstance(module, LearnableSpan)]
     with evaluating(model), kept(others), random_kept(next(iter(before)).t_f):
-        model(x)
+        try:
+            model(x)
+        except NotImplementedError as error:  # as of a LightningModule that has its steps alone
+            error.add_note(
+                "unwrap calls the model with x. If it has no forward, unwrap the network in it, such as unwrap(module.net, x), "
+                "or leave x out"
+            )
+            raise
     return {span: span.last.x for span, last in before.items() if span.last is not None and span.last is not last}
 
 

@@ -1,6 +1,7 @@
 """A trained model made shallow: the search, from a copy of it."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchdyn_mintime.core import (
     mean_loss,
     of_output,
     undisturbed,
+    with_note,
     wrap,
 )
 from torchdyn_mintime.depth.shallowest import Shallowest
@@ -33,6 +35,7 @@ def compress(
     solver_tol: float = 0.1,
     lr: float = 0.003,
     held_out: Iterable[Any] | None = None,
+    accept: Callable[[nn.Module], bool] | None = None,
     max_iterations: int = 20_000,
     progress: bool = True,
     **options: Any,
@@ -40,7 +43,8 @@ def compress(
     """Returns a copy of a trained model that takes fewer evaluations of its fields. The model itself stays as it is.
 
     The copy is wrapped if the model is not. :class:`~torchdyn_mintime.Shallowest` trains the copy further: with four steps of
-    rk4 until it is a true model at the target, and then with fewer and fewer evaluations.
+    rk4 until it is a true model at the target, and then with fewer and fewer evaluations. An adaptive solver stays, and takes
+    fewer steps, unless ``solvers`` are named.
 
     Args:
         model: a NeuralODE, a LearnableSpan, or a module that holds some.
@@ -49,8 +53,10 @@ def compress(
         slack: how much the loss may rise, as a share of what the ODE does for it: the loss with the ODE skipped, less the
             model's own loss, each on its worst batch, those of ``held_out`` included.
         target: the most that the loss may be on every batch; it replaces ``slack``.
-        solver_tol, options: those of Shallowest (``budget``, ``solvers``, ``accept``).
+        solver_tol, options: those of Shallowest (``budget``, ``solvers``).
         lr: learning rate of Adam; low, since the model is trained already.
+        accept: one more condition on the copy, such as an accuracy: ``accept(copy)`` returns a bool. It is called when all
+            other conditions are met, in eval mode and without gradients.
         held_out, max_iterations, progress: those of :meth:`Shallowest.fit`.
 
     Returns:
@@ -69,6 +75,7 @@ def compress(
         >>> verdict.feasible, verdict.best.evaluations <= 4
         (True, True)
     """
+    loss = with_note(loss, "compress calls loss(output, *target), where (x, *target) is an element of batches")
     prepared = as_batches(batches)
     unseen = [] if held_out is None else as_batches(held_out)
     made = copied(model)
@@ -83,7 +90,8 @@ def compress(
     def criterion(out: Any, batch: tuple) -> Tensor:
         return loss(of_output(made, out), *batch[1:])
 
-    search = Shallowest(target, slack, solver_tol, **options)
+    condition = None if accept is None else functools.partial(accept, made)
+    search = Shallowest(target, slack, solver_tol, accept=condition, **options)
     verdict = search.fit(
         made, criterion, prepared, lr=lr, held_out=unseen, max_iterations=max_iterations, progress=progress
     )

@@ -29,15 +29,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, refuse_shards, require_spans, times_of
+from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, refuse_shards, require_spans, times_of, with_note
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
+from torchdyn_mintime.depth.progress import progress_shown
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
 from torchdyn_mintime.depth.stage import Stage
-from torchdyn_mintime.depth.trials import Depth, Trial, Verdict, fewest
+from torchdyn_mintime.depth.trials import MISSED, Depth, Trial, Verdict, counted, fewest
 from torchdyn_mintime.depth.verification import Look, Verification, verify
 from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
@@ -141,6 +141,8 @@ class Shallowest:
         share_gradients: takes the mean of gradients over the processes, in place.
         judge: a function that returns a figure, such as the loss on other data; lower is better. If it is set before the
             start, this figure is held against the target in the place of the training loss.
+        figure, sign: the name of that figure, and -1 if it has a minus sign because a larger value is better: how the verdict
+            shows it.
         batches_seen_together: how many batches a pass has; the mean loss of a pass is held against the target.
         first: the depth of every span to begin with, where a model is known to be nearly true. Set it before the start.
             :meth:`fit` looks at it before any training.
@@ -197,6 +199,7 @@ class Shallowest:
         self.reduce: Callable[[float], float] = float
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
         self.judge: Callable[[], float] | None = None
+        self.figure, self.sign = "loss", 1.0
         self.first: Depth | None = None
         self.fresh_solver: Callable[[LearnableSpan, int], LearnableSolver] | None = None
         self._judged: tuple[float, float] | None = None
@@ -307,7 +310,14 @@ class Shallowest:
         searched.release(best is not None)
         target = self.target if self._judged is None else self._judged[1]
         verdict = Verdict(
-            best is not None, best or self.trials[-1], self.trials, target, self.solver_tol, self._iterations
+            best is not None,
+            best or self.trials[-1],
+            self.trials,
+            target,
+            self.solver_tol,
+            self._iterations,
+            self.figure,
+            self.sign,
         )
         (_log.info if best else _log.warning)("%s", verdict)
         return verdict
@@ -367,7 +377,7 @@ class Shallowest:
             lr: the learning rate to begin with.
             held_out: batches that are never trained on; a depth must pass on them too.
             max_iterations: after so many iterations the search ends with the best model so far.
-            progress: whether to show a progress bar.
+            progress: whether to show a bar, or a line in 20 seconds where there is no terminal.
 
         Returns:
             The verdict.
@@ -390,6 +400,7 @@ class Shallowest:
         if first is None:
             raise ValueError("batches is empty; give at least one (x, ...)")
         _input_of(first)
+        loss = with_note(loss, "fit calls loss(model(x), batch), where batch is a whole element of batches")
         modes = [(module, module.training) for module in model.modules()]
 
         def of(batch: Any) -> Tensor:
@@ -419,14 +430,13 @@ class Shallowest:
                 and self._verified(None).passed
             ):
                 self._pass()
-            with Progress(disable=not progress, transient=True) as bar:
-                task = bar.add_task("", total=None)
+            with progress_shown(progress) as show:
                 while not self.done and self._iterations < max_iterations:
                     for batch in batches:
                         self._iterate(batch, of, optimizer)
                         if self.done or self._iterations >= max_iterations:
                             break
-                        bar.update(task, advance=1, description=self.status())
+                        show(self.status(), self._iterations, None)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -440,6 +450,11 @@ class Shallowest:
 
         try:
             value = closure()
+            if not value.requires_grad:  # the penalty has a gradient of its own, and would hide it
+                raise ValueError(
+                    "the loss has no gradient, so it cannot be trained. A count, such as an accuracy, can be one more "
+                    "condition: accept=function"
+                )
             optimizer.zero_grad()
             (value + self.penalty(closure)).backward()
             optimizer.step()
@@ -454,7 +469,7 @@ class Shallowest:
         t, best = self._stage.trial, fewest(self.trials)
         target = "until it settles" if self.target is None else f"target {self.target:.3g}"
         found = "" if best is None else f"; best so far: {best.evaluations} evaluations"
-        return f"{t.label}: loss {t.loss:.3g} ({target}), iteration {self._iterations}{found}"
+        return f"{t.label}: lowest loss {t.training_loss:.3g} ({target}), iteration {self._iterations}{found}"
 
     def diverged(self, why: str) -> None:
         """Goes back to the last good state, with a lower learning rate. Call it after a loss or a solve that failed.
@@ -462,6 +477,7 @@ class Shallowest:
         If the first depth cannot solve the untrained model on every batch of a pass, more steps are tried at once.
         """
         searched = self._require_start()
+        self._stage.trial.missed = "solve"
         if self.trials[-1].iterations < self.batches_seen_together and not self._found:
             self._failed, self._stage.short = True, False
             _log.info("%s", why)
@@ -505,7 +521,7 @@ class Shallowest:
         searched.rates = self._rates
         self._stage.weight = self._first_weight()
         self._good.take(searched.model)
-        _log.info("trying %s (%d evaluations)", trial.label, trial.evaluations)
+        _log.info("trying %s (%s)", trial.label, counted(trial.evaluations))
 
     @property
     def _bound(self) -> float:
@@ -532,6 +548,9 @@ class Shallowest:
             bound=self._bound,
             batches=self.batches_seen_together,
         )
+        if stage.smooth is not None and stage.smooth > 0:  # else the last look says what is missing
+            step = "evaluations" if searched.adaptive else "solver error"
+            trial.missed = step if stage.pull > 0 else "loss"
         if stage.since == 0 and trial.iterations % KEEP_EVERY == 0:
             self._good.take(searched.model)
         # At least a pass: the mean loss of a pass cannot settle in less.
@@ -555,7 +574,9 @@ class Shallowest:
 
     def _stalled(self, patience: int) -> None:
         searched, stage, first = self._require_start(), self._stage, self._first_loss or 0.0
-        nothing_learnt = self.target is not None and stage.trial.loss > self.target + LEARNT * abs(first - self.target)
+        nothing_learnt = self.target is not None and stage.trial.training_loss > self.target + LEARNT * abs(
+            first - self.target
+        )
         far = self._rests_far
         if far and not searched.adaptive and len(self.trials) == 1 and not self._restarts:
             # Four steps may be too few to learn with: some trainings rest on a plateau that only the ODE itself leaves.
@@ -577,7 +598,7 @@ class Shallowest:
         searched, stage, trial = self._require_start(), self._stage, self._stage.trial
         assert self._first_loss is not None
         self._losses.append(value)
-        trial.loss = min(trial.loss, value)
+        trial.training_loss, trial.missed = min(trial.training_loss, value), "settling"
         window = max(WINDOW, self.batches_seen_together)
         recent = self._losses[-window:]
         fallen = self._first_loss - sum(recent) / len(recent)
@@ -610,15 +631,24 @@ class Shallowest:
         assert self._first_loss is not None
         if self._judged is not None:
             first, wanted = self._judged
+            if reached > first:
+                before, now = self.sign * first, self.sign * reached
+                warnings.warn(
+                    f"{self.figure} was {before:.4g} before the training and is {now:.4g} after it, which counts as worse. "
+                    f"If a {'larger' if self.sign > 0 else 'smaller'} value is better, change the mode to "
+                    f"'{'max' if self.sign > 0 else 'min'}'",
+                    stacklevel=2,
+                )
             if math.isinf(wanted):
                 self._judged = first, reached + self.slack * max(first - reached, 0.0)
-            _log.info("the figure that is judged is %.4g; the target is %.4g", reached, self._judged[1])
+            at, wanted = self.sign * reached, self.sign * self._judged[1]
+            _log.info("%s is %.4g; the target, which decides, is %.4g", self.figure, at, wanted)
             reached = mean
         if not math.isfinite(reached):  # nothing was measured but the loss of training
             reached = mean
         self._unit = max(self.slack * (self._first_loss - reached), 1e-12)
         self.target = reached + self._unit
-        _log.info("the loss has settled at %.4g; the target is %.4g", reached, self.target)
+        _log.info("the loss in training has settled at %.4g; its target is %.4g", reached, self.target)
 
     def _verified(self, measure: Callable[[], Any] | None) -> Verification:
         """Holds the model as it is now against all its bounds, and writes the figures down."""
@@ -639,15 +669,18 @@ class Shallowest:
         )
         found = None if self._hardest is None else one([self._hardest])
         if found is None or found.passed:
+            self._held_out_losses.clear()
             found = one(self._remembered(looks), accept=self.accept)
             self._hardest = None if found.passed or self._looks is None else self._hardest
         trial.solver_error, trial.changed = found.solver_error, found.changed
-        if math.isfinite(found.loss):
+        # Held-out batches are looked at last: if one of them was, it is the one that failed.
+        held_out = bool(self._held_out_losses) and found.missed in ("loss", "exact loss")
+        if math.isfinite(found.loss) and not held_out:
             trial.loss = found.loss
-        if math.isfinite(found.reference_loss):
+        if math.isfinite(found.reference_loss) and not held_out:
             trial.reference_loss = found.reference_loss
         trial.held_out_loss = max(self._held_out_losses, default=math.inf)
-        trial.passed = found.passed
+        trial.passed, trial.missed = found.passed, "held-out loss" if held_out else found.missed
         return found
 
     def _remembered(self, looks: Iterable[Look]) -> Iterator[Look]:
@@ -686,7 +719,8 @@ class Shallowest:
         """Goes on to the next depth, or to the end."""
         searched, trial = self._require_start(), self._stage.trial
         self._tick()
-        _log.info("%s is %s", trial.label, "enough" if trial.passed else "not enough")
+        why = MISSED[trial.missed].format(self.figure) if trial.missed else ""
+        _log.info("%s is %s%s", trial.label, "enough" if trial.passed else "not enough", f": {why}" if why else "")
         depths = None
         if self._found or self._solver_was_short():
             depths = next_depths(self.trials, searched.own, self.solvers, self.max_steps)
@@ -777,7 +811,8 @@ class Shallowest:
         """
         if missing := [name for name in ("trials", "iterations", "initial") if name not in state]:
             raise ValueError(f"this is no state of a Shallowest: {missing} are missing; got the keys {sorted(state)}")
-        self.trials = [Trial(**t) for t in state["trials"]]
+        # Before this version the loss was that of the training until a look had measured it.
+        self.trials = [Trial(**{"training_loss": t["loss"], **t}) for t in state["trials"]]
         self._iterations, self._restarts = state["iterations"], state["restarts"]
         self._first_loss, self._rates, self.done = state["first_loss"], state["base_lr"], state["done"]
         for name in ("good", "initial"):

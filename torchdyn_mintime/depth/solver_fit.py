@@ -10,14 +10,12 @@ taken by differences, which works for any field. A column costs the stages that 
 A log-density in the state has a scale of its own.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
@@ -31,6 +29,7 @@ from torchdyn_mintime.core import (
     reference_solution,
     with_solver,
 )
+from torchdyn_mintime.depth.progress import progress_shown
 from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, Stepper, integrate, make_stepper
 from torchdyn_mintime.numerics.step_control import rms
 
@@ -126,7 +125,7 @@ def fit_solver(
         args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
         log_density: which column of the state is a log-density, whose error has a size of its own. Default: the first one of
             the rates of torchdyn's ``CNF``, and none of other fields.
-        progress: show a bar.
+        progress: whether to show a bar, or a line in 20 seconds where there is no terminal.
 
     Raises:
         TypeError: ``model`` is neither, or ``x0`` is no tensor of floating-point numbers.
@@ -162,13 +161,12 @@ def fit_solver(
     with field.beside(x0, args) as bound:
         check_repeats(bound, x0, times[0])
         exact = reference_solution(bound, x0, times)[-1] if reference is None else reference.detach().double()
-        with in_float64(bound, x0, times[0]) as function, Progress(disable=not progress, transient=True) as bar:
+        with in_float64(bound, x0, times[0]) as function, progress_shown(progress) as show:
             column = log_density_column(node) if log_density is None else range(x0.shape[1])[log_density]
             ends = _Ends(bound, function, x0, exact, times, column)
             solvers = []
             for stages in numbers:
-                task = bar.add_task(f"{stages} evaluations", total=ITERATIONS)
-                solver = ends.fit(stages, functools.partial(bar.advance, task))
+                solver = ends.fit(stages, show)
                 solvers.append((ends.error(make_stepper(solver), 1), solver))
                 if tol is not None and solvers[-1][0].rms <= tol:
                     break
@@ -269,7 +267,7 @@ class _Ends:
             columns.append((self._residual(moved, self._stages(moved, stages[:first])) - now) / self._shift)
         return torch.stack(columns, 1)
 
-    def fit(self, stages: int, advance: Callable[[], None]) -> LearnableSolver:
+    def fit(self, stages: int, show: Callable[[str, int, int | None], None]) -> LearnableSolver:
         """Returns the solver of least squared error, from equal steps of midpoint; the start where it fails."""
         solver = LearnableSolver(stages, order=1, first_node=self._timed).to(self._x.device)
         solver.direction = 1 if self._times[1] > self._times[0] else -1
@@ -280,8 +278,8 @@ class _Ends:
         now = self._residual(table, known)
         if not 0 < float(now.square().sum()) < math.inf:  # a field of zeros, or steps too large for it
             return solver.requires_grad_(False)
-        for _ in range(ITERATIONS):
-            advance()
+        for i in range(ITERATIONS):
+            show(f"fitting {stages} evaluations", i, ITERATIONS)
             jacobian = self._jacobian(table, entries, known)
             normal, slope = jacobian.T @ jacobian, jacobian.T @ now
             diagonal = normal.diagonal() + 1e-10 * normal.diagonal().max().clamp_min(torch.finfo(torch.float64).tiny)

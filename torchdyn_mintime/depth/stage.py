@@ -64,6 +64,7 @@ class Stage:
         reference: steps of rk4 in the solution that the steps are compared with.
         failed_looks: at the exact solution, in a row.
         short: whether the steps are too few: the solver error is further from its bound than the loss is from its target.
+        pull: positive if that was so over the last 20 iterations or so; a mean of the same sign.
         budget: forward evaluations of the field, after which the depth is given up.
         path: the share of the budget that was spent, and ``best``, at every tenth iteration.
     """
@@ -80,6 +81,7 @@ class Stage:
     reference: int = 4
     failed_looks: int = 0
     short: bool = False
+    pull: float = 0.0
     budget: float = math.inf
     path: list[tuple[float, float]] = field(default_factory=list)
 
@@ -103,7 +105,7 @@ class Stage:
     def restart(self, weight: float) -> None:
         """Forgets the progress, as the model goes back to where it began."""
         self.smooth, self.best, self.since, self.mean_loss = None, math.inf, 0, None
-        self.failed_looks, self.short, self.weight = 0, False, weight
+        self.failed_looks, self.short, self.pull, self.weight = 0, False, 0.0, weight
 
     def observe(
         self, loss: float, penalty: float, *, target: float, unit: float, bound: float, batches: int = 1
@@ -120,12 +122,13 @@ class Stage:
             Whether a look at the exact solution is worth it: loss and penalty are within their bounds.
         """
         trial = self.trial
-        trial.loss = min(trial.loss, loss)
+        trial.training_loss = min(trial.training_loss, loss)
         gap, error_gap = max(1.0 + (loss - target) / unit, 0.0), penalty / bound
+        pull = min(max(math.log((error_gap + TINY) / (gap + TINY)), -1.0), 1.0)
+        self.pull = SMOOTHING * self.pull + (1 - SMOOTHING) * pull
         if gap < NEAR:
             low, high = (share * (unit / bound) for share in WEIGHT_RANGE)
-            pull = math.log((error_gap + TINY) / (gap + TINY))
-            wanted = self.weight * math.exp(WEIGHT_RATE * min(max(pull, -1.0), 1.0))
+            wanted = self.weight * math.exp(WEIGHT_RATE * pull)
             self.weight = min(max(wanted, low), high)
         self.short = error_gap > gap
         score = math.log(max(gap, error_gap, SOLVED))

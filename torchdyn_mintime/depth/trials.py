@@ -8,6 +8,18 @@ from torchdyn_mintime.numerics import make_stepper
 
 __all__ = ["Depth", "Trial", "Verdict", "fewest"]
 
+MISSED = {
+    "loss": "the {} missed the target",
+    "exact loss": "the {} missed the target when solved exactly",
+    "held-out loss": "the {} on held-out batches missed the target",
+    "solver error": "the solver error was above the tolerance",
+    "evaluations": "the solver took more steps",
+    "accept": "accept returned False",
+    "settling": "the loss had not settled",
+    "solve": "the solve failed or the loss exploded",
+}
+"""Says in words which bound a depth missed; ``{}`` is the figure that is held against the target."""
+
 
 @dataclass(frozen=True)
 class Depth:
@@ -52,7 +64,9 @@ class Trial:
         iterations: iterations of training.
         passed: whether loss, reference loss and solver error were all within their bounds.
         loss, reference_loss: the loss with the steps taken, and with the ODE solved exactly, on the worst batch. Infinite
-            if it was not measured.
+            if it was not measured. With a metric in the place of the loss they are this metric; where a larger one is
+            better, with a minus sign.
+        training_loss: the lowest loss of a batch in training.
         held_out_loss: the largest loss on the held-out batches that the last check looked at, with the steps taken or with the
             ODE solved exactly; infinite if it looked at none.
         solver_error: relative to the displacement, on the worst batch and span. Infinite if it was not measured.
@@ -60,6 +74,9 @@ class Trial:
         seconds: seconds of training at this depth, with the checks against the exact solution.
         spent: forward evaluations of the field at this depth in training, those of the reference included.
         depths: of each span, in their order.
+        missed: the bound that was not met last: "loss", "exact loss", "held-out loss", "solver error", "evaluations" or
+            "accept"; "settling" while a loss without a target still falls, and "solve" where the solve failed or the loss
+            exploded. Empty if the depth passed.
     """
 
     solver: str
@@ -75,6 +92,8 @@ class Trial:
     spent: int = 0
     held_out_loss: float = math.inf
     depths: tuple[tuple[str, int], ...] = ()
+    training_loss: float = math.inf
+    missed: str = ""
 
     @classmethod
     def at(cls, depths: Iterable[Depth]) -> "Trial":
@@ -111,6 +130,9 @@ class Verdict:
         trials: all trials, in the order in which they were tried.
         target, solver_tol: the bounds. The target may have been found by the search.
         iterations: iterations of training, altogether.
+        figure: the name of what is held against the target: "loss", or a metric.
+        sign: -1 for a metric of which a larger value is better. The losses of the trials and the target are then the metric
+            with a minus sign; the text shows it without.
     """
 
     feasible: bool
@@ -119,6 +141,8 @@ class Verdict:
     target: float | None
     solver_tol: float
     iterations: int
+    figure: str = "loss"
+    sign: float = 1.0
 
     @property
     def front(self) -> list[Trial]:
@@ -127,30 +151,42 @@ class Verdict:
 
     def __str__(self) -> str:
         head = "found" if self.feasible else "NOT found: the last trial was"
-        best, target = (
-            self.best,
-            f"{self.target:g}" if self.target is not None and math.isfinite(self.target) else "none",
-        )
-        loss = _measured(
-            ("loss {:.4g}", best.loss),
-            (" and {:.4g} solved exactly", best.reference_loss),
+        best, target = self.best, "none"
+        if self.target is not None and math.isfinite(self.target):
+            target = f"{self.sign * self.target:g}"
+        figures = _measured(
+            (f"{self.figure} {{:.4g}}", self.sign * best.loss),
+            (" and {:.4g} solved exactly", self.sign * best.reference_loss),
             (", at most {:.4g} on held-out batches", best.held_out_loss),
         )
         error = _measured(("solver error {:.3g} of the displacement", best.solver_error))
         said = [
-            f"{loss or 'loss not measured'} (target {target})",
+            f"{figures or f'{self.figure} not measured'} (target {target})",
             f"{error or 'solver error not measured'} (tolerance {self.solver_tol:g})",
             *([] if best.changed is None else [f"{best.changed:.1%} of predictions change when solved exactly"]),
             f"{self.iterations} iterations",
         ]
-        plural = "" if best.evaluations == 1 else "s"
-        lines = [f"{head} {best.evaluations} evaluation{plural} ({best.label}): {', '.join(said)}"]
-        for t in self.trials:
-            figures = _measured(("loss {:.4g}", t.loss), (" / {:.4g}", t.reference_loss)) or "loss not measured"
-            figures += _measured((", held out {:.4g}", t.held_out_loss), (", solver error {:.3g}", t.solver_error))
-            passed = "passed" if t.passed else "failed"
-            lines.append(f"  {t.label}: {passed} after {t.iterations} iterations, {t.seconds:.1f} s, {figures}")
-        return "\n".join(lines)
+        lines = [f"{head} {counted(best.evaluations)} ({best.label}): {', '.join(said)}"]
+        return "\n".join([*lines, *(self._line(trial) for trial in self.trials)])
+
+    def _line(self, trial: Trial) -> str:
+        """Returns what is said about one depth."""
+        said = [f"{'passed' if trial.passed else 'failed'} after {trial.iterations} iterations, {trial.seconds:.1f} s"]
+        if not trial.passed and trial.missed:
+            said.append(MISSED[trial.missed].format(self.figure))
+        figures = _measured(
+            (f"{self.figure} {{:.4g}}", self.sign * trial.loss), (" / {:.4g}", self.sign * trial.reference_loss)
+        )
+        # Nothing looked at this depth: all that is known is how low the loss came on a batch of the training.
+        figures = figures or _measured(("lowest loss in training {:.4g}", trial.training_loss))
+        figures = figures or f"{self.figure} not measured"
+        figures += _measured((", held out {:.4g}", trial.held_out_loss), (", solver error {:.3g}", trial.solver_error))
+        return f"  {trial.label}: {', '.join([*said, figures])}"
+
+
+def counted(evaluations: int) -> str:
+    """Returns "1 evaluation" or "2 evaluations"."""
+    return f"{evaluations} evaluation{'' if evaluations == 1 else 's'}"
 
 
 def _measured(*figures: tuple[str, float]) -> str:

@@ -53,6 +53,7 @@ class Verification:
         solver_error: relative to the displacement, the largest of the spans.
         reference_loss: the loss with the ODE solved exactly.
         changed: the share of predictions that change when solved exactly, of all batches; None where there are none.
+        missed: the bound that does not hold, as in :class:`Trial`; empty if all hold.
     """
 
     passed: bool
@@ -60,6 +61,7 @@ class Verification:
     solver_error: float = math.inf
     reference_loss: float = math.inf
     changed: float | None = None
+    missed: str = ""
 
 
 @torch.no_grad()
@@ -109,6 +111,7 @@ def verify(
                 max(worst.loss, one.loss),
                 max(worst.solver_error, one.solver_error),
                 max(worst.reference_loss, one.reference_loss),
+                missed=one.missed,
             )
             if predicted is not None and exactly is not None:
                 changes += int((predicted != exactly).sum())
@@ -117,7 +120,8 @@ def verify(
                 return worst
         passed = accept is None or _agreed(reduce, accept)[0] == 1.0
     changed = reduce(changes / samples) if samples else None
-    return Verification(passed, worst.loss, worst.solver_error, worst.reference_loss, changed)
+    missed = "" if passed else "accept"
+    return Verification(passed, worst.loss, worst.solver_error, worst.reference_loss, changed, missed)
 
 
 def _look(
@@ -164,15 +168,16 @@ def _look(
     with replaced_solves(found, watching):
         loss, predicted = _agreed(reduce, look)
     if not (loss <= target and loss < math.inf):  # without a target, too
-        return Verification(False, loss), None, None
+        return Verification(False, loss, missed="loss" if loss < math.inf else "solve"), None, None
     few = _agreed(reduce, lambda: count() <= evaluations)[0] == 1.0
     error, _ = _agreed(reduce, errors)
     if not (few and error + UNSURE * share <= solver_tol):
-        return Verification(False, loss, error), None, None
+        return Verification(False, loss, error, missed="solver error" if few else "evaluations"), None, None
     with exact_solves(model, share=share, first=first):
         reference, exactly = _agreed(reduce, look)
     within = reference <= target and reference < math.inf
-    return Verification(within, loss, error, reference), predicted, exactly
+    missed = "" if within else "exact loss" if reference < math.inf else "solve"
+    return Verification(within, loss, error, reference, missed=missed), predicted, exactly
 
 
 def _agreed(reduce: Callable[[float], float], figure: Callable[[], Any]) -> tuple[float, Tensor | None]:

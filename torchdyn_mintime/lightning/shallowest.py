@@ -34,8 +34,8 @@ class Shallowest(SpanCallback):
         monitor: the name of a metric that ``validation_step`` logs. The target, or the slack, then holds for this metric
             and not for the training loss. The search takes its mean over the validation batches, with the steps taken and
             with the ODE solved exactly.
-        mode: "min" if a smaller ``monitor`` is better, "max" if a larger one is. With "max" the verdict shows the metric with
-            a minus sign.
+        mode: "min" if a smaller ``monitor`` is better, "max" if a larger one is. With "max" the losses of the trials are the
+            metric with a minus sign.
 
     Attributes:
         search: the search.
@@ -105,6 +105,7 @@ class Shallowest(SpanCallback):
         found.reduce = functools.partial(ranks.mean, trainer, pl_module)
         if self.monitor is not None:
             found.judge = functools.partial(self._validated, trainer, pl_module)
+            found.figure, found.sign = self.monitor, self._sign
         found.batches_seen_together = max(1, int(min(trainer.num_training_batches, 1000)))
         if self._whole is not None:
             pl_module.load_state_dict(self._whole)
