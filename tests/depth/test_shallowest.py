@@ -840,6 +840,19 @@ def test_a_first_depth_that_still_improves_has_its_rate_raised_after_400_iterati
     assert one.rate == 3.0
 
 
+def test_near_the_bounds_the_rate_is_not_raised(script):
+    one = script(patience=1000)
+    one.run(1.9, 401)
+    assert one.rate == 1.0
+
+
+@pytest.mark.parametrize(("loss", "rate"), [(0.5, 1.0), (lambda i: 1.9 if i < 23 else 0.5, 0.3)])
+def test_a_rate_that_was_lowered_until_a_depth_passed_stays_for_the_next(script, loss, rate):
+    one = script([PASSED])
+    one.run(loss)
+    assert one.label == "2 x rk4" and one.rate == pytest.approx(rate)
+
+
 def test_the_patience_is_at_least_a_pass_over_the_batches(script):
     """The mean loss of a pass settles no sooner than in a pass, however short the patience is."""
     one = script([PASSED], solvers=[])

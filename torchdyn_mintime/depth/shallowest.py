@@ -76,8 +76,8 @@ MOST_PATIENCE = 10
 """The first depth is given up after this many times the patience, however slowly it still improves. Each new start has
 as many."""
 RAISE, RAISE_AFTER = 3.0, 400
-"""The learning rate is multiplied by RAISE, once, if the first depth stalls far from its bounds, or if it is not reached in
-RAISE_AFTER iterations."""
+"""The learning rate is multiplied by RAISE, once, if the first depth stalls far from its bounds, or is still far after
+RAISE_AFTER iterations. Near them a higher rate would spoil what was learned."""
 MOST_REFERENCE = 64
 """The most steps of the reference."""
 LEAST_REFERENCE = 4
@@ -564,7 +564,7 @@ class Shallowest:
             stage.path.clear()
         elif stage.hopeless or (not descending and trial.iterations > MOST_PATIENCE * patience * (1 + self._restarts)):
             self._next()
-        elif not descending and trial.iterations >= RAISE_AFTER and self._may_raise:
+        elif self._rests_far and trial.iterations >= RAISE_AFTER and self._may_raise:
             self._faster(f"not met in {trial.iterations} iterations")
         elif stage.since > patience or (stage.since > PLATEAU and self._rests_far and len(self.trials) == 1):
             self._stalled(patience)
@@ -712,6 +712,8 @@ class Shallowest:
         state = Snapshot()
         state.take(self._require_start().model)
         self._found[len(self.trials) - 1] = state
+        if self._stage.drops:  # the rate before was too high to come to rest within the bounds
+            self._rates = self._require_start().rates
         self._next()
 
     def _next(self) -> None:
