@@ -591,6 +591,8 @@ def test_the_progress_is_shown_on_request_and_by_default(options, shown, monkeyp
     search = Shallowest(target=-1.0, solvers=[])
     search.fit(span_of(), criterion, [annuli(8)], max_iterations=3, **options)
     assert wanted == [shown] and [what[1:] for what in said] == [(1, None), (2, None)]
+    search.trials[-1].training_loss = math.inf  # a depth that has just begun
+    assert search.status() == "4 x rk4: iteration 3"
     assert said[0][0].startswith("4 x rk4: lowest loss ") and "(target -1), iteration 1" in said[0][0]
 
 

@@ -55,7 +55,7 @@ def test_a_verdict_shows_its_front_and_says_everything_in_words():
         "found 3 evaluations (learned-3): loss 0.12 and 0.13 solved exactly (target 0.15), solver error 0.05 of the "
         "displacement (tolerance 0.1), 1.0% of predictions change when solved exactly, 321 iterations",
         "  learned-3: passed after 0 iterations, 0.0 s, loss 0.12 / 0.13, solver error 0.05",
-        "  learned-2: failed after 0 iterations, 0.0 s, loss not measured",
+        "  learned-2: not tried any more",
         "  4 x rk4: passed after 50 iterations, 1.2 s, loss 0.1 / 0.11, solver error 0.001",
     ]
     nothing = Verdict(False, failed, [failed], None, 0.1, 0)

@@ -469,7 +469,8 @@ class Shallowest:
         t, best = self._stage.trial, fewest(self.trials)
         target = "until it settles" if self.target is None else f"target {self.target:.3g}"
         found = "" if best is None else f"; best so far: {best.evaluations} evaluations"
-        return f"{t.label}: lowest loss {t.training_loss:.3g} ({target}), iteration {self._iterations}{found}"
+        low = f"lowest loss {t.training_loss:.3g} ({target}), " if math.isfinite(t.training_loss) else ""
+        return f"{t.label}: {low}iteration {self._iterations}{found}"
 
     def diverged(self, why: str) -> None:
         """Goes back to the last good state, with a lower learning rate. Call it after a loss or a solve that failed.

@@ -171,6 +171,8 @@ class Verdict:
 
     def _line(self, trial: Trial) -> str:
         """Returns what is said about one depth."""
+        if not (trial.passed or trial.missed or trial.iterations or math.isfinite(trial.loss)):
+            return f"  {trial.label}: not tried any more"
         said = [f"{'passed' if trial.passed else 'failed'} after {trial.iterations} iterations, {trial.seconds:.1f} s"]
         if not trial.passed and trial.missed:
             said.append(MISSED[trial.missed].format(self.figure))
