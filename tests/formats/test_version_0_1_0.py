@@ -30,7 +30,8 @@ def test_a_model(saved, kind, steps, solver):
     model.load_state_dict(saved[kind])
     with torch.no_grad():
         _, sol = model(saved["x"])
-    assert torch.equal(sol[-1], saved[f"{kind}_end"])
+    # Products of matrices differ in the last bit from one processor to the next.
+    torch.testing.assert_close(sol[-1], saved[f"{kind}_end"], rtol=1e-6, atol=1e-7)
     span = model[1]
     assert span.steps == steps and span.stepper.name == solver and span.pinned == (kind == "pinned")
     assert span.bounds == pytest.approx((0.1, 1.5)) and span.t_f.item() == pytest.approx(0.55)
