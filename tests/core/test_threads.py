@@ -9,7 +9,8 @@ from torch import nn
 from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
-from torchdyn_mintime.core.field import _alone_in_backward
+from torchdyn_mintime.core import field, untraced
+from torchdyn_mintime.core.field import _alone_in_backward, _Lock
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
 
@@ -81,7 +82,7 @@ def test_a_solve_waits_for_the_backward_of_another_thread_that_evaluates_the_fie
 
 
 def test_a_backward_on_a_gpu_does_not_wait():
-    lock, held, done = threading.RLock(), threading.Event(), threading.Event()
+    lock, held, done = _Lock(), threading.Event(), threading.Event()
 
     def hold():
         with lock:
@@ -99,3 +100,33 @@ def test_a_backward_on_a_gpu_does_not_wait():
         other.join(60)
     with _alone_in_backward(lock, on_cpu=False):
         pass
+
+
+@pytest.mark.parametrize("keeper", [DataControl(), DepthCat(1)], ids=["control", "time"])
+def test_a_backward_on_a_gpu_of_what_was_made_beside_the_solve_goes_on(keeper, monkeypatch):
+    """As fits of solvers and penalties differentiate; the thread of a GPU is played by another thread of the processor."""
+    monkeypatch.setattr(field, "_alone_in_backward", lambda alone, _, *hold: _alone_in_backward(alone, False, *hold))
+    span, _, _, mine, _, _ = trained_by_two(keeper)
+    z, found, refused = mine.clone().requires_grad_(), [], []
+
+    def differentiate(value, into):
+        try:
+            into.append(torch.autograd.grad(value, z, retain_graph=True)[0])
+        except RuntimeError as error:
+            into.append(str(error))
+
+    def on_the_device(value, into):
+        other = threading.Thread(target=differentiate, args=(value, into))
+        other.start()
+        other.join(60)
+
+    span(mine)
+    bound = span.last.bound
+    with untraced(bound):
+        value = bound.function(torch.tensor(0.5), z).sum()
+        on_the_device(value, found)
+    differentiate(value, found)
+    assert torch.equal(*found)
+    with untraced(bound):  # another one, perhaps of another thread
+        on_the_device(value, refused)
+    assert "met a solve of another thread" in refused[0]

@@ -123,6 +123,11 @@ def test_a_condition_is_asked_of_the_copy_as_it_is_then(trained):
     assert next(t for t in verdict.trials if t.evaluations == 4).missed == "accept"
 
 
+def test_a_condition_that_is_no_function_is_an_error(trained):
+    with pytest.raises(TypeError, match="accept must be a function of the copy; got 0.9"):
+        tm.compress(trained, [(X, TURNED)], mse_loss, accept=0.9, progress=False)
+
+
 def test_an_error_of_the_loss_says_how_it_is_called(trained):
     with pytest.raises(AttributeError) as raised:
         tm.compress(trained, [(X, TURNED)], lambda out, batch: batch.targets, progress=False)

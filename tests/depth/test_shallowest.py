@@ -596,12 +596,13 @@ def test_the_progress_is_shown_on_request_and_by_default(options, shown, monkeyp
     assert said[0][0].startswith("4 x rk4: lowest loss ") and "(target -1), iteration 1" in said[0][0]
 
 
-def test_a_loss_without_a_gradient_is_an_error():
+@pytest.mark.parametrize("as_number", [torch.Tensor.float, torch.Tensor.item])
+def test_a_loss_without_a_gradient_is_an_error(as_number):
     with pytest.raises(
         ValueError, match="the loss has no gradient, so it cannot be trained. A count, such as an accuracy"
     ):
         Shallowest(target=0.1).fit(
-            span_of(), lambda out, batch: (out[1][-1] > 0).float().mean(), [annuli(8)], progress=False
+            span_of(), lambda out, batch: as_number((out[1][-1] > 0).float().mean()), [annuli(8)], progress=False
         )
 
 
@@ -1097,6 +1098,21 @@ def test_what_the_last_look_says_stays_while_the_training_is_within_its_bounds(s
     assert one.search.trials[0].missed == "loss"
     one.search.diverged("the state is not finite")
     assert one.search.trials[0].missed == "solve"
+
+
+def test_a_metric_that_was_not_looked_at_has_not_missed_its_target(script):
+    one = script()
+    one.search.judge = lambda: 0.1
+    one.run(3.0, 60)
+    assert one.search.trials[0].missed == "training loss"
+
+
+def test_once_a_loss_has_settled_the_last_look_says_what_is_missing(script):
+    one = script([Verification(False, 0.5, 0.2, 0.6, missed="solver error")], target=None)
+    one.run(settling(0.0), 200)
+    assert one.search.trials[0].missed == "settling"
+    one.run(settling(0.0), 50)
+    assert one.search.trials[0].missed == "solver error"
 
 
 def test_an_adaptive_solver_misses_its_number_of_steps(script):

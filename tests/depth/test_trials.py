@@ -70,6 +70,13 @@ def test_a_verdict_shows_its_front_and_says_everything_in_words():
     assert "(target none)" in str(nothing) and "predictions" not in str(nothing) and nothing.front == []
 
 
+def test_a_loss_that_was_measured_on_held_out_batches_alone_is_shown_in_words():
+    trial = Trial.at([Depth("rk4", 4)])
+    trial.held_out_loss = 0.25
+    shown = str(Verdict(False, trial, [trial], 0.02, 0.1, 7))
+    assert "(4 x rk4): loss not measured, at most 0.25 on held-out batches (target 0.02), " in shown
+
+
 def test_a_metric_is_shown_under_its_name_and_without_the_sign_that_makes_it_smaller():
     best = passed(Depth("euler", 1), solver_error=0.09, loss=-0.75, reference_loss=-0.76)
     failed = Trial.at([Depth("learned-2", 1)])

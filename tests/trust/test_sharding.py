@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from launched import on_two_ranks
+from torch import nn
 from trust import shards
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.core.field import error_of_shards
 
 CALLBACKS = [*shards.CALLBACKS, "resumed"]
 
@@ -93,3 +95,12 @@ def test_a_frozen_time_is_averaged_once_it_is_free_and_nothing_changes_in_one_pr
     assert torch.equal(gradient, plain.t_f.grad)
     with pytest.raises(ValueError, match="no LearnableSpan"):
         tm.replicate_times(torch.nn.Linear(2, 2))
+
+
+def test_an_error_in_a_field_without_parameters_of_its_own_keeps_its_words():
+    """As in a forward under ``use_orig_params=False``, in which the layers have tensors in the place of parameters."""
+    layer = nn.Tanh()
+    layer._is_fsdp_managed_module = True
+    assert error_of_shards(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), [layer]) is None
+    layer.part = nn.Parameter(torch.zeros(3))
+    assert "shared out" in str(error_of_shards(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), [layer]))

@@ -132,7 +132,8 @@ def error_of_shards(error: RuntimeError, modules: Iterable[nn.Module]) -> ValueE
     """Returns the error to raise where evaluations of ``modules`` failed since they found parts of weights, else None."""
     # The older FullyShardedDataParallel leaves parts that have lost their shape: there is no matrix any more.
     managed = [m for m in modules if getattr(m, "_is_fsdp_managed_module", False)]
-    parts = bool(managed) and all(p.dim() < 2 for m in managed for p in m.parameters(recurse=False))
+    held = [p for m in managed for p in m.parameters(recurse=False)]  # none in a forward without use_orig_params
+    parts = bool(held) and all(p.dim() < 2 for p in held)
     if type(error) is RuntimeError and (parts or "mixed torch.Tensor and DTensor" in str(error)):
         return ValueError(
             "the weights of the vector field are shared out over processes, and each process has them whole in the forward of "
@@ -201,6 +202,40 @@ class _Roles:
         return True
 
 
+class _Lock:
+    """A lock that its thread may take again.
+
+    Attributes:
+        hold: stands for the present hold, from the first taking to the last release; None where nobody has the lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.RLock(), 0
+        self.hold: object | None = None
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Takes the lock, and waits for it where it is ``blocking``; returns whether it was taken."""
+        if not self._lock.acquire(blocking):
+            return False
+        if self._depth == 0:
+            self.hold = object()
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        """Gives it back, once for each time that it was taken."""
+        self._depth -= 1
+        if self._depth == 0:
+            self.hold = None
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
 class Field:
     """The field of ``node``, to be bound to one solve after another."""
 
@@ -208,7 +243,7 @@ class Field:
         self.node: Any = node  # torchdyn's attributes have no types
         self._known: tuple[Any, bool] | None = None
         self._kept_roles: _Roles | None = None
-        self._lock = threading.RLock()
+        self._lock = _Lock()
 
     def _roles(self) -> _Roles:
         """Finds the roles, anew where a module was added, removed or replaced, or has gained or lost an attribute."""
@@ -336,7 +371,7 @@ class BoundField:
         roles: _Roles,
         core: tuple[Callable, bool, bool],
         args: Mapping,
-        alone: AbstractContextManager,
+        alone: Any,
         on_cpu: bool,
     ):
         self.node = node
@@ -372,7 +407,7 @@ class BoundField:
         timed_modules, order, count, outer = self._roles.timed, self.node.order, self._count, self._roles.outer
         integral_loss = outer.integral_loss if outer.sensitivity == "autograd" else None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
-        captured, alone = self.captured, self._alone_in_backward
+        captured, alone, lock = self.captured, self._alone_in_backward, self.alone
         held: list[tuple[nn.Module, str, Any]] = []
 
         if not timed and order == 1 and not captured:  # the most common field, and the shortest way to it
@@ -399,7 +434,7 @@ class BoundField:
             if (timed_modules or captured) and dx.grad_fn is not None:
                 # torch.utils.checkpoint evaluates parts of the field again in backward, which reads them off the modules.
                 now = [*captured, *((module, "t", t) for module in timed_modules)]
-                dx.grad_fn.register_prehook(partial(_put_in_backward, now, held, alone))
+                dx.grad_fn.register_prehook(partial(_put_in_backward, now, held, partial(alone, lock.hold)))
             return dx
 
         evaluate.timed = timed  # type: ignore[attr-defined]
@@ -525,16 +560,21 @@ def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
 
 
 @contextmanager
-def _alone_in_backward(alone: Any, on_cpu: bool) -> Iterator[None]:
+def _alone_in_backward(alone: Any, on_cpu: bool, made_in: object | None = None) -> Iterator[None]:
     """Keeps solves of other threads away from a part of a backward that writes to modules, where solves keep them away.
 
     On the processor a backward runs in the thread that has called it, and waits for a solve of another thread to end. A GPU
     has one thread for all backwards, and a field that differentiates inside (a trace) needs it too: it must not wait.
 
+    Args:
+        made_in: the hold of the lock in which the graph was made. As long as that lasts, its thread is the one that waits for
+            this backward: penalties and fits differentiate beside a solve.
+
     Raises:
         RuntimeError: another thread solves with the same field on a GPU.
     """
-    if alone is _NOT_LOCKED:
+    waits_for_this = not on_cpu and made_in is not None and made_in is alone.hold
+    if alone is _NOT_LOCKED or waits_for_this:
         yield
         return
     if not alone.acquire(blocking=on_cpu):

@@ -75,6 +75,8 @@ def compress(
         >>> verdict.feasible, verdict.best.evaluations <= 4
         (True, True)
     """
+    if accept is not None and not callable(accept):
+        raise TypeError(f"accept must be a function of the copy; got {accept!r}")
     loss = with_note(loss, "compress calls loss(output, *target), where (x, *target) is an element of batches")
     prepared = as_batches(batches)
     unseen = [] if held_out is None else as_batches(held_out)

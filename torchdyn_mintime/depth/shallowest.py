@@ -450,7 +450,7 @@ class Shallowest:
 
         try:
             value = closure()
-            if not value.requires_grad:  # the penalty has a gradient of its own, and would hide it
+            if not getattr(value, "requires_grad", False):  # the penalty has a gradient of its own, and would hide it
                 raise ValueError(
                     "the loss has no gradient, so it cannot be trained. A count, such as an accuracy, can be one more "
                     "condition: accept=function"
@@ -551,7 +551,7 @@ class Shallowest:
         )
         if stage.smooth is not None and stage.smooth > 0:  # else the last look says what is missing
             step = "evaluations" if searched.adaptive else "solver error"
-            trial.missed = step if stage.pull > 0 else "loss"
+            trial.missed = step if stage.pull > 0 else "loss" if self.judge is None else "training loss"
         if stage.since == 0 and trial.iterations % KEEP_EVERY == 0:
             self._good.take(searched.model)
         # At least a pass: the mean loss of a pass cannot settle in less.
@@ -599,7 +599,9 @@ class Shallowest:
         searched, stage, trial = self._require_start(), self._stage, self._stage.trial
         assert self._first_loss is not None
         self._losses.append(value)
-        trial.training_loss, trial.missed = min(trial.training_loss, value), "settling"
+        trial.training_loss = min(trial.training_loss, value)
+        if not self._looked:  # else the last look says what is missing
+            trial.missed = "settling"
         window = max(WINDOW, self.batches_seen_together)
         recent = self._losses[-window:]
         fallen = self._first_loss - sum(recent) / len(recent)

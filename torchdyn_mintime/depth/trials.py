@@ -10,6 +10,7 @@ __all__ = ["Depth", "Trial", "Verdict", "fewest"]
 
 MISSED = {
     "loss": "the {} missed the target",
+    "training loss": "the loss in training missed its target",
     "exact loss": "the {} missed the target when solved exactly",
     "held-out loss": "the {} on held-out batches missed the target",
     "solver error": "the solver error was above the tolerance",
@@ -75,8 +76,8 @@ class Trial:
         spent: forward evaluations of the field at this depth in training, those of the reference included.
         depths: of each span, in their order.
         missed: the bound that was not met last: "loss", "exact loss", "held-out loss", "solver error", "evaluations" or
-            "accept"; "settling" while a loss without a target still falls, and "solve" where the solve failed or the loss
-            exploded. Empty if the depth passed.
+            "accept"; "training loss" where a metric is the target, and was not looked at since; "settling" while a loss
+            without a target still falls, and "solve" where the solve failed or the loss exploded. Empty if the depth passed.
     """
 
     solver: str
@@ -157,11 +158,12 @@ class Verdict:
         figures = _measured(
             (f"{self.figure} {{:.4g}}", self.sign * best.loss),
             (" and {:.4g} solved exactly", self.sign * best.reference_loss),
-            (", at most {:.4g} on held-out batches", best.held_out_loss),
         )
+        figures = figures or f"{self.figure} not measured"
+        figures += _measured((", at most {:.4g} on held-out batches", best.held_out_loss))
         error = _measured(("solver error {:.3g} of the displacement", best.solver_error))
         said = [
-            f"{figures or f'{self.figure} not measured'} (target {target})",
+            f"{figures} (target {target})",
             f"{error or 'solver error not measured'} (tolerance {self.solver_tol:g})",
             *([] if best.changed is None else [f"{best.changed:.1%} of predictions change when solved exactly"]),
             f"{self.iterations} iterations",
