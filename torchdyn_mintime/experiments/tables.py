@@ -12,6 +12,7 @@ import pandas as pd
 from torchdyn_mintime import spans
 from torchdyn_mintime.experiments import MissingData, UsageError, figures, measure
 from torchdyn_mintime.experiments.comparison import BEST_OF_SWEEP, TORCHDYN_TWIN, TWIN, Options, Row, compare
+from torchdyn_mintime.experiments.methods import METHODS
 from torchdyn_mintime.experiments.results import Line, markdown, print_table, show, write
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
@@ -267,6 +268,8 @@ class Part:
         return Options(range(FIRST_SEED, FIRST_SEED + self.seeds), self.rates, sweep)
 
 
+SEARCH = METHODS["shallowest"].label
+
 SUMMARISED = ("1", "2", "5")
 """Tables that the summary has: those with minimum-time and the search."""
 
@@ -369,7 +372,9 @@ def make_all(folder: Path, store: Store) -> None:
 
 
 def _sum_up(task: str, lines: Sequence[Line], folder: Path) -> None:
-    """Puts the line of a task into ``summary.csv`` and ``summary.md``, beside those of other tasks."""
+    """Puts the line of a task into ``summary.csv`` and ``summary.md``, beside those of other tasks, if both methods ended."""
+    if not {"minimum-time", SEARCH} <= {label for line in lines for label in line.results.get("method", ())}:
+        return
     path, table = folder / "summary.csv", pd.DataFrame([_summary_of(task, lines)])
     if path.exists():
         others = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -383,7 +388,7 @@ def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
     """Returns a line of the summary: evaluations, gains and loss of a task, and whether the search's model is a true ODE."""
     vanilla, report = lines[0], TASKS[task].goal.report
     by_method = {label: line for line in lines for label in line.results.get("method", ())}
-    ours, search = by_method["minimum-time"], by_method["shallowest true ODE"]
+    ours, search = by_method["minimum-time"], by_method[SEARCH]
     shown = {"vanilla": vanilla, "minimum time": ours, "search": search}
     good = [
         line
