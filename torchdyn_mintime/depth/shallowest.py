@@ -468,7 +468,7 @@ class Shallowest:
         self._require_start()
         t, best = self._stage.trial, fewest(self.trials)
         target = "until it settles" if self.target is None else f"target {self.target:.3g}"
-        found = "" if best is None else f"; best so far: {best.evaluations} evaluations"
+        found = "" if best is None else f"; best so far: {counted(best.evaluations)}"
         low = f"lowest loss {t.training_loss:.3g} ({target}), " if math.isfinite(t.training_loss) else ""
         return f"{t.label}: {low}iteration {self._iterations}{found}"
 

@@ -30,6 +30,7 @@ from torchdyn_mintime.core import (
     with_solver,
 )
 from torchdyn_mintime.depth.progress import progress_shown
+from torchdyn_mintime.depth.trials import counted
 from torchdyn_mintime.numerics import Grid, IntegrationError, LearnableSolver, Stepper, integrate, make_stepper
 from torchdyn_mintime.numerics.step_control import rms
 
@@ -279,7 +280,7 @@ class _Ends:
         if not 0 < float(now.square().sum()) < math.inf:  # a field of zeros, or steps too large for it
             return solver.requires_grad_(False)
         for i in range(ITERATIONS):
-            show(f"fitting {stages} evaluations", i, ITERATIONS)
+            show(f"fitting {counted(stages)}", i, ITERATIONS)
             jacobian = self._jacobian(table, entries, known)
             normal, slope = jacobian.T @ jacobian, jacobian.T @ now
             diagonal = normal.diagonal() + 1e-10 * normal.diagonal().max().clamp_min(torch.finfo(torch.float64).tiny)
