@@ -10,7 +10,7 @@ from torchdyn.nn import DataControl, DepthCat
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.core import field, untraced
-from torchdyn_mintime.core.field import _alone_in_backward, _Lock
+from torchdyn_mintime.core.lock import Lock, alone_in_backward
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
 
@@ -82,7 +82,7 @@ def test_a_solve_waits_for_the_backward_of_another_thread_that_evaluates_the_fie
 
 
 def test_a_backward_on_a_gpu_does_not_wait():
-    lock, held, done = _Lock(), threading.Event(), threading.Event()
+    lock, held, done = Lock(), threading.Event(), threading.Event()
 
     def hold():
         with lock:
@@ -93,19 +93,19 @@ def test_a_backward_on_a_gpu_does_not_wait():
     other.start()
     held.wait(60)
     try:
-        with pytest.raises(RuntimeError, match="another thread"), _alone_in_backward(lock, on_cpu=False):
+        with pytest.raises(RuntimeError, match="another thread"), alone_in_backward(lock, on_cpu=False):
             pass
     finally:
         done.set()
         other.join(60)
-    with _alone_in_backward(lock, on_cpu=False):
+    with alone_in_backward(lock, on_cpu=False):
         pass
 
 
 @pytest.mark.parametrize("keeper", [DataControl(), DepthCat(1)], ids=["control", "time"])
 def test_a_backward_on_a_gpu_of_what_was_made_beside_the_solve_goes_on(keeper, monkeypatch):
     """As fits of solvers and penalties differentiate; the thread of a GPU is played by another thread of the processor."""
-    monkeypatch.setattr(field, "_alone_in_backward", lambda alone, _, *hold: _alone_in_backward(alone, False, *hold))
+    monkeypatch.setattr(field, "alone_in_backward", lambda alone, _, *hold: alone_in_backward(alone, False, *hold))
     span, _, _, mine, _, _ = trained_by_two(keeper)
     z, found, refused = mine.clone().requires_grad_(), [], []
 

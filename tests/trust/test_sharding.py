@@ -9,7 +9,7 @@ from torch import nn
 from trust import shards
 
 import torchdyn_mintime as tm
-from torchdyn_mintime.core.field import error_of_shards
+from torchdyn_mintime.core.shards import error_of_shards
 
 CALLBACKS = [*shards.CALLBACKS, "resumed"]
 

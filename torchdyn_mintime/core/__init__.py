@@ -37,7 +37,8 @@ from torchdyn_mintime.core.reference import (
     solved_spans,
     solver_error,
 )
-from torchdyn_mintime.core.sharding import refuse_shards, replicate_times
+from torchdyn_mintime.core.sharding import replicate_times
+from torchdyn_mintime.core.shards import refuse_shards
 from torchdyn_mintime.core.solve import LastSolve, Method
 from torchdyn_mintime.core.span import LOAD_HINT, Call, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit

@@ -7,9 +7,8 @@ want the time, the control or the noise are found, the field becomes a plain fun
 
 import copy
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,18 +19,17 @@ from torchdyn.core.defunc import DEFuncBase
 from torchdyn.nn.galerkin import GalLayer
 
 from torchdyn_mintime.core import exact_trace
+from torchdyn_mintime.core.lock import NOT_LOCKED, Lock, alone_in_backward
+from torchdyn_mintime.core.shards import error_of_shards, naming_shards
 
 __all__ = [
     "STATEFUL",
     "BoundField",
     "Field",
     "cost_columns",
-    "error_of_shards",
     "evaluating",
     "kept",
-    "naming_shards",
     "random_kept",
-    "sharded_by_themselves",
     "takes",
     "written_by_evaluations",
 ]
@@ -119,46 +117,11 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 _ABSENT = object()
 
-_NOT_LOCKED = nullcontext()
-
 
 def written_by_evaluations(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     """Returns where an evaluation of torchdyn's layers leaves tensors: the time, and the Galerkin weights made of it."""
     found = [(m, "t") for m in modules if hasattr(m, "t")]
     return found + [(m, name) for m in modules if isinstance(m, GalLayer) for name in ("weight", "bias")]
-
-
-def error_of_shards(error: RuntimeError, modules: Iterable[nn.Module]) -> ValueError | None:
-    """Returns the error to raise where evaluations of ``modules`` failed since they found parts of weights, else None."""
-    # The older FullyShardedDataParallel leaves parts that have lost their shape: there is no matrix any more.
-    managed = [m for m in modules if getattr(m, "_is_fsdp_managed_module", False)]
-    held = [p for m in managed for p in m.parameters(recurse=False)]  # none in a forward without use_orig_params
-    parts = bool(held) and all(p.dim() < 2 for p in held)
-    if type(error) is RuntimeError and (parts or "mixed torch.Tensor and DTensor" in str(error)):
-        return ValueError(
-            "the weights of the vector field are shared out over processes, and each process has them whole in the forward of "
-            "the sharded module alone. Evaluate the field in that forward (it may return a penalty); with fully_shard also "
-            "after `unshard()` of that module, or with reshard_after_forward=False"
-        )
-    return None
-
-
-@contextmanager
-def naming_shards(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Names the cause where evaluations of ``modules`` fail since they find parts of weights (a ValueError)."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (clearer := error_of_shards(error, modules)) is not None:
-            raise clearer from error
-        raise
-
-
-def sharded_by_themselves(modules: Iterable[nn.Module]) -> list[str]:
-    """Returns the kinds of modules that fully_shard or FullyShardedDataParallel was called with."""
-    # By name: the import of torch.distributed takes long, and not every build of torch has it.
-    sharders = {"FSDPModule", "FullyShardedDataParallel"}
-    return sorted({type(m).__name__ for m in modules if not sharders.isdisjoint(c.__name__ for c in type(m).__mro__)})
 
 
 class _Roles:
@@ -202,40 +165,6 @@ class _Roles:
         return True
 
 
-class _Lock:
-    """A lock that its thread may take again.
-
-    Attributes:
-        hold: stands for the present hold, from the first taking to the last release; None where nobody has the lock.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._depth = threading.RLock(), 0
-        self.hold: object | None = None
-
-    def acquire(self, blocking: bool = True) -> bool:
-        """Takes the lock, and waits for it where it is ``blocking``; returns whether it was taken."""
-        if not self._lock.acquire(blocking):
-            return False
-        if self._depth == 0:
-            self.hold = object()
-        self._depth += 1
-        return True
-
-    def release(self) -> None:
-        """Gives it back, once for each time that it was taken."""
-        self._depth -= 1
-        if self._depth == 0:
-            self.hold = None
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: Any) -> None:
-        self.release()
-
-
 class Field:
     """The field of ``node``, to be bound to one solve after another."""
 
@@ -243,7 +172,7 @@ class Field:
         self.node: Any = node  # torchdyn's attributes have no types
         self._known: tuple[Any, bool] | None = None
         self._kept_roles: _Roles | None = None
-        self._lock = _Lock()
+        self._lock = Lock()
 
     def _roles(self) -> _Roles:
         """Finds the roles, anew where a module was added, removed or replaced, or has gained or lost an attribute."""
@@ -260,7 +189,7 @@ class Field:
 
     def _alone(self, roles: _Roles) -> AbstractContextManager:
         """Returns a lock for the length of a solve, of fields whose modules keep something of it."""
-        return self._lock if roles.shared else _NOT_LOCKED
+        return self._lock if roles.shared else NOT_LOCKED
 
     def release(self) -> None:
         """Detaches what solves have left on the modules, graphs of a bare node's solves too."""
@@ -377,7 +306,7 @@ class BoundField:
         self.node = node
         self.args = args
         self.alone = alone
-        self._alone_in_backward = partial(_alone_in_backward, alone, on_cpu)
+        self._alone_in_backward = partial(alone_in_backward, alone, on_cpu)
         self.modules = roles.modules
         self._roles = roles
         self.captured = [(m, name, getattr(m, name)) for m, name in roles.captured]
@@ -557,35 +486,6 @@ class BoundField:
 def _put(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
     for module, name, value in values:
         setattr(module, name, value)
-
-
-@contextmanager
-def _alone_in_backward(alone: Any, on_cpu: bool, made_in: object | None = None) -> Iterator[None]:
-    """Keeps solves of other threads away from a part of a backward that writes to modules, where solves keep them away.
-
-    On the processor a backward runs in the thread that has called it, and waits for a solve of another thread to end. A GPU
-    has one thread for all backwards, and a field that differentiates inside (a trace) needs it too: it must not wait.
-
-    Args:
-        made_in: the hold of the lock in which the graph was made. As long as that lasts, its thread is the one that waits for
-            this backward: penalties and fits differentiate beside a solve.
-
-    Raises:
-        RuntimeError: another thread solves with the same field on a GPU.
-    """
-    waits_for_this = not on_cpu and made_in is not None and made_in is alone.hold
-    if alone is _NOT_LOCKED or waits_for_this:
-        yield
-        return
-    if not alone.acquire(blocking=on_cpu):
-        raise RuntimeError(
-            "a backward on the GPU met a solve of another thread with the same vector field, which keeps the time, the control "
-            "or noise on its modules: call backward where no other thread solves, or give each thread a copy of the model"
-        )
-    try:
-        yield
-    finally:
-        alone.release()
 
 
 def _put_in_backward(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.core.wrapping import require_spans, times_of
 
-__all__ = ["refuse_shards", "replicate_times"]
+__all__ = ["replicate_times"]
 
 
 def replicate_times(model: nn.Module) -> set[nn.Parameter]:
@@ -42,22 +42,6 @@ def replicate_times(model: nn.Module) -> set[nn.Parameter]:
             time.requires_grad_(not frozen)
             time.is_averaged = True
     return times
-
-
-def refuse_shards(model: nn.Module, what: str) -> None:
-    """Refuses a model whose weights are shared out over processes, for ``what`` evaluates it outside of its own forward.
-
-    Raises:
-        ValueError: they are.
-    """
-    # By name: not every build of torch has torch.distributed.
-    shared = any(type(p).__name__ == "DTensor" for p in model.parameters())
-    if shared or any(getattr(m, "_is_fsdp_managed_module", False) for m in model.modules()):
-        raise ValueError(
-            f"{what} needs whole weights in every process, and those of this {type(model).__name__} are shared out "
-            "(fully_shard, FullyShardedDataParallel or a strategy of Lightning for them); use DistributedDataParallel, in a "
-            "Trainer strategy='ddp', or load the state_dict of the sharded model into a model of one process"
-        )
 
 
 def _average(time: Tensor) -> None:

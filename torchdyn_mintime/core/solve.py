@@ -11,7 +11,8 @@ from torch import Tensor
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.core.field import BoundField, error_of_shards, kept, sharded_by_themselves
+from torchdyn_mintime.core.field import BoundField, kept
+from torchdyn_mintime.core.shards import error_of_shards, sharded_by_themselves
 from torchdyn_mintime.numerics import (
     AdjointProblem,
     AsynchronousLeapfrog,

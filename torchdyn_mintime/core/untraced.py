@@ -13,7 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.core.field import BoundField, evaluating, kept, naming_shards
+from torchdyn_mintime.core.field import BoundField, evaluating, kept
+from torchdyn_mintime.core.shards import naming_shards
 from torchdyn_mintime.core.solve import LastSolve
 from torchdyn_mintime.core.span import LearnableSpan
 from torchdyn_mintime.core.wrapping import spans
