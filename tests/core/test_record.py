@@ -109,14 +109,19 @@ def test_a_call_leaves_no_reference_cycles(solver, sensitivity):
             span(state())[1][-1].sum().backward()
             span.trajectory(state()).sum().backward()
 
+        def left(calls=calls) -> int:
+            gc.collect()
+            calls()
+            return gc.collect()
+
         calls()
         gc.collect()
         gc.disable()
+        gc.freeze()  # what is there already need not be looked through each time
         try:
-            calls()
-            calls()
-            assert gc.collect() == 0
+            assert min(left() for _ in range(3)) == 0  # a cycle is left by every call; another thread leaves some once
         finally:
+            gc.unfreeze()
             gc.enable()
 
 
