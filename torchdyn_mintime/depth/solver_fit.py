@@ -207,8 +207,9 @@ class _Ends:
         size = math.prod(x0.shape[1:])
         picked = torch.randperm(len(fitted) * size, generator=generator)[:ENTRIES].sort().values
         self._picked = (fitted[picked // size] * size + picked % size).to(x0.device)
-        # A field in single precision is smooth to about 1e-7 of its size: a difference must be larger than that.
-        self._shift = 1e-6 if function is bound.function else 1e-3
+        # A field in single precision is smooth to about 1e-7 of its size: a difference must be larger than that. Many fields
+        # that take float64 round to single precision somewhere inside, such as in the softmax of attention.
+        self._shift = 1e-4 if function is bound.function else 1e-3
 
     def _end(self, stepper: Stepper, steps: int = 1) -> Tensor:
         t0, t_f = self._times
