@@ -186,12 +186,23 @@ def test_images():
     assert found.node(x)[1].shape == (2, 40, 2, 4, 4)
 
 
+def test_states_that_are_numbers():
+    """States [n]; z' = -z, of which a solver of two stages may give the exact end."""
+    x = states()[:, 0]
+    found = fit(NeuralODE(lambda t, z, args=None: -z), x, evaluations=2)
+    # To the 1e-7 of the reference solve.
+    assert found.node(x)[1][-1].allclose(x * math.exp(-1), atol=1e-6)
+
+
 @pytest.mark.parametrize("trace", [autograd_trace, hutch_trace])
 def test_a_flow_is_fitted_with_its_log_density(trace):
     noise = torch.distributions.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
     node = NeuralODE(CNF(field(10), trace_estimator=trace, noise_dist=noise if trace is hutch_trace else None))
     x = torch.cat([torch.zeros(STATES, 1).double(), states()], 1)
+    before = everything(node)
     found = fit(node, x, evaluations=4)
+    assert_untouched(node, before)  # the random numbers that the noise was drawn with too
+    assert torch.equal(fit(node, x, evaluations=4).node.solver.free, found.node.solver.free)
     assert found.error.log_density < 0.3 * found.others["midpoint"].log_density
     assert found.error.rms < 0.5 * found.others["midpoint"].rms
     assert "nats" in str(found)
@@ -331,6 +342,7 @@ def test_nothing_is_changed(wrapped):
         ({"x": states(6)}, ValueError, "coefficients, too many for x0 of the shape"),
         ({"reference": states(5)}, ValueError, "reference must hold the exact end of each row"),
         ({"reference": "exact"}, ValueError, "reference must hold the exact end of each row"),
+        ({"reference": states().log()}, ValueError, "reference holds NaN"),
         ({"args": {"y": 1}}, ValueError, "takes no `args`"),
         ({"log_density": 2}, ValueError, "log_density=2 must be a column of the states"),
     ],

@@ -26,6 +26,7 @@ from torchdyn_mintime.core import (
     checks,
     cost_columns,
     in_float64,
+    random_kept,
     reference_solution,
     with_solver,
 )
@@ -159,7 +160,7 @@ def fit_solver(
         raise ValueError(
             f"log_density={log_density} must be a column of the states; x0 has the shape {tuple(x0.shape)}"
         )
-    with field.beside(x0, args) as bound:
+    with random_kept(x0), field.beside(x0, args) as bound:
         check_repeats(bound, x0, times[0])
         exact = reference_solution(bound, x0, times)[-1] if reference is None else reference.detach().double()
         with in_float64(bound, x0, times[0]) as function, progress_shown(progress) as show:
@@ -223,7 +224,7 @@ class _Ends:
             off = (self._end(stepper, steps) - self._exact)[self._held]
         except IntegrationError:
             return EndError(math.inf, math.inf, math.inf, None if self._log_density is None else math.inf)
-        relative = (off / self._scale).flatten(1)
+        relative = (off / self._scale).reshape(len(off), -1)
         each = relative.square().mean(1).sqrt()
         nats = None if self._log_density is None else rms(off[:, self._log_density]).item()
         return EndError(rms(relative).item(), each.quantile(0.95).item(), each.max().item(), nats)
@@ -346,6 +347,8 @@ def check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
             f"reference must hold the exact end of each row of x0, {tuple(x0.shape)}; got "
             f"{tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__}"
         )
+    if reference is not None and not bool(reference.isfinite().all()):
+        raise ValueError("reference holds NaN or infinite entries; leave out the states whose ends are not known")
 
 
 def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
