@@ -311,6 +311,15 @@ def test_steps_that_are_too_large_count_as_an_infinite_error():
         fit(node, x, tol=1e-9, evaluations=3)
 
 
+def test_a_fit_in_inference_mode_is_as_elsewhere():
+    """Of a field that differentiates inside, which inference mode forbids, too."""
+    node, x = NeuralODE(CNF(field(timed=True))), torch.cat([torch.zeros(STATES, 1).double(), states()], 1)
+    with torch.inference_mode():
+        found = fit(node, x.clone(), evaluations=2)
+    assert torch.equal(found.node.solver.free, fit(node, x, evaluations=2).node.solver.free)
+    found.node(x)[1][-1].sum().backward()  # a tensor of inference mode would take no gradient
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_nothing_is_changed(wrapped):
     net = nn.Sequential(DepthCat(1), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double().eval()

@@ -95,6 +95,7 @@ class SolverFit:
         return f"{self.evaluations} evaluations; error of the end, relative to the displacement\n" + "\n".join(lines)
 
 
+@torch.inference_mode(False)  # in which no parameter can be made that is trained elsewhere
 @torch.no_grad()
 def fit_solver(
     model: nn.Module,
@@ -156,6 +157,7 @@ def fit_solver(
     times = interval_of(model)[:: -1 if inverse else 1]
     numbers = range(1, evaluations + 1) if tol is not None else [evaluations]
     check_states(x0, reference, evaluations)
+    x0 = x0.clone()  # a field that differentiates inside cannot do so at a tensor of inference mode
     if log_density is not None and not (x0.dim() == 2 and -x0.shape[1] <= log_density < x0.shape[1]):
         raise ValueError(
             f"log_density={log_density} must be a column of the states; x0 has the shape {tuple(x0.shape)}"
