@@ -130,6 +130,22 @@ def test_the_interval_is_that_of_the_span_or_of_the_node():
     assert len(node.t_span) == 3
 
 
+def test_a_t_f_outside_its_bounds_is_taken_as_a_solve_takes_it():
+    span = tm.LearnableSpan(NeuralODE(field()), torch.tensor([0.0, 1.0]).double(), t_f=0.7, bounds=(0.5, 0.8))
+    with torch.no_grad():
+        span.t_f.fill_(0.9)
+    found = fit(span, evaluations=2)
+    assert found.node.t_span.tolist() == pytest.approx([0.0, 0.8]) and span.t_f == 0.9 and span.training
+
+
+@pytest.mark.parametrize("times", [[1.0], [1.0, 1.0], [0.0, math.nan], [0.0, math.inf]])
+def test_an_interval_without_a_length_is_refused(times):
+    node = NeuralODE(field())
+    node.t_span = torch.tensor(times)
+    with pytest.raises(ValueError, match="from one finite time to another"):
+        fit(node)
+
+
 def test_the_inverse_has_a_solver_of_its_own():
     net = field(7, timed=True, scale=1.2)
     node = NeuralODE(net)

@@ -25,6 +25,7 @@ from torchdyn_mintime.core import (
     LearnableSpan,
     checks,
     cost_columns,
+    evaluating,
     in_float64,
     random_kept,
     reference_solution,
@@ -324,9 +325,16 @@ def displacement(moved: Tensor, log_density: int | None) -> Tensor:
 def interval_of(model: NeuralODE | LearnableSpan) -> list[float]:
     """Returns the first and last time of a sampler: a bare node without a ``t_span`` has [0, 1]."""
     if isinstance(model, LearnableSpan):
-        return [model.t0.item(), model.t_f.item()]
+        with evaluating(model):  # in training mode the parameter would be clipped to its bounds
+            nodes = model.nodes
+        return [nodes[0], nodes[-1]]
     span = model.t_span
-    return [0.0, 1.0] if span is None else [float(span[0]), float(span[-1])]
+    times = [0.0, 1.0] if span is None else [float(span[0]), float(span[-1])]
+    if not 0 < abs(times[1] - times[0]) < math.inf:
+        raise ValueError(
+            f"the node's t_span must run from one finite time to another; got {times[0]:g} to {times[1]:g}"
+        )
+    return times
 
 
 def check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
