@@ -574,6 +574,16 @@ def test_solvers_are_fitted_to_both_directions_of_a_flow(kind):
     assert few.sample(3, context).shape == (3, 2) and "nats" in str(fit)
 
 
+def test_solvers_fitted_in_inference_mode_are_as_elsewhere():
+    model, _, _ = few_and_exact("timed")
+    x = torch.randn(100, 2, dtype=torch.float64)
+    wanted = model.fit_solvers(x, evaluations=2, progress=False).model
+    with torch.inference_mode():
+        made = model.fit_solvers(x.clone(), evaluations=2, progress=False).model
+    assert torch.equal(made.log_prob(x), wanted.log_prob(x))
+    made.nll(x).backward()  # a tensor of inference mode would take no gradient
+
+
 def test_a_tolerance_holds_for_both_directions():
     model, _, _ = few_and_exact("plain")
     fit = model.fit_solvers(torch.randn(100, 2, dtype=torch.float64), tol=0.05, progress=False)

@@ -438,6 +438,7 @@ class FlowModel(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------ few evaluations
 
+    @torch.inference_mode(False)  # the solvers are to be used outside it too
     def fit_solvers(
         self,
         x: Tensor,

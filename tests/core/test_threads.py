@@ -81,6 +81,25 @@ def test_a_solve_waits_for_the_backward_of_another_thread_that_evaluates_the_fie
     assert len(found) == len(alone) and all(map(torch.equal, found, alone))
 
 
+def test_fits_to_one_field_in_several_threads_wait_for_one_another():
+    """Each holds the field in float64, in which the others must not find it."""
+    node, x = make_node(width=8).float(), torch.randn(64, 2)
+    types, errors = [p.dtype for p in node.parameters()], {}
+
+    def fit(key):
+        errors[key] = tm.fit_solver(node, x, evaluations=2, inverse=key % 2 == 1, progress=False).error.rms
+
+    threads = [threading.Thread(target=fit, args=(key,)) for key in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    fit(4)
+    fit(5)
+    assert [errors.get(key) for key in range(4)] == [errors[4], errors[5]] * 2
+    assert [p.dtype for p in node.parameters()] == types
+
+
 def test_a_backward_on_a_gpu_does_not_wait():
     lock, held, done = Lock(), threading.Event(), threading.Event()
 

@@ -53,7 +53,7 @@ class TwoUses(nn.Module):
 
 
 class MakesItsOwn(nn.Module):
-    """A node in a closure, one in a list, an ODEProblem, and one that forward makes at every call."""
+    """A node in a closure, one in a list, an ODEProblem, a method of one, and one that forward makes at every call."""
 
     def __init__(self, *kinds):
         super().__init__()
@@ -63,6 +63,8 @@ class MakesItsOwn(nn.Module):
             self.solve = lambda x: node(x)[1][-1]
         if "list" in kinds:
             self.nodes = [NeuralODE(self.field)]
+        if "method" in kinds:
+            self.odeint = ODEProblem(self.field, "rk4").odeint
         if "problem" in kinds:
             self.problem = ODEProblem(self.field, "rk4")
         if "child" in kinds:
@@ -78,6 +80,7 @@ class MakesItsOwn(nn.Module):
         ((), r"to wrap in MakesItsOwn\. A node .* forward makes at every call"),
         (("function",), "out of reach are the NeuralODE in the function solve"),
         (("list",), "out of reach are the NeuralODE in the list nodes"),
+        (("method",), "out of reach are the ODEProblem in the method odeint"),
         (("problem",), r"out of reach are problem \(ODEProblem\)\. .* Of an ODEProblem, .* make a NeuralODE"),
         (("function", "list"), "in the function solve, the NeuralODE in the list nodes"),
     ],

@@ -161,6 +161,16 @@ def test_it_is_never_worse_than_the_solver_that_is_fitted_alone_and_leaves_the_f
         assert relative(sampler(fresh)[1][-1], exact(node, fresh), fresh) < 1.5 * tol  # of fresh states
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_whatever_mode_it_is_called_in(mode):
+    node, options = NeuralODE(field()), {"tol": 0.02, "max_iterations": 20, "progress": False}
+    wanted = tm.compress_sampler(node, states(), **options)[0]
+    with mode():
+        sampler = tm.compress_sampler(node, states(), **options)[0]
+    assert all(map(torch.equal, sampler.parameters(), wanted.parameters()))
+    sampler(states())[1][-1].sum().backward()  # a tensor of inference mode would take no gradient
+
+
 def test_the_inverse_carries_ends_to_starts():
     node = NeuralODE(field())
     ends = exact(node, states())
@@ -247,6 +257,13 @@ def flow_with_noise():
             {},
             ValueError,
             "Dropout in training",
+        ),
+        (
+            lambda: NeuralODE(field().requires_grad_(False)),
+            states(),
+            {},
+            ValueError,
+            "no parameter of the field requires a gradient",
         ),
     ],
 )

@@ -130,6 +130,22 @@ def test_the_interval_is_that_of_the_span_or_of_the_node():
     assert len(node.t_span) == 3
 
 
+def test_a_t_f_outside_its_bounds_is_taken_as_a_solve_takes_it():
+    span = tm.LearnableSpan(NeuralODE(field()), torch.tensor([0.0, 1.0]).double(), t_f=0.7, bounds=(0.5, 0.8))
+    with torch.no_grad():
+        span.t_f.fill_(0.9)
+    found = fit(span, evaluations=2)
+    assert found.node.t_span.tolist() == pytest.approx([0.0, 0.8]) and span.t_f == 0.9 and span.training
+
+
+@pytest.mark.parametrize("times", [[1.0], [1.0, 1.0], [0.0, math.nan], [0.0, math.inf]])
+def test_an_interval_without_a_length_is_refused(times):
+    node = NeuralODE(field())
+    node.t_span = torch.tensor(times)
+    with pytest.raises(ValueError, match="from one finite time to another"):
+        fit(node)
+
+
 def test_the_inverse_has_a_solver_of_its_own():
     net = field(7, timed=True, scale=1.2)
     node = NeuralODE(net)
@@ -186,12 +202,23 @@ def test_images():
     assert found.node(x)[1].shape == (2, 40, 2, 4, 4)
 
 
+def test_states_that_are_numbers():
+    """States [n]; z' = -z, of which a solver of two stages may give the exact end."""
+    x = states()[:, 0]
+    found = fit(NeuralODE(lambda t, z, args=None: -z), x, evaluations=2)
+    # To the 1e-7 of the reference solve.
+    assert found.node(x)[1][-1].allclose(x * math.exp(-1), atol=1e-6)
+
+
 @pytest.mark.parametrize("trace", [autograd_trace, hutch_trace])
 def test_a_flow_is_fitted_with_its_log_density(trace):
     noise = torch.distributions.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
     node = NeuralODE(CNF(field(10), trace_estimator=trace, noise_dist=noise if trace is hutch_trace else None))
     x = torch.cat([torch.zeros(STATES, 1).double(), states()], 1)
+    before = everything(node)
     found = fit(node, x, evaluations=4)
+    assert_untouched(node, before)  # the random numbers that the noise was drawn with too
+    assert torch.equal(fit(node, x, evaluations=4).node.solver.free, found.node.solver.free)
     assert found.error.log_density < 0.3 * found.others["midpoint"].log_density
     assert found.error.rms < 0.5 * found.others["midpoint"].rms
     assert "nats" in str(found)
@@ -256,6 +283,23 @@ def test_fields_in_single_precision():
     assert hard.error.rms == pytest.approx(easy.error.rms, rel=0.5)
 
 
+class Rounded(nn.Module):
+    """A part of a field that is in single precision whatever it is given, as the softmax of attention often is."""
+
+    def forward(self, x):
+        return torch.tanh(x.float()).to(x)
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=4)
+def test_single_precision_inside_a_field_costs_no_accuracy(seed):
+    net = field(seed, timed=True)
+    rounded = nn.Sequential(*net[:2], Rounded(), net[3])
+    smooth, rough = (fit(NeuralODE(vf), evaluations=4).error.rms for vf in (net, rounded))
+    # Errors of about 1e-3 against a rounding of 1e-7; the two fits may end an iteration apart.
+    assert rough == pytest.approx(smooth, rel=0.1)
+
+
 def test_a_layer_that_stands_twice_in_a_field_keeps_its_type():
     """torch's functional_call leaves such a layer with the tensors that it was given."""
     shared = nn.Linear(2, 2)
@@ -281,6 +325,15 @@ def test_steps_that_are_too_large_count_as_an_infinite_error():
     assert fit(node, x, evaluations=8).error.rms == math.inf
     with pytest.raises(ValueError, match="no solver of up to 3 evaluations meets"):
         fit(node, x, tol=1e-9, evaluations=3)
+
+
+def test_a_fit_in_inference_mode_is_as_elsewhere():
+    """Of a field that differentiates inside, which inference mode forbids, too."""
+    node, x = NeuralODE(CNF(field(timed=True))), torch.cat([torch.zeros(STATES, 1).double(), states()], 1)
+    with torch.inference_mode():
+        found = fit(node, x.clone(), evaluations=2)
+    assert torch.equal(found.node.solver.free, fit(node, x, evaluations=2).node.solver.free)
+    found.node(x)[1][-1].sum().backward()  # a tensor of inference mode would take no gradient
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -314,6 +367,7 @@ def test_nothing_is_changed(wrapped):
         ({"x": states(6)}, ValueError, "coefficients, too many for x0 of the shape"),
         ({"reference": states(5)}, ValueError, "reference must hold the exact end of each row"),
         ({"reference": "exact"}, ValueError, "reference must hold the exact end of each row"),
+        ({"reference": states().log()}, ValueError, "reference holds NaN"),
         ({"args": {"y": 1}}, ValueError, "takes no `args`"),
         ({"log_density": 2}, ValueError, "log_density=2 must be a column of the states"),
     ],

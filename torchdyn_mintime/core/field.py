@@ -19,7 +19,7 @@ from torchdyn.core.defunc import DEFuncBase
 from torchdyn.nn.galerkin import GalLayer
 
 from torchdyn_mintime.core import exact_trace
-from torchdyn_mintime.core.lock import NOT_LOCKED, Lock, alone_in_backward
+from torchdyn_mintime.core.lock import BESIDE, NOT_LOCKED, Lock, alone_in_backward
 from torchdyn_mintime.core.shards import error_of_shards, naming_shards
 
 __all__ = [
@@ -241,7 +241,7 @@ class Field:
         batch statistics and counters are as before, so that the solve's own backward is not touched (U19).
         """
         modules, controlled = list(self.node.vf.modules()), self.node.controlled
-        with self._alone(self._roles()), kept(modules), naming_shards(modules):
+        with BESIDE, self._alone(self._roles()), kept(modules), naming_shards(modules):
             for module in modules:
                 noise = getattr(module, "noise", None)
                 if hasattr(module, "trace_estimator") and noise is not None and noise.shape[0] == x.shape[0]:

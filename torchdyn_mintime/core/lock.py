@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-__all__ = ["NOT_LOCKED", "Lock", "alone_in_backward"]
+__all__ = ["BESIDE", "NOT_LOCKED", "Lock", "alone_in_backward"]
 
 NOT_LOCKED = nullcontext()
 """In the place of a lock, where the modules keep nothing of a solve."""
+
+BESIDE = threading.RLock()
+"""Held by evaluations beside solves, of any model: they put tensors of their own in the places of the field's meanwhile."""
 
 
 class Lock:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.core.field import BoundField, evaluating, kept
+from torchdyn_mintime.core.lock import BESIDE
 from torchdyn_mintime.core.shards import naming_shards
 from torchdyn_mintime.core.solve import LastSolve
 from torchdyn_mintime.core.span import LearnableSpan
@@ -41,7 +42,14 @@ def untraced(bound: BoundField) -> Iterator[None]:
     dropout = [m for m in bound.modules if isinstance(m, nn.modules.dropout._DropoutNd)]
     nfe = bound.nfe
     try:
-        with bound.alone, kept(bound.modules), bound.restored(), evaluating(*dropout), naming_shards(bound.modules):
+        with (
+            BESIDE,
+            bound.alone,
+            kept(bound.modules),
+            bound.restored(),
+            evaluating(*dropout),
+            naming_shards(bound.modules),
+        ):
             yield
     finally:
         bound.nfe = nfe

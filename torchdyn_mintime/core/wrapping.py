@@ -142,7 +142,8 @@ def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.M
         ValueError: there is nothing to wrap, or an option cannot be used. Nothing is changed then.
 
     Warns:
-        UserWarning: some solve stays as it is: an ODEProblem, or a node that a list, a dict or a function holds.
+        UserWarning: some solve stays as it is: an ODEProblem, a node that a list, a dict or a function holds, or a
+            method of either.
 
     Example:
         >>> node = NeuralODE(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)))  # doctest: +ELLIPSIS
@@ -182,7 +183,7 @@ def wrap(model: nn.Module, t_span: Tensor | None = None, **options: Any) -> nn.M
 def _out_of_reach(model: nn.Module) -> Iterator[str]:
     """Yields, in words, what solves ODEs in ``model`` but cannot be replaced: ODEProblems, and nodes that are no children.
 
-    Looked through are attributes that are lists, tuples, dicts or functions that hold a node, one level deep.
+    Looked through are attributes that are lists, tuples, dicts or functions that hold a node, one level deep, and its methods.
     """
     for path, module in model.named_modules():
         if isinstance(module, ODEProblem):
@@ -195,6 +196,8 @@ def _out_of_reach(model: nn.Module) -> Iterator[str]:
                 held = value.values() if isinstance(value, dict) else value
             elif inspect.isfunction(value):
                 held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+            elif inspect.ismethod(value):
+                held = [value.__self__]
             for one in held:
                 if isinstance(one, ODEProblem):
                     kind = "function" if inspect.isfunction(value) else type(value).__name__

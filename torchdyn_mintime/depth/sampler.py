@@ -52,6 +52,8 @@ FITTED = 2048
 """Solvers are fitted to so many states, at most."""
 
 
+@torch.inference_mode(False)  # it trains, whatever mode it is called in
+@torch.enable_grad()
 def compress_sampler(
     model: NeuralODE | LearnableSpan,
     x0: Tensor,
@@ -92,7 +94,8 @@ def compress_sampler(
 
     Raises:
         TypeError: ``model`` is neither, or ``x0`` is no tensor of floating-point numbers.
-        ValueError: an argument that cannot be used, or a field that does not repeat (dropout in training mode).
+        ValueError: an argument that cannot be used, a field that does not repeat (dropout in training mode), or one without a
+            parameter that requires a gradient.
         IntegrationError: the exact solve failed.
 
     Example:
@@ -113,8 +116,14 @@ def compress_sampler(
     check_states(x0, None, 1)
     check_states(x0[len(x0) // HELD_OUT :], None, FIRST)
     made: Any = copied(model)
+    if not any(parameter.requires_grad for parameter in made.vf.parameters()):
+        raise ValueError(
+            "no parameter of the field requires a gradient, so that its copy cannot be trained; call requires_grad_() on the "
+            "field, or use fit_solver, which leaves it as it is"
+        )
     times = interval_of(made)[:: -1 if inverse else 1]
-    states = _States(made, x0.detach(), args)
+    x0 = x0.detach().clone()
+    states = _States(made, x0, args)
     exact = _ends(made, states, times)
     order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0)).to(x0.device)
     kept = max(1, len(x0) // HELD_OUT)

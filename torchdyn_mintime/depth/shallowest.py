@@ -453,7 +453,7 @@ class Shallowest:
             if not getattr(value, "requires_grad", False):  # the penalty has a gradient of its own, and would hide it
                 raise ValueError(
                     "the loss has no gradient, so it cannot be trained. A count, such as an accuracy, can be one more "
-                    "condition: accept=function"
+                    "condition: accept=function. Parameters that are frozen, or torch.no_grad() around, leave it none either"
                 )
             optimizer.zero_grad()
             (value + self.penalty(closure)).backward()

@@ -25,7 +25,9 @@ from torchdyn_mintime.core import (
     LearnableSpan,
     checks,
     cost_columns,
+    evaluating,
     in_float64,
+    random_kept,
     reference_solution,
     with_solver,
 )
@@ -94,6 +96,7 @@ class SolverFit:
         return f"{self.evaluations} evaluations; error of the end, relative to the displacement\n" + "\n".join(lines)
 
 
+@torch.inference_mode(False)  # in which no parameter can be made that is trained elsewhere
 @torch.no_grad()
 def fit_solver(
     model: nn.Module,
@@ -155,11 +158,12 @@ def fit_solver(
     times = interval_of(model)[:: -1 if inverse else 1]
     numbers = range(1, evaluations + 1) if tol is not None else [evaluations]
     check_states(x0, reference, evaluations)
+    x0 = x0.clone()  # a field that differentiates inside cannot do so at a tensor of inference mode
     if log_density is not None and not (x0.dim() == 2 and -x0.shape[1] <= log_density < x0.shape[1]):
         raise ValueError(
             f"log_density={log_density} must be a column of the states; x0 has the shape {tuple(x0.shape)}"
         )
-    with field.beside(x0, args) as bound:
+    with random_kept(x0), field.beside(x0, args) as bound:
         check_repeats(bound, x0, times[0])
         exact = reference_solution(bound, x0, times)[-1] if reference is None else reference.detach().double()
         with in_float64(bound, x0, times[0]) as function, progress_shown(progress) as show:
@@ -207,8 +211,9 @@ class _Ends:
         size = math.prod(x0.shape[1:])
         picked = torch.randperm(len(fitted) * size, generator=generator)[:ENTRIES].sort().values
         self._picked = (fitted[picked // size] * size + picked % size).to(x0.device)
-        # A field in single precision is smooth to about 1e-7 of its size: a difference must be larger than that.
-        self._shift = 1e-6 if function is bound.function else 1e-3
+        # A field in single precision is smooth to about 1e-7 of its size: a difference must be larger than that. Many fields
+        # that take float64 round to single precision somewhere inside, such as in the softmax of attention.
+        self._shift = 1e-4 if function is bound.function else 1e-3
 
     def _end(self, stepper: Stepper, steps: int = 1) -> Tensor:
         t0, t_f = self._times
@@ -222,7 +227,7 @@ class _Ends:
             off = (self._end(stepper, steps) - self._exact)[self._held]
         except IntegrationError:
             return EndError(math.inf, math.inf, math.inf, None if self._log_density is None else math.inf)
-        relative = (off / self._scale).flatten(1)
+        relative = (off / self._scale).reshape(len(off), -1)
         each = relative.square().mean(1).sqrt()
         nats = None if self._log_density is None else rms(off[:, self._log_density]).item()
         return EndError(rms(relative).item(), each.quantile(0.95).item(), each.max().item(), nats)
@@ -320,9 +325,16 @@ def displacement(moved: Tensor, log_density: int | None) -> Tensor:
 def interval_of(model: NeuralODE | LearnableSpan) -> list[float]:
     """Returns the first and last time of a sampler: a bare node without a ``t_span`` has [0, 1]."""
     if isinstance(model, LearnableSpan):
-        return [model.t0.item(), model.t_f.item()]
+        with evaluating(model):  # in training mode the parameter would be clipped to its bounds
+            nodes = model.nodes
+        return [nodes[0], nodes[-1]]
     span = model.t_span
-    return [0.0, 1.0] if span is None else [float(span[0]), float(span[-1])]
+    times = [0.0, 1.0] if span is None else [float(span[0]), float(span[-1])]
+    if not 0 < abs(times[1] - times[0]) < math.inf:
+        raise ValueError(
+            f"the node's t_span must run from one finite time to another; got {times[0]:g} to {times[1]:g}"
+        )
+    return times
 
 
 def check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
@@ -345,6 +357,8 @@ def check_states(x0: Any, reference: Tensor | None, evaluations: int) -> None:
             f"reference must hold the exact end of each row of x0, {tuple(x0.shape)}; got "
             f"{tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__}"
         )
+    if reference is not None and not bool(reference.isfinite().all()):
+        raise ValueError("reference holds NaN or infinite entries; leave out the states whose ends are not known")
 
 
 def check_repeats(bound: BoundField, x: Tensor, t: float) -> None:
