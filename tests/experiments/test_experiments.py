@@ -917,7 +917,7 @@ def test_tables_all_says_its_hours_and_runs_each_part_once(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("number", ["robustness", "precision"])
 def test_tables_that_the_paper_has_not_are_made_and_drawn(tmp_path, number):
-    options = comparison.Options((20,), settings={"iterations": 3})
+    options = comparison.Options((20,), (0.01, 0.03), settings={"iterations": 3})
     tables.make(number, options, tmp_path, Store(tmp_path / "runs"), ("moons",))
     page = (tmp_path / f"table-{number}-moons.md").read_text()
     assert ("under attack %" in page) == (number == "robustness")

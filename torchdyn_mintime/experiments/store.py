@@ -126,7 +126,7 @@ class Store:
         """Trains the plans that are not finished, one iteration of each in turn, and returns the figures of all plans.
 
         Args:
-            plans: plans of one task.
+            plans: plans of one task, or none.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed. What was trained so far is saved, and the next call goes on from there.
@@ -149,8 +149,7 @@ class Store:
                 checkpoint()
                 saved = time.monotonic()
 
-        title = f"{plans[0].task} {plans[0].settings.seed}"
-        if runs and not race(list(runs.values()), self.console, title, advanced):
+        if runs and not race(list(runs.values()), self.console, f"{plans[0].task} {plans[0].settings.seed}", advanced):
             kept = "; ".join(checkpoint()) or "every model of this seed, finished"
             self.console.print(
                 f"Stopped. Saved in {self.folder}: {kept}. The same command goes on from there.", highlight=False
