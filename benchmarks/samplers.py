@@ -176,12 +176,19 @@ def nll_of(field: nn.Module, solver: str | nn.Module, base: Any, x: Tensor, step
     return tm.FlowModel(span, base).nll(x).item()
 
 
-def train(model: tm.FlowModel, optimizer: torch.optim.Optimizer, batch: Callable[[], Tensor], iterations: int) -> None:
-    """Minimises the negative log-likelihood, with a learning rate that falls to 0 as a cosine."""
+def train(
+    loss: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch: Callable[[], Tensor],
+    iterations: int,
+    clip: float = math.inf,
+) -> None:
+    """Minimises a loss of fresh batches, with a learning rate that falls to 0 as a cosine, and the gradient's norm clipped."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         optimizer.zero_grad()
-        model.nll(batch()).backward()
+        loss(batch()).backward()
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
         optimizer.step()
         schedule.step()
 
@@ -192,7 +199,7 @@ def trained_flow(data: Callable[..., Tensor], generator: torch.Generator) -> tm.
     span.t_f.requires_grad_(False)
     model = tm.FlowModel(span, Gaussian(2, variance=0.1))
     optimizer = torch.optim.Adam(span.vf.parameters(), lr=0.05)
-    train(model, optimizer, partial(data, 512, generator), FLOW_ITERATIONS)
+    train(model.nll, optimizer, partial(data, 512, generator), FLOW_ITERATIONS)
     return model
 
 
@@ -261,20 +268,19 @@ def cotrained(seeds: range, evaluations: int = 6, iterations: int = 800, weight:
             begun = time.process_time()
             few = model.fit_solvers(data(1024, generator), evaluations=evaluations, progress=False).model
             few.span.solver.requires_grad_(True)  # the field is the same as that of `model`
-            print(f"density of {name}, seed {seed}: {evaluations} evaluations, fitted {likelihoods(few, model, fresh)}")
+            print(
+                f"density of {name}, seed {seed}: {evaluations} evaluations, fitted {likelihoods(few, model, fresh)}",
+                flush=True,
+            )
             optimizer = torch.optim.Adam([p for p in few.parameters() if p.requires_grad], lr=0.005)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-            for _ in range(iterations):
-                x = data(512, generator)
+
+            def loss(x: Tensor, few: tm.FlowModel = few, model: tm.FlowModel = model) -> Tensor:
                 log_prob = model.log_prob(x)
-                off = few.log_prob(x) - log_prob
-                optimizer.zero_grad()
-                (weight * off.square().mean() - log_prob.mean()).backward()
-                torch.nn.utils.clip_grad_norm_(few.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
+                return weight * (few.log_prob(x) - log_prob).square().mean() - log_prob.mean()
+
+            train(loss, optimizer, partial(data, 512, generator), iterations, clip=1.0)
             seconds = time.process_time() - begun
-            print(f"  co-trained {likelihoods(few, model, fresh)}; {seconds:.0f} s", flush=True)
+            print(f"  trained on {likelihoods(few, model, fresh)}; {seconds:.0f} s", flush=True)
 
 
 def tutorial(seeds: range) -> None:
@@ -291,7 +297,7 @@ def tutorial(seeds: range) -> None:
         model = tm.FlowModel(span, base)
         optimizer = torch.optim.AdamW(parts["field"].parameters(), lr=5e-3)
         begun = time.process_time()
-        train(model, optimizer, partial(draw, 512, generator), 500)
+        train(model.nll, optimizer, partial(draw, 512, generator), 500)
         print(f"tutorial, seed {seed}: trained in {time.process_time() - begun:.0f} s", flush=True)
         field, fresh, x = CNF(parts["field"].net), data.x_test, draw(640, generator)
         with torch.no_grad():
@@ -316,14 +322,11 @@ def distilled(field: nn.Module, solver: nn.Module, x0: Tensor, exact: Tensor, it
     span = tm.LearnableSpan(NeuralODE(made, solver=solver))
     solver.requires_grad_(True)
     optimizer = torch.optim.Adam([*made.parameters(), *solver.parameters()], lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        rows = torch.randint(len(x0), (256,))
-        loss = (span(x0[rows])[1][-1] - exact[rows]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    def loss(rows: Tensor) -> Tensor:
+        return (span(x0[rows])[1][-1] - exact[rows]).square().mean()
+
+    train(loss, optimizer, lambda: torch.randint(len(x0), (256,)), iterations)
     return made
 
 
