@@ -92,6 +92,7 @@ TABLES = {
     "5": "adaptive solvers, on concentric annuli",
     "6": "training time saved on MNIST and CIFAR-10",
     "flows": "section 4.2: flows on two moons and two circles",
+    "peers": "other methods on two moons and concentric annuli: LyaNet, STEER, TayNODE, RNODE, SRNODE, TO-FLOW",
     "robustness": "accuracy under noise and one-step attacks",
     "precision": "evaluations against solver error, of searches at four tolerances",
 }

@@ -99,10 +99,9 @@ TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
                 ),
                 Row("target"),
                 Row("shallowest"),
-                *_PEERS,
                 *_CONTROLS,
             ),
-            "annuli": (*_ANNULI, Row("target"), Row("shallowest"), Row("shallowest-adaptive"), *_PEERS, *_CONTROLS),
+            "annuli": (*_ANNULI, Row("target"), Row("shallowest"), Row("shallowest-adaptive"), *_CONTROLS),
         },
     ),
     "2": (
@@ -212,6 +211,10 @@ TABLES: dict[str, tuple[str, Mapping[str, Sequence[Row]]]] = {
                 *_FLOW_CONTROLS,
             ),
         },
+    ),
+    "peers": (
+        "Other methods",
+        {name: (Row("vanilla"), _OURS, Row("shallowest"), *_PEERS, TWIN) for name in ("moons", "annuli")},
     ),
     "robustness": (
         "Under noise and attack",
