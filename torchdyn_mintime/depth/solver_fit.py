@@ -306,8 +306,10 @@ class _Ends:
         ks = torch.stack([k.reshape(len(k), -1) for k in stages])
         b = table[-2] + (1 - table[-2].sum()) / n
         inner = [(i, j) for i, j in entries if i != n]
+        row, column = self._picked // ks.shape[2], self._picked % ks.shape[2]
+        used, place = row.unique(return_inverse=True)
         parts = []
-        for rows in torch.arange(len(self._x), device=ks.device).split(ROWS):
+        for rows in used.split(ROWS):
             # For each coefficient, how the stages move: [stages, coefficients, rows, entries of a state].
             moved = ks.new_zeros(n, len(inner), len(rows), ks.shape[2])
             for m, (in_state, in_time) in enumerate(slopes):
@@ -318,10 +320,9 @@ class _Ends:
                 moved[m] = torch.einsum("nij,pnj->pni", in_state[rows], states)
                 if (n + 1, m) in inner:
                     moved[m, inner.index((n + 1, m))] += in_time[rows]
-            parts.append(h * torch.tensordot(b, moved, 1))
-        ends = dict(zip(inner, torch.cat(parts, 1), strict=True))
-        columns = [ends[i, j] if i != n else self._in_weight(j, stages) for i, j in entries]
-        return torch.stack([self._entries(column.reshape_as(self._x)) for column in columns], 1)
+            parts.append(h * torch.tensordot(b, moved, 1) / self._scale.flatten())
+        ends = dict(zip(inner, torch.cat(parts, 1)[:, place, column], strict=True))
+        return torch.stack([ends[i, j] if i != n else self._entries(self._in_weight(j, stages)) for i, j in entries], 1)
 
     def _slopes(self, table: Tensor, m: int, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the derivatives of stage m in its state, ``[n, d, d]``, and in c, ``[n, d]``."""
