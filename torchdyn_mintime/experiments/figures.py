@@ -171,7 +171,7 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
         title = f"{what} against evaluations"
         plots.trade_off(axis, values, y=y, title=title, log=what == "loss", legend=False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", fontsize=6, ncols=2)  # one for both panels, outside them
+    figure.legend(handles, labels, loc="outside upper center", fontsize=6)  # one for both panels, outside them
     store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
 
 
