@@ -170,9 +170,13 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
         }
         title = f"{what} against evaluations"
         plots.trade_off(axis, values, y=y, title=title, log=what == "loss", legend=False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", fontsize=6)  # one for both panels, outside them
+    _name(figure, axes[0])
     store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
+
+
+def _name(figure: Any, axis: Any) -> None:
+    """Puts the names of an axis above all panels: inside, they would cover points."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", fontsize=6)
 
 
 def draw_precision_of(plans: Mapping[Row, Sequence[Plan]], store: Store, path: Path) -> None:
@@ -186,8 +190,10 @@ def draw_precision_of(plans: Mapping[Row, Sequence[Plan]], store: Store, path: P
         model, x = store.model(own[0]), store.data(own[0]).x_test[: measure.CHUNK]
         for solver, steps in (("euler", EULER_STEPS), ("midpoint", MIDPOINT_STEPS), ("rk4", RK4_STEPS)):
             values[f"vanilla model, {solver}"] = [list(measure.solver_errors(model, x, solver, steps).items())]
-    figure, (axis,) = plots.column_of_axes(1, height=3.0)
-    plots.trade_off(axis, values, y="solver error / displacement", title="work and precision", log=True)
+    figure, (axis,) = plots.column_of_axes(1, height=3.8)
+    title = "work and precision"
+    plots.trade_off(axis, values, y="solver error / displacement", title=title, log=True, legend=False)
+    _name(figure, axis)
     store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
 
 
