@@ -49,8 +49,11 @@ SETTLED = 1e-3
 ENTRIES = 100_000
 """The squared error is taken over so many entries of the ends at most: the same ones, drawn at random, all along."""
 
-ROWS = 2048
-"""Rows whose derivatives are held at once."""
+BLOCK = 4_000_000
+"""Derivatives of stages in coefficients that are held at once."""
+
+MOST_SLOPES = 20_000_000
+"""Derivatives of stages in states that are held at most."""
 
 CHAINED = 0.05
 """How far, relatively, the chain rule may be from a difference of the solve. Both are differences, of other quantities."""
@@ -209,7 +212,7 @@ class _Ends:
     ):
         self._function, self._times = function, times
         self._timed = getattr(bound.function, "timed", True)
-        self._rows_alone: bool | None = None
+        self._chains: bool | None = None  # whether the chain rule holds for the field; None: not known yet
         self._x, self._exact = x0.double(), exact.to(x0.device)
         generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
         order = torch.randperm(len(x0), generator=generator)
@@ -270,20 +273,14 @@ class _Ends:
 
     def _jacobian(self, table: Tensor, entries: Sequence[tuple[int, int]], stages: Sequence[Tensor]) -> Tensor:
         """Returns the derivatives of the residual in the entries of the table, ``[entries of the ends, entries]``."""
-        n, size = len(stages), self._x[0].numel()
-        solves = sum(n - (i if i < n else j) for i, j in entries if i != n)
-        if self._rows_alone is not False and n * (size + self._timed) < solves:
+        n = len(stages)
+        if self._chains is not False and self._chain_pays(entries, n):
             jacobian = self._by_chain(table, entries, stages)
-            if self._rows_alone is None:
-                # One difference of the solve, in all coefficients at once, whose sign alternates.
-                signs = 1.0 - 2.0 * (torch.arange(len(entries)) % 2).to(table)
-                moved = table.clone()
-                moved[tuple(zip(*entries, strict=True))] += self._shift * signs
-                ahead = self._residual(moved, self._stages(moved, [])) - self._residual(table, stages)
-                off = ahead / self._shift - jacobian @ signs
-                self._rows_alone = bool(rms(off) <= CHAINED * rms(ahead / self._shift))
-            if self._rows_alone:
+            if self._chains is None:
+                self._chains = self._agrees(jacobian, table, entries, stages)
+            if self._chains and bool(jacobian.isfinite().all()):
                 return jacobian
+            self._chains = False
         now, columns = self._residual(table, stages), []
         for i, j in entries:
             if i == n:
@@ -291,62 +288,99 @@ class _Ends:
                 continue
             moved = table.clone()
             moved[i, j] += self._shift
-            first = i if i < n else j  # the stage whose state, or time, has moved: those before it stay
-            columns.append((self._residual(moved, self._stages(moved, stages[:first])) - now) / self._shift)
+            kept = stages[: _first_moved(i, j, n)]
+            columns.append((self._residual(moved, self._stages(moved, kept)) - now) / self._shift)
         return torch.stack(columns, 1)
 
     def _in_weight(self, j: int, stages: Sequence[Tensor]) -> Tensor:
         """Returns the derivative of the end in b_j; the sum of b stays 1."""
         return (self._times[1] - self._times[0]) * (stages[j] - torch.stack(list(stages)).mean(0))
 
-    def _by_chain(self, table: Tensor, entries: Sequence[tuple[int, int]], stages: Sequence[Tensor]) -> Tensor:
-        """Returns the same from derivatives of the field at each stage, for a field that takes each row alone."""
-        n, h = len(stages), self._times[1] - self._times[0]
-        slopes = [self._slopes(table, m, stages) for m in range(n)]
-        ks = torch.stack([k.reshape(len(k), -1) for k in stages])
-        b = table[-2] + (1 - table[-2].sum()) / n
-        inner = [(i, j) for i, j in entries if i != n]
-        row, column = self._picked // ks.shape[2], self._picked % ks.shape[2]
-        used, place = row.unique(return_inverse=True)
-        parts = []
-        for rows in used.split(ROWS):
-            # For each coefficient, how the stages move: [stages, coefficients, rows, entries of a state].
-            moved = ks.new_zeros(n, len(inner), len(rows), ks.shape[2])
-            for m, (in_state, in_time) in enumerate(slopes):
-                states = h * torch.tensordot(table[m, :m], moved[:m], 1)
-                for p, (i, j) in enumerate(inner):
-                    if i == m:
-                        states[p] += h * ks[j, rows]
-                moved[m] = torch.einsum("nij,pnj->pni", in_state[rows], states)
-                if (n + 1, m) in inner:
-                    moved[m, inner.index((n + 1, m))] += in_time[rows]
-            parts.append(h * torch.tensordot(b, moved, 1) / self._scale.flatten())
-        ends = dict(zip(inner, torch.cat(parts, 1)[:, place, column], strict=True))
-        return torch.stack([ends[i, j] if i != n else self._entries(self._in_weight(j, stages)) for i, j in entries], 1)
+    def _chain_pays(self, entries: Sequence[tuple[int, int]], n: int) -> bool:
+        """Whether the chain rule takes less than half of the evaluations, and its derivatives little memory."""
+        size = self._x[0].numel()
+        solves = sum(n - _first_moved(i, j, n) for i, j in entries if i != n)
+        return 2 * n * (size + self._timed) < solves and n * len(self._x) * size**2 <= MOST_SLOPES
 
-    def _slopes(self, table: Tensor, m: int, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the derivatives of stage m in its state, ``[n, d, d]``, and in c, ``[n, d]``."""
+    def _agrees(
+        self, jacobian: Tensor, table: Tensor, entries: Sequence[tuple[int, int]], stages: Sequence[Tensor]
+    ) -> bool:
+        """Whether the chain rule gives one difference of the solve, in all coefficients at once, for each entry of a state.
+
+        It does not where the rows of a batch act on each other.
+        """
+        signs = 1.0 - 2.0 * (torch.arange(len(entries)) % 2).to(table)
+        moved = table.clone()
+        moved[tuple(zip(*entries, strict=True))] += self._shift * signs
+        ahead = (self._residual(moved, self._stages(moved, [])) - self._residual(table, stages)) / self._shift
+        squares = torch.stack([ahead - jacobian @ signs, ahead]).square()
+        size = self._x[0].numel()
+        off, found = squares.new_zeros(2, size).index_add_(1, self._picked % size, squares)
+        return bool((off <= CHAINED**2 * found).all())
+
+    def _by_chain(self, table: Tensor, entries: Sequence[tuple[int, int]], stages: Sequence[Tensor]) -> Tensor:
+        """Returns the same as the differences from derivatives of the field at each stage, if it takes each row alone."""
+        n, h, size = len(stages), self._times[1] - self._times[0], self._x[0].numel()
+        rows, place = (self._picked // size).unique(return_inverse=True)
+        ks = torch.stack([k.reshape(len(k), -1) for k in stages])
+        slopes = [tuple(slope[rows] for slope in self._slopes(table, m, stages, ks)) for m in range(n)]
+        ks = ks[:, rows]
+        b = table[-2] + (1 - table[-2].sum()) / n
+        # In the order of the stages that they move first, so that a stage is moved by those up to some one.
+        inner = sorted(
+            (entry for entry in entries if entry[0] != n), key=lambda entry: _first_moved(entry[0], entry[1], n)
+        )
+        count = max(1, BLOCK // (n * len(inner) * size))
+        blocks = []
+        for start in range(0, len(rows), count):
+            part = slice(start, start + count)
+            # For each coefficient, how the stages move: [stages, coefficients, rows, entries of a state].
+            moved = ks.new_zeros(n, len(inner), len(ks[0, part]), size)
+            for m, (in_state, in_time) in enumerate(slopes):
+                so_far = sum(_first_moved(i, j, n) <= m for i, j in inner)
+                states = h * torch.tensordot(table[m, :m], moved[:m, :so_far], 1)
+                for p, (i, j) in enumerate(inner[:so_far]):
+                    if i == m:
+                        states[p] += h * ks[j, part]
+                moved[m, :so_far] = torch.einsum("nij,pnj->pni", in_state[part], states)
+                if (n + 1, m) in inner:
+                    moved[m, inner.index((n + 1, m))] += in_time[part]
+            ends = h * torch.tensordot(b, moved, 1) / self._scale.flatten()
+            here = (place >= start) & (place < start + count)
+            blocks.append(ends[:, place[here] - start, self._picked[here] % size])
+        found = dict(zip(inner, torch.cat(blocks, 1), strict=True))
+        weights = {(n, j): self._entries(self._in_weight(j, stages)) for i, j in entries if i == n}
+        return torch.stack([{**found, **weights}[entry] for entry in entries], 1)
+
+    def _slopes(self, table: Tensor, m: int, stages: Sequence[Tensor], ks: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the derivatives of stage m in its state, ``[rows, d, d]``, and in c, ``[rows, d]``.
+
+        Each row is shifted as far as its own path would be, so that a state near the end of the field's domain stays inside. An
+        entry that stands still, such as a label, is not shifted. The state of the first stage is x, which no coefficient moves.
+        """
         t0, h = self._times[0], self._times[1] - self._times[0]
         state, t = self._x, t0 + h * float(table[-1, m])
         for weight, k in zip(table[m, :m].tolist(), stages[:m], strict=True):
             state = torch.add(state, k, alpha=h * weight)
-        columns = []
-        for e, scale in enumerate(self._scale.flatten().tolist()):
-            step = self._shift * scale
-            ahead = state.reshape(len(state), -1).clone()
-            ahead[:, e] += step
-            moved = self._function(state.new_tensor(t), ahead.view_as(state)) - stages[m]
-            columns.append(moved.reshape(len(state), -1) / step)
-        in_time = torch.zeros_like(columns[0])
+        speed = ks.abs().amax(0)
+        step = self._shift * abs(h) * torch.maximum(speed, 0.01 * speed.square().mean(0).sqrt())
+        in_state, in_time = ks.new_zeros(*ks.shape[1:], ks.shape[2]), torch.zeros_like(ks[0])
+        for e in range(ks.shape[2]) if m else ():
+            if bool(step[:, e].any()):
+                ahead = state.reshape(len(state), -1).clone()
+                ahead[:, e] += step[:, e]
+                moved = self._function(state.new_tensor(t), ahead.view_as(state)).reshape(len(state), -1) - ks[m]
+                in_state[:, :, e] = moved / step[:, e, None]
         if self._timed:
             later = self._function(state.new_tensor(t + h * self._shift), state)
             in_time = (later - stages[m]).reshape(len(state), -1) / self._shift
-        return torch.stack(columns, 2), in_time
+        return in_state, in_time
 
     def fit(self, stages: int, show: Callable[[str, int, int | None], None]) -> LearnableSolver:
         """Returns the solver of least squared error, from equal steps of midpoint; the start where it fails."""
         solver = LearnableSolver(stages, order=1, first_node=self._timed).to(self._x.device)
         solver.direction = 1 if self._times[1] > self._times[0] else -1
+        self._chains = None
         mask = solver.entries(self._timed)
         entries = [(int(i), int(j)) for i, j in mask.nonzero().tolist()]
         table, small, damping = solver.free.detach().clone(), 0, 1e-2
@@ -367,6 +401,9 @@ class _Ends:
                 residual = self._residual(tried, found)
                 gain = 1 - float(residual.square().sum() / now.square().sum())
                 damping *= 0.2 if gain > 0 else 5
+            if not gain > 0 and self._chains:
+                self._chains, damping = False, 1e-2  # differences of the solve may lead further
+                continue
             if not gain > 0:
                 break
             table, known, now = tried, found, residual
@@ -375,6 +412,11 @@ class _Ends:
                 break
         solver.free.copy_(table)
         return solver.requires_grad_(False)
+
+
+def _first_moved(i: int, j: int, n: int) -> int:
+    """Returns the first of n stages whose state, or time, an entry of the table moves: of a its row, of c its column."""
+    return i if i < n else j
 
 
 def log_density_column(node: Any) -> int | None:
