@@ -27,6 +27,7 @@ from torchdyn_mintime import (
 )
 from torchdyn_mintime.core import RandomSpan
 from torchdyn_mintime.depth.rollback import Rollback
+from torchdyn_mintime.depth.target import LONGEST_WINDOW
 from torchdyn_mintime.depth.times import CoordinateDescent, GaussNewtonTime
 from torchdyn_mintime.depth.trials import Verdict
 from torchdyn_mintime.experiments.context import Context, Settings, Step
@@ -128,7 +129,8 @@ class KeepTarget(Driver):
     """Finds the price of time at which the loss stays at its target."""
 
     def __init__(self, run: Context):
-        self.price = TargetLoss(run.model, _target_of(run))
+        # A loss of all data needs no mean: one over steps would be of longer intervals while t_f falls.
+        self.price = TargetLoss(run.model, _target_of(run), window=min(run.batches.per_pass, LONGEST_WINDOW))
         super().__init__(run, price=self.price)
 
     def before_step(self, loss: Tensor) -> bool:
