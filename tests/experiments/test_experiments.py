@@ -908,6 +908,19 @@ def test_an_attack_of_one_step_does_harm_and_noise_less():
     assert 0.3 < found["noisy"] < 1
 
 
+def test_noise_and_attacks_leave_alone_what_is_the_same_in_all_data():
+    """A head that reads the added zero with a large weight: moved by either, it would decide the class."""
+    model = Model(nn.Linear(3, 3, bias=False), span_of(4), head=nn.Linear(3, 2, bias=False))
+    nn.init.zeros_(model.node.vf.vf.vf.weight)  # nothing moves
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([[1.0, 0.0, -100.0], [0.0, 1.0, 100.0]]))
+    y = torch.arange(200) % 2
+    x = torch.stack([1.0 - y, y * 1.0, torch.zeros(200)], 1)  # margin 1, deviation .5
+    found = measure.robust_accuracy(model, datasets.Data(x, y, x, y))
+    assert found["attacked"] == 1
+    assert found["noisy"] > 0.95  # noise of .15 in each of two inputs
+
+
 def test_tables_all_says_its_hours_and_runs_each_part_once(tmp_path, monkeypatch):
     made = []
 

@@ -191,10 +191,12 @@ def robust_accuracy(model: models.Model, data: datasets.Data) -> dict[str, float
     """Returns the accuracies on the first :data:`ATTACKED` test samples under noise, and under an attack of one step.
 
     The noise is Gaussian, with :data:`NOISE` times the standard deviation of the training data. The attack (FGSM) moves every
-    entry of a sample by :data:`ATTACK` times that deviation, in the direction of the sign of the loss's gradient.
+    entry of a sample by :data:`ATTACK` times that deviation, in the direction of the sign of the loss's gradient. An entry that
+    is the same in all of the training data, such as the zero that is added to annuli, is no input: it stays as it is.
     """
     x, y = data.x_test[:ATTACKED], data.y_test[:ATTACKED]
-    deviation, generator = data.x.std().item(), torch.Generator().manual_seed(0)
+    varies = (data.x != data.x[0]).any(0)
+    deviation, generator = data.x[:, varies].std().item() * varies, torch.Generator().manual_seed(0)
     noise = NOISE * deviation * torch.randn(x.shape, generator=generator).to(x)
     found = {"noisy": scores(forward(model, x + noise).output, y)[1]}
     moved = []
