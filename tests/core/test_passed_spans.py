@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import Decay, random_model
 from torch import nn
@@ -212,9 +212,8 @@ def test_steps_that_the_tolerance_asks_for_are_not_worth_a_warning():
 
 @given(
     st.sampled_from(["euler", "midpoint", "tsit5", "dopri5"]),
-    # torchdyn's adaptive solvers lose a time that is close to 0 and is not 0, such as 1e-9.
-    st.floats(-2.0, 2.0).map(lambda start: round(start, 3)),
-    st.floats(0.1, 2.0).map(lambda length: round(length, 3)),
+    st.floats(-2.0, 2.0),
+    st.floats(0.1, 2.0),
     st.integers(2, 9),
     st.booleans(),
 )
@@ -227,6 +226,8 @@ def test_frozen_at_the_templates_end_every_span_is_solved_as_torchdyn_does(solve
     with torch.no_grad():
         want, (t_eval, sol) = model.node.trajectory(model.x, asked), span(model.x, asked)
     assert torch.equal(t_eval, asked)
+    assert len(sol) == len(asked)
+    assume(len(want) == len(asked))  # torchdyn's adaptive solvers lose the final point of some spans (U2)
     # Adaptive steps may be chosen otherwise, within torchdyn's default tolerance of 1e-3.
     near = 2e-2 if span.adaptive else 1e-6
     torch.testing.assert_close(sol, want, rtol=near, atol=near)

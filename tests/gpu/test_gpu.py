@@ -310,19 +310,29 @@ def test_the_count_of_copies_counts(device):
     assert copies(lambda: x.sum())[0] == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["autograd", "checkpoint"])
-def test_two_copies_from_the_device_in_forward_and_backward(device, options, record_property):
-    """The times before the solve, as the steps depend on them; and after it whether the state is finite.
-
-    A later reading, such as with the next call's times, would be one copy less, and would find a failed solve only when its NaN
-    is in the weights.
-    """
+def copies_of_training(device, record_property, **options):
     if device.type != "cuda":
         pytest.skip("copies are counted on a GPU")
     copied, waits = copies(training(span_of(device, **options), torch.randn(32, 2, device=device)))
     record_property("copies to the host", copied)
     record_property("waits", waits)
-    assert copied <= 2
+    return copied
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["autograd", "checkpoint"])
+@pytest.mark.xfail(strict=True, reason="the times are read in one piece, and whether the state is finite: two copies")
+def test_one_copy_from_the_device_in_forward_and_backward(device, options, record_property):
+    assert copies_of_training(device, record_property, **options) <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["autograd", "checkpoint"])
+def test_two_copies_at_most_until_then(device, options, record_property):
+    """The times before the solve, as the steps depend on them; and after it whether the state is finite.
+
+    A reading together with the next call's times would be one copy less, and would find a failed solve when its NaN is in the
+    weights.
+    """
+    assert copies_of_training(device, record_property, **options) <= 2
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "tsit5"])

@@ -210,9 +210,9 @@ class _Ends:
         times: list[float],
         log_density: int | None,
     ):
-        self._function, self._times = function, times
+        self._function, self._times, self._length = function, times, times[1] - times[0]
         self._timed = getattr(bound.function, "timed", True)
-        self._chains: bool | None = None  # whether the chain rule holds for the field; None: not known yet
+        self._chains: bool | None = None  # whether the chain rule holds for the field; None: a fit has not tried it yet
         self._x, self._exact = x0.double(), exact.to(x0.device)
         generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
         order = torch.randperm(len(x0), generator=generator)
@@ -252,21 +252,22 @@ class _Ends:
 
     def _stages(self, table: Tensor, before: Sequence[Tensor]) -> list[Tensor]:
         """Returns the stages of a step, those ``before`` being known. ``table`` holds the rows of a, then b and c."""
-        (t0, t_f), n = self._times, table.shape[1]
+        t0, h = self._times[0], self._length
         stages = list(before)
-        for i in range(len(before), n):
-            state = self._x
-            for weight, k in zip(table[i, :i].tolist(), stages, strict=True):
-                state = torch.add(state, k, alpha=(t_f - t0) * weight)
-            stages.append(self._function(state.new_tensor(t0 + (t_f - t0) * float(table[-1, i])), state))
+        for i in range(len(before), table.shape[1]):
+            state = self._moved(table[i, :i], stages)
+            stages.append(self._function(state.new_tensor(t0 + h * float(table[-1, i])), state))
         return stages
 
+    def _moved(self, weights: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        """Returns the states that a step reaches from x by a weighted sum of stages."""
+        state = self._x
+        for weight, k in zip(weights.tolist(), stages, strict=True):
+            state = torch.add(state, k, alpha=self._length * weight)
+        return state
+
     def _residual(self, table: Tensor, stages: Sequence[Tensor]) -> Tensor:
-        b = table[-2] + (1 - table[-2].sum()) / len(stages)
-        end = self._x
-        for weight, k in zip(b.tolist(), stages, strict=True):
-            end = torch.add(end, k, alpha=(self._times[1] - self._times[0]) * weight)
-        return self._entries(end - self._exact)
+        return self._entries(self._moved(_weights(table), stages) - self._exact)
 
     def _entries(self, ends: Tensor) -> Tensor:
         return (ends / self._scale).flatten()[self._picked]
@@ -294,7 +295,7 @@ class _Ends:
 
     def _in_weight(self, j: int, stages: Sequence[Tensor]) -> Tensor:
         """Returns the derivative of the end in b_j; the sum of b stays 1."""
-        return (self._times[1] - self._times[0]) * (stages[j] - torch.stack(list(stages)).mean(0))
+        return self._length * (stages[j] - torch.stack(list(stages)).mean(0))
 
     def _chain_pays(self, entries: Sequence[tuple[int, int]], n: int) -> bool:
         """Whether the chain rule takes less than half of the evaluations, and its derivatives little memory."""
@@ -320,12 +321,14 @@ class _Ends:
 
     def _by_chain(self, table: Tensor, entries: Sequence[tuple[int, int]], stages: Sequence[Tensor]) -> Tensor:
         """Returns the same as the differences from derivatives of the field at each stage, if it takes each row alone."""
-        n, h, size = len(stages), self._times[1] - self._times[0], self._x[0].numel()
+        n, h, size = len(stages), self._length, self._x[0].numel()
         rows, place = (self._picked // size).unique(return_inverse=True)
         ks = torch.stack([k.reshape(len(k), -1) for k in stages])
-        slopes = [tuple(slope[rows] for slope in self._slopes(table, m, stages, ks)) for m in range(n)]
+        # Each row is shifted as far as its own path would be, so that a state near the end of the field's domain stays inside.
+        speed = ks.abs().amax(0)
+        step = self._shift * abs(h) * torch.maximum(speed, 0.01 * speed.square().mean(0).sqrt())
+        slopes = [tuple(slope[rows] for slope in self._slopes(table, m, stages, step)) for m in range(n)]
         ks = ks[:, rows]
-        b = table[-2] + (1 - table[-2].sum()) / n
         # In the order of the stages that they move first, so that a stage is moved by those up to some one.
         inner = sorted(
             (entry for entry in entries if entry[0] != n), key=lambda entry: _first_moved(entry[0], entry[1], n)
@@ -345,35 +348,31 @@ class _Ends:
                 moved[m, :so_far] = torch.einsum("nij,pnj->pni", in_state[part], states)
                 if (n + 1, m) in inner:
                     moved[m, inner.index((n + 1, m))] += in_time[part]
-            ends = h * torch.tensordot(b, moved, 1) / self._scale.flatten()
+            ends = h * torch.tensordot(_weights(table), moved, 1) / self._scale.flatten()
             here = (place >= start) & (place < start + count)
             blocks.append(ends[:, place[here] - start, self._picked[here] % size])
-        found = dict(zip(inner, torch.cat(blocks, 1), strict=True))
-        weights = {(n, j): self._entries(self._in_weight(j, stages)) for i, j in entries if i == n}
-        return torch.stack([{**found, **weights}[entry] for entry in entries], 1)
+        columns = dict(zip(inner, torch.cat(blocks, 1), strict=True))
+        columns |= {(n, j): self._entries(self._in_weight(j, stages)) for i, j in entries if i == n}
+        return torch.stack([columns[entry] for entry in entries], 1)
 
-    def _slopes(self, table: Tensor, m: int, stages: Sequence[Tensor], ks: Tensor) -> tuple[Tensor, Tensor]:
+    def _slopes(self, table: Tensor, m: int, stages: Sequence[Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the derivatives of stage m in its state, ``[rows, d, d]``, and in c, ``[rows, d]``.
 
-        Each row is shifted as far as its own path would be, so that a state near the end of the field's domain stays inside. An
-        entry that stands still, such as a label, is not shifted. The state of the first stage is x, which no coefficient moves.
+        The state is shifted by ``step``, ``[rows, d]``; an entry that stands still everywhere, such as a label, is not. The
+        state of the first stage is x, which no coefficient moves.
         """
-        t0, h = self._times[0], self._times[1] - self._times[0]
-        state, t = self._x, t0 + h * float(table[-1, m])
-        for weight, k in zip(table[m, :m].tolist(), stages[:m], strict=True):
-            state = torch.add(state, k, alpha=h * weight)
-        speed = ks.abs().amax(0)
-        step = self._shift * abs(h) * torch.maximum(speed, 0.01 * speed.square().mean(0).sqrt())
-        in_state, in_time = ks.new_zeros(*ks.shape[1:], ks.shape[2]), torch.zeros_like(ks[0])
-        for e in range(ks.shape[2]) if m else ():
+        state, now = self._moved(table[m, :m], stages[:m]), stages[m].reshape(step.shape)
+        t = self._times[0] + self._length * float(table[-1, m])
+        in_state, in_time = step.new_zeros(*step.shape, step.shape[1]), torch.zeros_like(step)
+        for e in range(step.shape[1]) if m else ():
             if bool(step[:, e].any()):
-                ahead = state.reshape(len(state), -1).clone()
+                ahead = state.reshape(step.shape).clone()
                 ahead[:, e] += step[:, e]
-                moved = self._function(state.new_tensor(t), ahead.view_as(state)).reshape(len(state), -1) - ks[m]
+                moved = self._function(state.new_tensor(t), ahead.view_as(state)).reshape(step.shape) - now
                 in_state[:, :, e] = moved / step[:, e, None]
         if self._timed:
-            later = self._function(state.new_tensor(t + h * self._shift), state)
-            in_time = (later - stages[m]).reshape(len(state), -1) / self._shift
+            later = self._function(state.new_tensor(t + self._length * self._shift), state)
+            in_time = (later.reshape(step.shape) - now) / self._shift
         return in_state, in_time
 
     def fit(self, stages: int, show: Callable[[str, int, int | None], None]) -> LearnableSolver:
@@ -401,17 +400,22 @@ class _Ends:
                 residual = self._residual(tried, found)
                 gain = 1 - float(residual.square().sum() / now.square().sum())
                 damping *= 0.2 if gain > 0 else 5
-            if not gain > 0 and self._chains:
+            if not gain > 0:
+                if not self._chains:
+                    break
                 self._chains, damping = False, 1e-2  # differences of the solve may lead further
                 continue
-            if not gain > 0:
-                break
             table, known, now = tried, found, residual
             small = small + 1 if gain < SETTLED else 0
             if small == 3:
                 break
         solver.free.copy_(table)
         return solver.requires_grad_(False)
+
+
+def _weights(table: Tensor) -> Tensor:
+    """Returns b, whose sum is 1."""
+    return table[-2] + (1 - table[-2].sum()) / table.shape[1]
 
 
 def _first_moved(i: int, j: int, n: int) -> int:

@@ -103,10 +103,7 @@ def _in_words(lines: Mapping[Row, Line]) -> str:
     if search.failure:
         return f"{said[0]} The search found nothing in {search.iterations} iterations: {search.failure}."
     for who, model in (
-        (
-            f"The search ended with {search.nfe} after {search.iterations} iterations",
-            search,
-        ),
+        (f"The search ended with {search.nfe} after {search.iterations} iterations", search),
         (f"Vanilla, told to take {few.nfe}", few),
     ):
         said.append(

@@ -170,11 +170,11 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
         }
         title = f"{what} against evaluations"
         plots.trade_off(axis, values, y=y, title=title, log=what == "loss", legend=False)
-    _name(figure, axes[0])
+    _legend_above(figure, axes[0])
     store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
 
 
-def _name(figure: Any, axis: Any) -> None:
+def _legend_above(figure: Any, axis: Any) -> None:
     """Puts the names of an axis above all panels: inside, they would cover points."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", fontsize=6)
 
@@ -193,7 +193,7 @@ def draw_precision_of(plans: Mapping[Row, Sequence[Plan]], store: Store, path: P
     figure, (axis,) = plots.column_of_axes(1, height=3.8)
     title = "work and precision"
     plots.trade_off(axis, values, y="solver error / displacement", title=title, log=True, legend=False)
-    _name(figure, axis)
+    _legend_above(figure, axis)
     store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
 
 
