@@ -22,7 +22,7 @@ from torchdyn_mintime.experiments import MissingData, comparison, datasets, figu
 from torchdyn_mintime.experiments.context import History, Settings
 from torchdyn_mintime.experiments.datasets import Source
 from torchdyn_mintime.experiments.methods import FLOW_METHODS, METHODS, Grow, Method
-from torchdyn_mintime.experiments.models import FirstDimensions, Model, span_of
+from torchdyn_mintime.experiments.models import FirstDimensions, Model, _ConvWithTime, span_of
 from torchdyn_mintime.experiments.results import Line, frame_of, show
 from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
@@ -168,6 +168,15 @@ def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
     found = datasets.cifar10(0, None, Source(tmp_path))
     assert found.x.shape == (30, 3, 32, 32)
     assert found.y_test.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "t", [0.3, torch.tensor(0.3), torch.tensor([0.3]), torch.linspace(0, 1, 5).reshape(5, 1, 1, 1)]
+)
+def test_the_time_is_one_more_channel_of_the_convolution(t, float64):
+    layer, x = _ConvWithTime(6), torch.randn(5, 6, 7, 7)
+    joined = layer.conv(torch.cat([torch.as_tensor(t).to(x).expand(5, 1, 7, 7), x], 1))
+    torch.testing.assert_close(layer(t, x), joined, rtol=1e-12, atol=1e-14)  # sums of 63 terms in another order
 
 
 @pytest.mark.parametrize("task", ["mnist", "cifar10"])
