@@ -304,7 +304,7 @@ ALL = (
     Part("precision", "digits", 5, _GRID, 0.3),
     Part("2", "mnist-cpu", 3, (), 2.0),
     Part("2", "fashion-mnist-cpu", 3, (), 2.0),
-    Part("2", "cifar10-cpu", 3, (), 3.0),
+    Part("2", "cifar10-cpu", 3, (), 3.2),
     Part("6", "mnist-cpu", 3, (), 1.5),
     Part("6", "cifar10-cpu", 3, (), 2.0),
     Part("robustness", "mnist-cpu", 3, (), 0.1),
