@@ -9,6 +9,7 @@ import struct
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -873,6 +874,50 @@ def test_table_2_on_a_cpu_has_its_rows_and_the_picture_of_the_front(tmp_path, mo
     page = (tmp_path / "table-2-mnist-cpu.md").read_text()
     assert "drive x depth" in page and "changed %" in page
     assert (tmp_path / "table-2-mnist-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_front_has_the_whole_sweep_of_vanilla_and_the_accuracy_of_what_lies_below(tmp_path, monkeypatch):
+    names = {"vanilla": "vanilla", "shallowest": METHODS["shallowest"].label, "skipped": "the ODE skipped"}
+    models = {
+        "vanilla": (400, 0.94),
+        "shallowest": (1, 0.93),
+        "skipped": (0, 0.3),
+        "vanilla:4": (16, 0.935),
+        "vanilla:1": (4, 0.9),
+    }
+    (base,) = Store(tmp_path).finish([plan("vanilla:1")])
+    results = {
+        name: {**base, "nfe": nfe, "accuracy": accuracy, "method": names.get(name, name)}
+        for name, (nfe, accuracy) in models.items()
+    }
+    rows = {name: comparison.Row(name) for name in results}
+    sweep = [rows["vanilla:4"], rows["vanilla:1"]]
+    shown = [rows["vanilla"], rows["shallowest"], rows["skipped"], comparison.BEST_OF_SWEEP]
+    found = {row: [results[name]] for name, row in rows.items()}
+    lines = comparison.lines_of(shown, found, TASKS["moons"].report, sweep)
+    front = [results["shallowest"], {**results["shallowest"], "nfe": 2}]
+    store = SimpleNamespace(
+        search=lambda own: {"front": front} if own.method == "shallowest" else {},
+        result=lambda own: results[own.method],
+        console=Console(quiet=True),
+    )
+    drawn = []
+    draw = plots.trade_off
+    monkeypatch.setattr(
+        plots, "trade_off", lambda axis, values, **how: drawn.append(values) or draw(axis, values, **how)
+    )
+    plans = {row: [plan(name)] for name, row in rows.items()}
+    figures.draw_front_of(lines, plans, store, tmp_path / "front.png")
+    accuracies = drawn[0]
+    assert list(accuracies) == ["vanilla", names["shallowest"], "the ODE skipped: 30.0 %", "vanilla, 1 to 4 steps"]
+    assert accuracies["vanilla, 1 to 4 steps"] == [[(4, 90.0), (16, 93.5)]]
+    assert [nfe for nfe, _ in accuracies[names["shallowest"]][0]] == [1, 2]
+
+
+def test_a_task_without_a_target_has_no_time_to_it():
+    assert "to target s" in TASKS["moons"].report.columns and "time to target" in TASKS["moons"].report.gains
+    assert "to target s" not in TASKS["mnist-cpu"].report.columns
+    assert set(TASKS["mnist-cpu"].report.gains) == {"training", "inference"}
 
 
 def test_a_search_keeps_what_it_tried_and_its_models_at_every_depth(tmp_path):

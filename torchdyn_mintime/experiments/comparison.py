@@ -109,7 +109,7 @@ def compare(
         table: the rows; the first is the baseline of the ratios.
         options: seeds, learning rates, steps of the sweep, settings.
         store: where the runs are kept.
-        report: how lines are compared; default: that of the task's goal.
+        report: how lines are compared; default: that of the task.
 
     Returns:
         The lines of the table, and the plans of each row, in the order of the seeds.
@@ -168,7 +168,7 @@ def compare(
             plans[row].append(made)
     found = {row: [store.result(made) for made in own] for row, own in plans.items()}
     drive = store.drive(plans[table[0]][0]) if table[0].method == BASELINE else {}
-    return lines_of(table, found, report or task.goal.report, sweep, drive), plans
+    return lines_of(table, found, report or task.report, sweep, drive), plans
 
 
 def lines_of(

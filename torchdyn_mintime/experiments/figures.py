@@ -145,33 +145,57 @@ def draw_flows_of(plans: Sequence[Plan], store: Store, stem: Path) -> None:
         store.console.print(f"Pictures: {', '.join(map(str, paths))}", highlight=False)
 
 
+Models = list[list[Mapping[str, Any]]]
+"""The results of a row: for each seed those of one model, or of a model at each of some depths."""
+
+
 def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], store: Store, path: Path) -> None:
     """Draws accuracy and loss of a table's classifiers against their evaluations.
 
-    Each row of the table has a point for each seed. A search has a line for each seed, through all depths that passed. Models
-    that failed are not drawn. Without a search nothing is drawn.
+    Each row of the table has a point for each seed. A search has a line for each seed, through all depths that passed, and so
+    has vanilla, through the numbers of steps of the sweep. Models that failed are not drawn. Models without an ODE that are far
+    less accurate than all others lie below the picture, and the legend has their accuracy. Without a search nothing is drawn.
     """
     if not any(store.search(own[0]) for own in plans.values()):
         return
-    # For each row and seed its models: one, or those of all depths of a search.
-    by_label: dict[str, list[list[Mapping[str, Any]]]] = {}
+    drawn = _models_of(lines, plans, store)
+    figure, axes = plots.column_of_axes(2, height=3.2)
+    accuracies = {label: _against_evaluations(own, "accuracy", 100.0) for label, own in drawn.items()}
+    solved = [value for own in accuracies.values() for line in own for evaluations, value in line if evaluations]
+    margin = 0.1 * (max(solved) - min(solved)) + 0.2
+    lowest, shown = min(solved) - margin, {}
+    for label, own in accuracies.items():
+        low = sorted({f"{value:.1f}" for line in own for _, value in line if value < lowest}, key=float)
+        shown[f"{label}: {' to '.join([*low[:1], *low[1:][-1:]])} %" if low else label] = own
+    plots.trade_off(axes[0], shown, y="test accuracy, %", title="accuracy against evaluations", legend=False)
+    axes[0].set_ylim(max(lowest, axes[0].get_ylim()[0]), max(solved) + margin)
+    losses = {label: _against_evaluations(own, "loss") for label, own in drawn.items()}
+    plots.trade_off(axes[1], losses, y="test loss", title="loss against evaluations", log=True, legend=False)
+    _legend_above(figure, axes[0])
+    store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
+
+
+def _models_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], store: Store) -> dict[str, Models]:
+    """Returns what a picture of the front shows, by label."""
+    sweep = sorted((row for row in plans if row.method.startswith("vanilla:")), key=lambda row: int(row.method[8:]))
+    found: dict[str, Models] = {}
     for line in lines:
-        if not line.finished.empty:
-            by_label[line.label] = [[result] for result in line.finished.to_dict("records")]
+        if not (line.finished.empty or (sweep and line.label.startswith(comparison.BEST_OF_SWEEP.method))):
+            found[line.label] = [[result] for result in line.finished.to_dict("records")]
     for row, own in plans.items():
         fronts = [store.search(plan)["front"] for plan in own if store.search(plan)]
         label = row.label or TASKS[own[0].task].method(row.method).label if fronts else ""
-        if label in by_label:
-            by_label[label] = [front for front in fronts if front]
-    figure, axes = plots.column_of_axes(2, height=3.2)
-    for axis, what, y, scale in ((axes[0], "accuracy", "test accuracy, %", 100.0), (axes[1], "loss", "test loss", 1.0)):
-        values = {
-            label: [[(r["nfe"], scale * r[what]) for r in models] for models in own] for label, own in by_label.items()
-        }
-        title = f"{what} against evaluations"
-        plots.trade_off(axis, values, y=y, title=title, log=what == "loss", legend=False)
-    _legend_above(figure, axes[0])
-    store.console.print(f"Picture: {plots.save(figure, path, small=True)}", highlight=False)
+        if label in found:
+            found[label] = [front for front in fronts if front]
+    if sweep:
+        by_seed = zip(*([store.result(plan) for plan in plans[row]] for row in sweep), strict=True)
+        good = [[result for result in results if not result["failure"]] for results in by_seed]
+        found[f"vanilla, {sweep[0].method[8:]} to {sweep[-1].method[8:]} steps"] = [own for own in good if own]
+    return found
+
+
+def _against_evaluations(models: Models, figure: str, scale: float = 1.0) -> list[list[tuple[float, float]]]:
+    return [[(result["nfe"], scale * result[figure]) for result in own] for own in models]
 
 
 def _legend_above(figure: Any, axis: Any) -> None:

@@ -339,7 +339,7 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
     results, texts = [], [f"# {title}"]
     for name in only or [name for name in sections if name not in LARGE]:
         task, rows = TASKS[name], sections[name]
-        report = REPORTS.get(number, task.goal.report)
+        report = REPORTS.get(number, task.report)
         try:
             lines, plans = compare(name, rows, options, store, report)
         except (MissingData, UsageError) as error:
@@ -397,7 +397,7 @@ def _sum_up(task: str, lines: Sequence[Line], folder: Path) -> None:
 
 def _summary_of(task: str, lines: Sequence[Line]) -> dict[str, str]:
     """Returns a line of the summary: evaluations, gains and loss of a task, and whether the search's model is a true ODE."""
-    vanilla, report = lines[0], TASKS[task].goal.report
+    vanilla, report = lines[0], TASKS[task].report
     by_method = {label: line for line in lines for label in line.results.get("method", ())}
     ours, search = by_method["minimum-time"], by_method[SEARCH]
     shown = {"vanilla": vanilla, "minimum time": ours, "search": search}
@@ -459,7 +459,7 @@ def make_own(
         UsageError: the task does not take a method or a setting.
         MissingData: the task's data is not there.
     """
-    title, goal, console = TASKS[task].title, TASKS[task].goal, store.console
+    title, goal, report, console = TASKS[task].title, TASKS[task].goal, TASKS[task].report, store.console
     name = name or f"run-{task}-{'-'.join(methods).replace(':', '-')}"
     rows = [
         Row(m, control=i > 0 and m.startswith(("default-adaptive", "vanilla:", "torchdyn")))
@@ -470,9 +470,9 @@ def make_own(
     notes = [[note(plan, store) for plan in own] for own in plans.values()]
     seeds = [line.by_seed(own) for line, own in zip(lines, notes, strict=True)]
     first = [own[0] for own in plans.values()]
-    cells = goal.report.frame([line for own in seeds for line in own], detailed=True)
+    cells = report.frame([line for own in seeds for line in own], detailed=True)
     print_table(cells.drop(columns="paper"), f"{title}, seed by seed", "", console)
-    text = show(title, title, lines, goal.report, console)
+    text = show(title, title, lines, report, console)
     if goal is measure.CLASSIFICATION:
         for line, plan in zip(lines, first, strict=True):
             console.print(_beside_published(line, plan), highlight=False)

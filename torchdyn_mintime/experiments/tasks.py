@@ -13,6 +13,7 @@ from torchdyn_mintime.experiments import UsageError, datasets, models, names
 from torchdyn_mintime.experiments.context import Settings
 from torchdyn_mintime.experiments.measure import CLASSIFICATION, DENSITY, TUTORIAL, Goal
 from torchdyn_mintime.experiments.methods import FLOW_METHODS, METHODS, Method
+from torchdyn_mintime.experiments.results import Report
 
 __all__ = ["TASKS", "Settings", "Task"]
 
@@ -52,6 +53,16 @@ class Task:
     def title(self) -> str:
         """The printed name."""
         return names.TASKS[self.name]
+
+    @property
+    def report(self) -> Report:
+        """How results are shown: as those of the goal, but without the time to a target if there is none."""
+        whole = self.goal.report
+        if self.settings.target is not None:
+            return whole
+        columns = {head: shown for head, shown in whole.columns.items() if head != "to target s"}
+        gains = {what: figure for what, figure in whole.gains.items() if figure != "to_target"}
+        return replace(whole, columns=columns, gains=gains)
 
     def method(self, name: str) -> Method:
         """Returns a method by its name: one of ``methods``, or for ``vanilla:12`` vanilla with 12 equal steps of rk4.
