@@ -877,7 +877,7 @@ def test_table_2_on_a_cpu_has_its_rows_and_the_picture_of_the_front(tmp_path, mo
 
 
 def test_the_front_has_the_whole_sweep_of_vanilla_and_the_accuracy_of_what_lies_below(tmp_path, monkeypatch):
-    names = {"vanilla": "vanilla", "shallowest": METHODS["shallowest"].label, "skipped": "the ODE skipped"}
+    labels = {"vanilla": "vanilla", "shallowest": METHODS["shallowest"].label, "skipped": "the ODE skipped"}
     models = {
         "vanilla": (400, 0.94),
         "shallowest": (1, 0.93),
@@ -887,7 +887,7 @@ def test_the_front_has_the_whole_sweep_of_vanilla_and_the_accuracy_of_what_lies_
     }
     (base,) = Store(tmp_path).finish([plan("vanilla:1")])
     results = {
-        name: {**base, "nfe": nfe, "accuracy": accuracy, "method": names.get(name, name)}
+        name: {**base, "nfe": nfe, "accuracy": accuracy, "method": labels.get(name, name)}
         for name, (nfe, accuracy) in models.items()
     }
     rows = {name: comparison.Row(name) for name in results}
@@ -909,9 +909,9 @@ def test_the_front_has_the_whole_sweep_of_vanilla_and_the_accuracy_of_what_lies_
     plans = {row: [plan(name)] for name, row in rows.items()}
     figures.draw_front_of(lines, plans, store, tmp_path / "front.png")
     accuracies = drawn[0]
-    assert list(accuracies) == ["vanilla", names["shallowest"], "the ODE skipped: 30.0 %", "vanilla, 1 to 4 steps"]
+    assert list(accuracies) == ["vanilla", labels["shallowest"], "the ODE skipped: 30.0 %", "vanilla, 1 to 4 steps"]
     assert accuracies["vanilla, 1 to 4 steps"] == [[(4, 90.0), (16, 93.5)]]
-    assert [nfe for nfe, _ in accuracies[names["shallowest"]][0]] == [1, 2]
+    assert [nfe for nfe, _ in accuracies[labels["shallowest"]][0]] == [1, 2]
 
 
 def test_a_task_without_a_target_has_no_time_to_it():

@@ -166,7 +166,7 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
     lowest, shown = min(solved) - margin, {}
     for label, own in accuracies.items():
         low = sorted({f"{value:.1f}" for line in own for _, value in line if value < lowest}, key=float)
-        shown[f"{label}: {' to '.join([*low[:1], *low[1:][-1:]])} %" if low else label] = own
+        shown[f"{label}: {' to '.join(dict.fromkeys((low[0], low[-1])))} %" if low else label] = own
     plots.trade_off(axes[0], shown, y="test accuracy, %", title="accuracy against evaluations", legend=False)
     axes[0].set_ylim(max(lowest, axes[0].get_ylim()[0]), max(solved) + margin)
     losses = {label: _against_evaluations(own, "loss") for label, own in drawn.items()}
@@ -177,7 +177,7 @@ def draw_front_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], st
 
 def _models_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], store: Store) -> dict[str, Models]:
     """Returns what a picture of the front shows, by label."""
-    sweep = sorted((row for row in plans if row.method.startswith("vanilla:")), key=lambda row: int(row.method[8:]))
+    sweep = {int(row.method.partition(":")[2]): row for row in plans if row.method.startswith("vanilla:")}
     found: dict[str, Models] = {}
     for line in lines:
         if not (line.finished.empty or (sweep and line.label.startswith(comparison.BEST_OF_SWEEP.method))):
@@ -188,9 +188,9 @@ def _models_of(lines: Sequence[Line], plans: Mapping[Row, Sequence[Plan]], store
         if label in found:
             found[label] = [front for front in fronts if front]
     if sweep:
-        by_seed = zip(*([store.result(plan) for plan in plans[row]] for row in sweep), strict=True)
+        by_seed = zip(*([store.result(plan) for plan in plans[sweep[steps]]] for steps in sorted(sweep)), strict=True)
         good = [[result for result in results if not result["failure"]] for results in by_seed]
-        found[f"vanilla, {sweep[0].method[8:]} to {sweep[-1].method[8:]} steps"] = [own for own in good if own]
+        found[f"vanilla, {min(sweep)} to {max(sweep)} steps"] = [own for own in good if own]
     return found
 
 
