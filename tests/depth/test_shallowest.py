@@ -142,7 +142,7 @@ def test_without_a_target_the_loss_settles_and_the_target_is_that_and_some_slack
     settled = verdict.trials[0]
     reached = max(settled.loss, settled.reference_loss)
     assert verdict.target == pytest.approx(reached + 0.1 * (first - reached), rel=1e-3)
-    assert verdict.best.loss <= verdict.target and settled.iterations >= 200  # two windows of 100
+    assert verdict.best.loss <= verdict.target and settled.iterations >= 400  # two windows of 100 at each rate
 
 
 @pytest.mark.parametrize(("solvers", "allowed"), [([], {"rk4"}), (["midpoint"], {"rk4", "midpoint"})])
@@ -1109,7 +1109,7 @@ def test_a_metric_that_was_not_looked_at_has_not_missed_its_target(script):
 
 def test_once_a_loss_has_settled_the_last_look_says_what_is_missing(script):
     one = script([Verification(False, 0.5, 0.2, 0.6, missed="solver error")], target=None)
-    one.run(settling(0.0), 200)
+    one.run(settling(0.0), 400)
     assert one.search.trials[0].missed == "settling"
     one.run(settling(0.0), 50)
     assert one.search.trials[0].missed == "solver error"
@@ -1130,7 +1130,7 @@ def test_a_metric_that_gets_worse_in_training_names_the_other_mode(script, sign,
     one.looks[:] = [worse]
     now = "0.9" if sign > 0 else "0.05"
     with pytest.warns(UserWarning, match=f"f1 was 0.1 before the training and is {now} after it.*mode to '{mode}'"):
-        one.run(settling(0.0), 300)
+        one.run(settling(0.0), 500)
 
 
 # ----------------------------------------------------------------------------------------------------- without a target
@@ -1141,15 +1141,26 @@ def settling(fall):
     return lambda i: 11.0 if i == 1 else 2.0 - fall / 100 * i
 
 
-@pytest.mark.parametrize(("fall", "iterations"), [(0.08, 201), (0.105, math.inf)])
+@pytest.mark.parametrize(("fall", "rate"), [(0.08, 0.3), (0.105, 1.0)])
 def test_a_loss_has_settled_where_it_falls_by_less_than_a_hundredth_of_all_its_fall_in_a_hundred_iterations(
-    script, fall, iterations
+    script, fall, rate
 ):
     """9 to 9.3 is all its fall: 1 % of that is 0.09. The first iteration counts in the first mean until the 201st."""
+    early, one = script([PASSED], target=None), script([PASSED], target=None)
+    assert early.run(settling(fall), 200) == math.inf and early.rate == 1.0
+    assert one.run(settling(fall), 201) == math.inf and one.rate == pytest.approx(rate)
+
+
+def test_a_loss_that_has_settled_is_trained_at_a_lower_rate_until_it_settles_again_which_says_the_target(script):
     one = script([PASSED], target=None)
-    assert one.run(settling(fall), 250) == iterations
-    if iterations == 201:
-        assert one.search.target == pytest.approx(0.6 + 0.02 * (11 - 0.6))
+    # 2 until the 201st iteration, then a fall by 0.5 in 100 iterations, which ends at 1 with the 401st.
+    path = lambda i: 11.0 if i == 1 else max(1.0, 2.0 - max(0, i - 201) / 200)  # noqa: E731
+    settled = one.run(path)
+    # From i = 401 on the mean of 100 iterations falls by (601 - i)^2 / 40,000 - (501 - i)^2 / 40,000 in another 100, and by
+    # (601 - i)^2 / 40,000 from the 501st on: less than 0.1 from the 538th.
+    assert settled == 538 and one.looked == [("4 x rk4", settled)]
+    assert one.search.target == pytest.approx(0.6 + 0.02 * (11 - 0.6))
+    assert one.rate == pytest.approx(0.3) and one.label == "2 x rk4"  # the way down begins at the lower rate
 
 
 def test_where_the_settled_model_is_no_true_one_the_penalty_is_made_four_times_as_heavy_three_times(script):
@@ -1157,17 +1168,19 @@ def test_where_the_settled_model_is_no_true_one_the_penalty_is_made_four_times_a
     one.run(settling(0.0), 900)
     found = [label for label, _ in one.looked]
     iterations = [i for label, i in one.looked if label == "4 x rk4"]
-    assert iterations == [201, 301, 401, 501] and found.count("4 x rk4") == 4
+    assert iterations == [401, 501, 601, 701] and found.count("4 x rk4") == 4
     unit = 0.02 * 9.0  # the slack of the fall from 11 to 2
-    assert [one.weights[i] for i in (250, 350, 450)] == [pytest.approx(4.0**n * unit / 0.01) for n in (1, 2, 3)]
-    assert [one.references[i] for i in (200, 250, 350, 450)] == [8, 16, 32, 64]
+    assert [one.weights[i] for i in (450, 550, 650)] == [pytest.approx(4.0**n * unit / 0.01) for n in (1, 2, 3)]
+    assert [one.references[i] for i in (400, 450, 550, 650)] == [8, 16, 32, 64]
     assert one.search.trials[1].label == "8 x rk4"
 
 
 def test_a_settled_model_that_misses_another_bound_is_trained_more_slowly(script):
     one = script([Verification(False, 0.5, 0.05, 0.6)], target=None)
-    one.run(settling(0.0), 201)
-    assert one.rate == pytest.approx(0.3) and one.references[-1] == 8
+    one.run(settling(0.0), 400)
+    assert one.rate == pytest.approx(0.3)
+    one.run(settling(0.0), 1)
+    assert one.rate == pytest.approx(0.3**2) and one.references[-1] == 8
 
 
 def test_half_the_budget_is_late_and_settles_the_loss_as_it_is(script, monkeypatch):

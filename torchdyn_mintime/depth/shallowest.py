@@ -85,7 +85,8 @@ LEAST_REFERENCE = 4
 KEEP_EVERY = 10
 """Every so many iterations the state is kept as the last good one, if the iteration made progress."""
 SETTLED, WINDOW = 0.01, 100
-"""Without a target: the loss has settled when its mean over WINDOW iterations fell by less than this share of all its fall."""
+"""Without a target: the loss has settled when its mean over WINDOW iterations fell by less than this share of all its fall,
+and did so once more at a lower learning rate."""
 FAILED_SETTLINGS = 3
 """Without a target: how often the weight of the penalty is multiplied by four if the first model is not a true one yet."""
 LEAST_ITERATIONS = 300
@@ -122,7 +123,8 @@ class Shallowest:
 
     Args:
         target: the loss to reach on every batch, at the steps taken and with the ODE solved exactly alike. Without one the
-            first model trains until its loss settles, and the target is that loss and ``slack`` more.
+            first model trains until its loss settles, first at the learning rate and then at a lower one, and the target is
+            that loss and ``slack`` more.
         slack: how much higher than the first model's the loss may be, as a share of how far it fell in that training.
         solver_tol: the solver error allowed at t_f, relative to the displacement (see :func:`diagnostics.solver_error`). An
             adaptive solver also keeps its own tolerances; the search looks for the fewest evaluations at these.
@@ -595,7 +597,7 @@ class Shallowest:
             self._next()
 
     def _settle(self, value: float, measure: Callable[[], Any] | None) -> None:
-        """Trains the first model until its loss settles, which then says what the target is."""
+        """Trains the first model until its loss settles at a lower rate too, which then says what the target is."""
         searched, stage, trial = self._require_start(), self._stage, self._stage.trial
         assert self._first_loss is not None
         self._losses.append(value)
@@ -613,6 +615,10 @@ class Shallowest:
         before = self._losses[-2 * window : -window]
         settled = len(before) == window and (sum(before) - sum(recent)) / window < SETTLED * max(fallen, 0.0)
         if not (late or settled) or trial.iterations < stage.next_check:
+            return
+        if not (late or stage.drops):  # what the loss rests at is the noise of this rate
+            stage.next_check = trial.iterations + 2 * window
+            self._slower("the loss has settled")
             return
         found = self._verified(measure)
         if found.passed:
