@@ -707,7 +707,7 @@ def falls_once(first, then):
     return lambda i: first if i == 1 else then
 
 
-PASSED, FAILED = Verification(True, 0.5, 0.05, 0.6), Verification(False, 0.7, 0.01, 1.2)
+PASSED, FAILED = Verification(True, 0.5, 0.05, 0.6), Verification(False, 0.7, 0.01, 1.2, missed="exact loss")
 
 
 @pytest.fixture
@@ -939,9 +939,21 @@ def test_a_depth_that_fails_again_and_again_is_given_up_at_the_ninth_time(script
     assert not one.search.finish().feasible
 
 
+@pytest.mark.parametrize(
+    ("missed", "refined"),
+    [("solver error", True), ("exact loss", True), ("loss", False), ("accept", False), ("evaluations", False)],
+)
+def test_the_reference_is_refined_only_where_a_look_missed_what_the_reference_stands_for(script, missed, refined):
+    """Where the loss at the steps misses the target the solver error is not measured, and counts as infinite."""
+    error = {"solver error": 0.2, "loss": math.inf}.get(missed, 0.05)
+    one = script([Verification(False, 1.2, error, missed=missed)])
+    one.run(0.5, 60)
+    assert len(one.looked) >= 5 and (one.references[-1] > 8) == refined
+
+
 def test_the_reference_begins_with_four_steps_or_twice_the_models_and_is_refined_up_to_sixty_four(script):
     """0.2^2 = 0.04 is 4.4 times the penalty of 0.009: the reference hides it."""
-    one = script([Verification(False, 0.5, solver_error=0.2)], penalty=0.9)
+    one = script([Verification(False, 0.5, solver_error=0.2, missed="solver error")], penalty=0.9)
     one.run(0.5, 60)
     assert list(dict.fromkeys(one.references)) == [8, 16, 32, 64]
     assert one.references.count(8) == 1 and one.references.count(16) == one.references.count(32) == 10

@@ -82,6 +82,8 @@ MOST_REFERENCE = 64
 """The most steps of the reference."""
 LEAST_REFERENCE = 4
 """The fewest steps of the reference. It also has at least twice as many steps as the model."""
+OF_THE_REFERENCE = ("solver error", "exact loss")
+"""The bounds that a finer reference can help to meet. Where the loss at the steps misses its own, the error is not measured."""
 KEEP_EVERY = 10
 """Every so many iterations the state is kept as the last good one, if the iteration made progress."""
 SETTLED, WINDOW = 0.01, 100
@@ -703,9 +705,12 @@ class Shallowest:
         return -math.inf
 
     def _look(self, measure: Callable[[], Any] | None, penalty: float) -> None:
-        if self._verified(measure).passed:
+        found = self._verified(measure)
+        if found.passed:
             self._pass()
-        elif not self._require_start().adaptive and self._stage.misled(penalty, self.solver_tol):
+        elif found.missed not in OF_THE_REFERENCE or self._require_start().adaptive:
+            return
+        elif self._stage.misled(penalty, self.solver_tol):
             self._refine()
 
     def _refine(self) -> bool:
