@@ -87,8 +87,7 @@ OF_THE_REFERENCE = ("solver error", "exact loss")
 KEEP_EVERY = 10
 """Every so many iterations the state is kept as the last good one, if the iteration made progress."""
 SETTLED, WINDOW = 0.01, 100
-"""Without a target: the loss has settled when its mean over WINDOW iterations fell by less than this share of all its fall,
-and did so once more at a lower learning rate."""
+"""Without a target: the loss has settled when its mean over WINDOW iterations fell by less than this share of all its fall."""
 FAILED_SETTLINGS = 3
 """Without a target: how often the weight of the penalty is multiplied by four if the first model is not a true one yet."""
 LEAST_ITERATIONS = 300
@@ -708,9 +707,11 @@ class Shallowest:
         found = self._verified(measure)
         if found.passed:
             self._pass()
-        elif found.missed not in OF_THE_REFERENCE or self._require_start().adaptive:
-            return
-        elif self._stage.misled(penalty, self.solver_tol):
+        elif (
+            found.missed in OF_THE_REFERENCE
+            and not self._require_start().adaptive
+            and self._stage.misled(penalty, self.solver_tol)
+        ):
             self._refine()
 
     def _refine(self) -> bool:
