@@ -67,7 +67,7 @@ PARTS = {
         "tests/depth/test_shallowest.py tests/depth/test_compress.py",
         60,
     ),
-    "trim": Part("depth/trim.py depth/early_exit.py", "tests/depth/test_trim.py", 40),
+    "trim": Part("depth/trim.py depth/early_exit.py depth/rows.py", "tests/depth/test_trim.py", 40),
 }
 CONFIG = """
 [cosmic-ray]

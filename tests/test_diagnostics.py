@@ -428,3 +428,37 @@ def test_what_turns_in_a_circle_never_rests():
     node.vf.vf.frequency.data.fill_(1.0)
     span = tm.LearnableSpan(node, torch.linspace(0, 6.0, 41, dtype=torch.float64))
     assert turnpike(span, torch.randn(4, 2).double()).share(0.9) == 0
+
+
+def test_the_path_ratio_is_infinite_where_nothing_moves():
+    span = tm.LearnableSpan(NeuralODE(lambda t, z: 0 * z, solver="rk4"), torch.linspace(0, 1, 5))
+    assert path_ratio(span, torch.randn(4, 2)) == math.inf
+
+
+def test_inference_mode_changes_no_figure():
+    model = random_model("mlp", solver="rk4")
+    span = tm.LearnableSpan(model.node, torch.linspace(0, 1, 6, dtype=torch.float64))
+    target = torch.randn_like(model.x)
+
+    def figures(x, target):
+        loss = nn.functional.mse_loss
+        end, gradient = hamiltonian(span, x, loss, target).values, stationarity(span, x, loss, target).gradient
+        return end, gradient, report(span, [(x, target)], loss, console=QUIET).spans[0].hamiltonian.values
+
+    expected = figures(model.x, target)
+    with torch.inference_mode():
+        span(model.x)
+        found = [figures(model.x, target), figures(model.x.clone(), target.clone())]
+    assert all(torch.equal(a, b) for own in found for a, b in zip(own, expected, strict=True))
+    span(model.x)[1][-1].sum().backward()  # nothing is left of that mode
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [tm.diagnostics.solver_error, tm.diagnostics.path_ratio, tm.diagnostics.turnpike],
+    ids=lambda f: f.__name__,
+)
+def test_no_samples_have_no_figure(measure):
+    span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), torch.linspace(0, 1, 5))
+    with pytest.raises(ValueError, match=r"there are no samples to solve: the state has the shape \(0, 2\)"):
+        measure(span, torch.zeros(0, 2))

@@ -814,3 +814,10 @@ def test_an_unwrapped_flow_says_so():
     with pytest.raises(TypeError, match="wrap"):
         model.log_prob(x)
     assert torch.allclose(tm.wrap(model).log_prob(x), expected)
+
+
+def test_the_likelihood_of_no_samples_is_refused():
+    model = flow(CNF(mlp()))
+    with pytest.raises(ValueError, match=r"nll is a mean over samples, and x of the shape \(0, 2\) has none"):
+        model.nll(torch.zeros(0, 2, dtype=model.span.t_f.dtype))
+    assert model.log_prob(torch.zeros(0, 2, dtype=model.span.t_f.dtype)).shape == (0,)

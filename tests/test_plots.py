@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torchdyn.core import NeuralODE
+from torchdyn.models import CNF
 
 import torchdyn_mintime as tm
 from torchdyn_mintime import diagnostics, plots
 from torchdyn_mintime.depth.trials import Trial, Verdict
-from torchdyn_mintime.flows import FlowModel, Gaussian, HyperCNF, HyperNet
+from torchdyn_mintime.flows import ContextCat, FlowModel, Gaussian, HyperCNF, HyperNet
 from torchdyn_mintime.losses.potentials import SquaredDistance
 
 
@@ -180,3 +181,73 @@ def test_a_figure_for_a_column_has_its_width_and_small_letters(tmp_path):
     assert figure.get_figwidth() == pytest.approx(3.4)
     plots.save(figure, tmp_path / "a.png", small=True)
     assert axes[0].get_legend().get_texts()[0].get_fontsize() == 6 and axes[3].xaxis.label.get_fontsize() == 7
+
+
+class Growing(nn.Module):
+    """dz/dt = .7 z, with the log-density last."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, t, x, args=None):
+        return torch.cat([self.rate * x[:, :2], 2 * self.rate.expand(len(x), 1)], 1)
+
+
+def growing(log_density="first", **options):
+    """The flow of dz/dt = .7 z, whose Gaussian base has the deviation exp(.7 t) on the way."""
+    net = nn.Linear(2, 2, bias=False)
+    net.weight.data = 0.7 * torch.eye(2)
+    field = CNF(net) if log_density == "first" else Growing()
+    span = tm.LearnableSpan(NeuralODE(field, solver="rk4"), torch.linspace(0, 1, 11))
+    return FlowModel(span, Gaussian(2), log_density=log_density, **options)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("log_density", ["first", "last"])
+@pytest.mark.parametrize("base_at", ["start", "end"])
+def test_frames_of_a_flow_go_from_its_base_to_its_data(base_at, log_density, fitted):
+    model = growing(log_density, base_at=base_at)
+    if fitted:
+        model = model.fit_solvers(model.sample(200), evaluations=3, progress=False).model
+    film = plots.flow_frames(model, torch.zeros(2), frames=3, samples=500, cells=21, extent=1.0)
+    assert film.times == pytest.approx([0.0, 0.5, 1.0] if base_at == "start" else [1.0, 0.5, 0.0])
+    growth = torch.exp(torch.tensor([0.0, 0.35, 0.7]) * (1 if base_at == "start" else -1))
+    torch.testing.assert_close(film.samples, film.samples[:1] * growth[:, None, None], rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(film.density[:, 10, 10], 1 / (2 * torch.pi * growth**2), rtol=0.02, atol=0)
+    # The last frame is the model itself, to rounding.
+    torch.testing.assert_close(film.samples[-1], model.decode(film.samples[0])[0], rtol=1e-5, atol=1e-5)
+    assert film.steps == (1 if fitted else 10)
+
+
+def test_frames_of_a_conditional_flow_are_those_of_its_context(tmp_path):
+    net = nn.Sequential(ContextCat(), nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = FlowModel(tm.LearnableSpan(NeuralODE(CNF(net), solver="rk4"), torch.linspace(0, 1, 5)), Gaussian(2))
+    context = torch.randn(1, 3)
+    film = plots.flow_frames(model, torch.zeros(2), frames=2, samples=5, cells=11, context=context)
+    expected = model.log_prob(torch.zeros(1, 2), context).exp()
+    torch.testing.assert_close(film.density[-1, 5, 5], expected[0], rtol=1e-4, atol=0)
+    paths = plots.flows({"one": model}, torch.randn(9, 2), str(tmp_path / "flow"), frames=2, context=context)
+    assert all(path.exists() for path in paths)
+
+
+def test_one_frame_alone_is_refused():
+    with pytest.raises(ValueError, match="frames must be 2 or more; got 1"):
+        plots.flow_frames(growing(), torch.zeros(2), frames=1)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 1)])
+def test_paths_of_one_dimension_name_what_draws_them(shape):
+    _, (axis,) = plots.grid_of_axes(1, 1)
+    with pytest.raises(ValueError, match=r"two dimensions or more.*got \(3, 5.*plots.dimensions"):
+        plots.trajectories(axis, torch.randn(shape), torch.zeros(5), title="")
+
+
+def test_half_precision_labels_of_floating_point_and_paths_as_text_can_be_drawn(tmp_path):
+    figure, axes = plots.grid_of_axes(1, 3)
+    sol, labels = torch.randn(4, 9, 5, dtype=torch.bfloat16), (torch.arange(9) % 2).float()
+    plots.trajectories(axes[0], sol, labels, title="", ends=sol[-1])
+    plots.dimensions(axes[1], torch.linspace(0, 1, 4), sol, labels, 0)
+    plots.points(axes[2], sol[0].float(), labels, title="")
+    assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["class 0", "class 1"]
+    assert plots.save(figure, str(tmp_path / "new" / "a.png")) == tmp_path / "new" / "a.png"

@@ -1,8 +1,10 @@
 """The command line: ``python -m torchdyn_mintime --help``."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -19,7 +21,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Iterations: TypeAlias = Annotated[
     int | None, typer.Option("--iterations", min=1, help="Optimizer steps, instead of each task's own.")
 ]
-Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Seed of data, initialisation and batches.")]
+LARGEST_SEED = 2**31
+Seed: TypeAlias = Annotated[
+    int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of data, initialisation and batches.")
+]
 Subset: TypeAlias = Annotated[
     int | None, typer.Option("--subset", min=1, help="Number of training images, with a fifth as many test images.")
 ]
@@ -53,10 +58,12 @@ def main(
     """Neural ODEs that learn how deep they need to be: the paper's experiments, with the controls beside them.
 
     Begin with `demo`. `run --help` lists tasks and methods, `table --help` and `figure --help` the paper's tables and figures.
-    Trained models are kept. Ctrl-C saves what was trained so far, and the same command goes on from there.
+    Trained models are kept. Ctrl-C saves what was trained so far (of sampler-moons, the seeds that were trained to the end),
+    and the same command goes on from there.
 
-    Exit status: 0 done; 1 data is missing; 2 wrong use; 3 a model was trained and missed its target, such as a search that
-    found nothing; 130 stopped by Ctrl-C.
+    Exit status: 0 done; 1 nothing was made, since data is missing or damaged; 2 wrong use; 3 a model of `run` or `compress`
+    missed its target, such as a search that found nothing (tables, figures and the demo show such a model as it is, and end
+    with 0); 130 stopped by Ctrl-C.
     """
 
 
@@ -66,7 +73,7 @@ def make_demo(output: Output = OUTPUT, iterations: Iterations = None, seed: Seed
     from torchdyn_mintime.experiments.demo import demo
 
     store = _store(output)
-    with _said(store.console, "demo"):
+    with _said(store, "demo"):
         demo(output / "demo", store, iterations, seed)
 
 
@@ -101,7 +108,7 @@ def run(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from --first-seed on.")] = 1,
-    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="The first seed.")] = 0,
     weight: Annotated[float | None, typer.Option(min=0, help="Price of time, eq. (13).")] = None,
     start: Annotated[float | None, typer.Option(min=0, help="First value of a learned t_f.")] = None,
     target: Annotated[
@@ -124,7 +131,7 @@ def run(
     if task in names.SAMPLER_TASKS:
         _only(context, task, "method", "iterations", "first_seed")
         store = _store(output)
-        with _said(store.console, task):
+        with _said(store, task):
             samplers.run(method or (), range(first_seed, first_seed + seeds), iterations, output, store)
         return
     if task not in TASKS:
@@ -132,8 +139,10 @@ def run(
     wanted = TASKS[task]
     if wanted.options is not None:
         _only(context, task, "iterations", "first_seed", *wanted.options)
+    if iterations is not None and epochs is not None:
+        raise typer.BadParameter("give --iterations or --epochs: each says how long to train")
     store = _store(output, data, download, device)
-    with _said(store.console, wanted.title):
+    with _said(store, wanted.title):
         methods = method or wanted.compared
         for name in methods:
             wanted.method(name)
@@ -175,7 +184,8 @@ def table(
         str, typer.Option(help="Numbers of steps at which vanilla is trained, to find the fewest that are as good.")
     ] = "1,2,3,4,6,8,12,16",
     first_seed: Annotated[
-        int, typer.Option(help="The first seed. Settings were chosen on seeds below the default.")
+        int,
+        typer.Option(min=0, max=LARGEST_SEED, help="The first seed. Settings were chosen on seeds below the default."),
     ] = 200,
     data: Data = DATA,
     download: Download = False,
@@ -183,9 +193,11 @@ def table(
     output: Output = OUTPUT,
 ) -> None:
     from torchdyn_mintime.experiments import comparison, tables
+    from torchdyn_mintime.experiments.tasks import TASKS
 
     if number not in tables.TABLES:
         raise typer.BadParameter(f"there is no table {number!r}; choose among {', '.join(tables.TABLES)}")
+    _, sections = tables.TABLES[number]
     settings = dict(iterations=iterations, subset=subset, width=width)
     rates = () if lrs == "own" else _numbers(lrs, float)
     numbers = range(first_seed, first_seed + seeds)
@@ -193,8 +205,11 @@ def table(
     if number == "flows":
         _only(context, "table flows", "only", "iterations", "first_seed")
         options = comparison.Options(numbers, (), tables.FLOW_SWEEP, settings)
+    elif all(TASKS[name].options is not None for name in only or sections if name in sections):
+        taken = ("only", "iterations", "first_seed", "lrs", "sweep", "data", "download", "device")
+        _only(context, " ".join(["table", number, *(only or ())]), *taken)
     store = _store(output, data, download, device)
-    with _said(store.console, f"table {number}"):
+    with _said(store, f"table {number}"):
         tables.make(number, options, output, store, tuple(only or ()))
 
 
@@ -212,7 +227,7 @@ def all_tables(
     if which != "all":
         raise typer.BadParameter(f"there is no {which!r}; write 'tables all', or 'table NUMBER' for one of them")
     store = _store(output, data, download, device)
-    with _said(store.console, "tables"):
+    with _said(store, "tables"):
         tables.make_all(output, store)
 
 
@@ -242,8 +257,10 @@ def figure(
         raise typer.BadParameter(f"there is no figure {number!r}; choose among {', '.join(known)}")
     if number in figures.FLOW_FIGURES:
         _only(context, figures.FLOW_FIGURES[number], "iterations", "seed")
+    elif number != "5":  # the one of images
+        _only(context, f"figure {number}", "iterations", "seed", "data", "download", "device")
     store = _store(output, data, download, device)
-    with _said(store.console, f"figure {number}", usage=False):
+    with _said(store, f"figure {number}"):
         options = comparison.Options((seed,), settings=dict(iterations=iterations, subset=subset, width=width))
         if number in figures.FLOW_FIGURES:
             task = figures.FLOW_FIGURES[number]
@@ -254,6 +271,7 @@ def figure(
 
 @app.command()
 def compress(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="The .pt of a finished vanilla run, in results/runs.")],
     target: Annotated[
         float | None, typer.Option(min=0, help="Training loss to keep; default: a little above the model's own.")
@@ -273,8 +291,10 @@ def compress(
     """Fine-tunes a trained model to the fewest evaluations and writes it as plain torchdyn."""
     from torchdyn_mintime.experiments.compress import compress
 
+    if trim:
+        _only(context, "--trim", "checkpoint", "target", "trim", "data", "download", "device")
     store, folder = _store(output, data, download, device), output / "compressed"
-    with _said(store.console, "compress"):
+    with _said(store, "compress"):
         path = compress(checkpoint, folder, store, target=target, lr=lr, iterations=iterations, only_trim=trim)
         if path is None:
             raise typer.Exit(NOT_FOUND)
@@ -297,22 +317,38 @@ def bench(context: typer.Context) -> None:
 
 
 def _store(output: Path, data: Path = DATA, download: bool = False, device: str = "cpu") -> "Store":
+    import torch
+
     from torchdyn_mintime.experiments import datasets, store
 
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # an assertion where torch was built without the device
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"--device {device!r} cannot be used ({reason}); try --device cpu") from error
+    for folder in (output, output / "runs"):  # now: what is trained first would be lost
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise typer.BadParameter(f"--output: {folder} cannot be written ({error}); name another folder") from error
     return store.Store(output / "runs", Console(), datasets.Source(data, download), device)
 
 
 @contextmanager
-def _said(console: Console, what: str, usage: bool = True) -> Iterator[None]:
+def _said(store: "Store", what: str) -> Iterator[None]:
     """Shows errors that a user can mend, and a stop by Ctrl-C, without a traceback. Other errors are defects and show it."""
     try:
         yield
-    except (MissingData, UsageError) as error:
-        if usage and isinstance(error, UsageError):
-            raise typer.BadParameter(str(error)) from error
-        console.print(f"{what}: not run: {error}")
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+    except MissingData as error:
+        store.console.print(f"{what}: not run: {error}")
         raise typer.Exit(NO_DATA) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        kept = f"Stopped. Models that were trained to the end are kept in {store.folder}."
+        store.console.print(str(stop) or kept, highlight=False)
         raise typer.Exit(STOPPED) from None
 
 
@@ -331,8 +367,8 @@ def _numbers(text: str, kind: type) -> tuple:
         numbers = tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise typer.BadParameter(f"give numbers with commas between them; got {text!r}") from None
-    if any(number <= 0 for number in numbers):
-        raise typer.BadParameter(f"give positive numbers; got {text!r}")
+    if not all(0 < number < math.inf for number in numbers):
+        raise typer.BadParameter(f"give positive finite numbers; got {text!r}")
     return numbers
 
 

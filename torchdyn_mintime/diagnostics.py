@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from torchdyn_mintime.core import (
+    LastSolve,
     LearnableSpan,
     Loss,
     as_batches,
@@ -150,6 +151,13 @@ def loss_profile(
     return Profile(times, values[:, 0], values[:, 1] if accuracy is not None else None)
 
 
+def _of_samples(span: LearnableSpan) -> LastSolve:
+    last = last_solve(span)
+    if not len(last.x):
+        raise ValueError(f"there are no samples to solve: the state has the shape {tuple(last.x.shape)}")
+    return last
+
+
 def _even(steps: list[float], points: int) -> list[float]:
     return torch.linspace(steps[0], steps[-1], points, dtype=torch.float64).tolist()
 
@@ -172,13 +180,13 @@ def path_ratio(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None
     target_span = only_span(model, span)
     with evaluating(model), undisturbed(model):
         model(x)
-        last = last_solve(target_span)
+        last = _of_samples(target_span)
         with untraced(last.bound):
             path = reference_solution(last.bound, position(target_span, last.x), _even(last.seen, points))
     path = path.flatten(2) if path.dim() > 2 else path[:, None]
     length = path.diff(dim=0).norm(dim=2).sum()
     distance = (path[-1] - path[0]).norm(dim=1).sum()
-    return (length / distance).item()
+    return (length / distance).item() if length > 0 else math.inf  # 0 / 0 would be NaN
 
 
 @dataclass(frozen=True)
@@ -275,11 +283,13 @@ def _costates(
         raise ValueError(
             "alf steps [z, v], which has no Hamiltonian of its own; use another solver, such as 'midpoint'"
         )
-    with evaluating(model), undisturbed(model):
+    # In inference mode autograd records nothing, and outside it, it does not take the tensors that were made there.
+    with torch.inference_mode(False), evaluating(model), undisturbed(model):
+        x, *targets = (v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in (x, *target))
         check_end_alone(model, chosen, x)
         with torch.no_grad():
             model(x)
-        last = last_solve(chosen)
+        last = _of_samples(chosen)
         if not last.reaches_end:
             raise ValueError(
                 f"the model looks at z(t) up to a time before the end {last.steps[-1]:g} of the solve alone, so that its loss "
@@ -295,7 +305,7 @@ def _costates(
             with torch.no_grad():
                 states = solve(start, last.steps)
             end, size = states[-1].requires_grad_(), last.x.numel()
-            value = torch.as_tensor(loss(rest_of(model, chosen, end[:size].view_as(last.x), x), *target))
+            value = torch.as_tensor(loss(rest_of(model, chosen, end[:size].view_as(last.x), x), *targets))
             (p,) = torch.autograd.grad((value, end[size:].sum()), end)
             points = [(last.steps[-1], end.detach(), p)]
             for i in range(len(states) - 2, -1, -1):
@@ -431,7 +441,7 @@ def turnpike(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None, 
     target_span = only_span(model, span)
     with evaluating(model), undisturbed(model):
         model(x)
-        last = last_solve(target_span)
+        last = _of_samples(target_span)
         times = _even(last.seen, points)
         start = position(target_span, last.x)
         with untraced(last.bound):

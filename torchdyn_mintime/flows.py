@@ -409,8 +409,15 @@ class FlowModel(pl.LightningModule):
         return self.log_prob(x, context)
 
     def nll(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Returns the mean negative log-likelihood, eq. (6), in nats: the terminal loss."""
-        return -self.log_prob(x, context).mean()
+        """Returns the mean negative log-likelihood, eq. (6), in nats: the terminal loss.
+
+        Raises:
+            ValueError: those of :meth:`log_prob`, or x has no rows.
+        """
+        found = self.log_prob(x, context)
+        if not len(found):
+            raise ValueError(f"nll is a mean over samples, and x of the shape {tuple(x.shape)} has none")
+        return -found.mean()
 
     @torch.no_grad()
     def sample(self, n: int, context: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchdyn_mintime.core import LearnableSpan, evaluating, random_kept
+from torchdyn_mintime.core import LearnableSpan, checks, evaluating, random_kept
 from torchdyn_mintime.flows import FlowModel
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ Call ``plt.rcParams.update(plots.STYLE)`` before the first picture.
 STYLES = ("-", "-", "--", "-.", ":")
 
 
+def _colour(label: float) -> str:
+    """Returns the colour of a class, also of one that is given as 1.0."""
+    return COLOURS[int(label) % len(COLOURS)]
+
+
 def grid_of_axes(rows: int, columns: int, width: float = 4.0, height: float = 3.4) -> "tuple[Figure, list[Axes]]":
     """Returns a new figure, without a display, and its axes row by row."""
     from matplotlib.figure import Figure
@@ -93,8 +98,9 @@ def column_of_axes(rows: int, columns: int = 1, height: float = 2.4) -> "tuple[F
     return grid_of_axes(rows, columns, COLUMN / columns, height)
 
 
-def save(figure: "Figure", path: Path, small: bool = False) -> Path:
+def save(figure: "Figure", path: Path | str, small: bool = False) -> Path:
     """Writes the figure, and the folders that it needs; with ``small`` with letters and lines for one column of a paper."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if small:
         for axis in figure.axes:
@@ -199,8 +205,8 @@ def points(axis: "Axes", x: Tensor, labels: Tensor, *, title: str) -> None:
             x[labels == c, 0].tolist(),
             x[labels == c, 1].tolist(),
             s=6,
-            color=COLOURS[c % len(COLOURS)],
-            label=f"class {c}",
+            color=_colour(c),
+            label=f"class {c:g}",
         )
     axis.set(title=title, xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     axis.legend(fontsize=8)
@@ -218,7 +224,7 @@ def dimensions(axis: "Axes", t_eval: Tensor, sol: Tensor, labels: Tensor, dimens
     every = max(1, sol.shape[1] // most)
     states, times = sol.detach()[:, ::every, dimension].cpu(), t_eval.detach().tolist()
     for path, c in zip(states.T.tolist(), labels[::every].tolist(), strict=True):
-        axis.plot(times, path, color=COLOURS[c % len(COLOURS)], linewidth=0.6, alpha=0.6)
+        axis.plot(times, path, color=_colour(c), linewidth=0.6, alpha=0.6)
     axis.set(xlabel="time t", ylabel=f"$z_{dimension + 1}(t)$")
     axis.grid(alpha=0.3)
 
@@ -229,14 +235,22 @@ def trajectories(
     """Draws paths of the state in the plane; a ring where each starts, a dot where it ends.
 
     Args:
-        sol: ``[points, batch, n]``. The first two dimensions are drawn; above three, the two directions in which the
-            last states vary most.
+        sol: ``[points, batch, n]``, n being 2 or more. The first two dimensions are drawn; above three, the two directions in
+            which the last states vary most.
         labels: classes ``[batch]``.
         most: about how many paths.
         ends: the dots, ``[batch, n]``, where the paths are those of the ODE and the model's own steps end elsewhere.
+
+    Raises:
+        ValueError: the states have fewer than two dimensions.
     """
-    sol = sol.detach().flatten(2)
-    ends = sol[-1] if ends is None else ends.detach().flatten(1)
+    if sol.dim() < 3 or sol[0, 0].numel() < 2:
+        raise ValueError(
+            f"paths in the plane need states of two dimensions or more, sol [points, batch, n]; got {tuple(sol.shape)}: "
+            "plots.dimensions draws one dimension against time"
+        )
+    sol = sol.detach().flatten(2).float()  # there is no SVD of half precision
+    ends = sol[-1] if ends is None else ends.detach().flatten(1).float()
     names = "$z_1$", "$z_2$"
     if sol.shape[2] > 3:
         middle = ends.mean(0)
@@ -245,7 +259,7 @@ def trajectories(
         names = "first principal direction", "second principal direction"
     every = max(1, sol.shape[1] // most)  # evenly spread: data is often sorted by class
     sol, ends, labels = sol[:, ::every, :2].cpu(), ends[::every, :2].cpu(), labels[::every].cpu()
-    colours = [COLOURS[c % len(COLOURS)] for c in labels.tolist()]
+    colours = [_colour(c) for c in labels.tolist()]
     for i, colour in enumerate(colours):
         axis.plot(*sol[:, i].T.tolist(), color=colour, linewidth=0.6, alpha=0.6)
     axis.scatter(
@@ -366,10 +380,10 @@ def hamiltonian(axis: "Axes", found: "Hamiltonian", *, title: str = "Hamiltonian
 
 @dataclass(frozen=True)
 class FlowFrames:
-    """A flow on its way from the base at t_f to the data at t0.
+    """A flow on its way from the base to the data.
 
     Attributes:
-        times: of the frames, from t_f down to t0, ``[frames]``.
+        times: of the frames, ``[frames]``: from t_f down to t0, or from t0 to t_f where the base is at the start.
         samples: the points drawn from the base, ``[frames, n, 2]``.
         density: at the points of a square grid with rows along y, ``[frames, cells, cells]``.
         steps: that the model takes from one end to the other.
@@ -390,15 +404,18 @@ def flow_frames(
     cells: int = 70,
     extent: float = 2.0,
     seed: int = 0,
+    context: Tensor | None = None,
 ) -> FlowFrames:
     """Returns the samples and the density of a flow, of two dimensions, at equal parts of its interval, in eval mode.
 
     Args:
-        model: the flow, with a fixed-step solver or an adaptive one.
+        model: the flow. A solver that takes the whole interval in one step takes one step to each frame.
         centre: of the grid, ``[2]``.
-        frames, samples, cells: how many times, points, and cells a side.
+        frames: how many times, 2 or more.
+        samples, cells: how many points, and cells a side.
         extent: half the side of the grid, in units of the data.
         seed: of the points.
+        context: of a conditional flow, the same for all points: ``[1, ...]``.
 
     Example:
         >>> from torchdyn.core import NeuralODE
@@ -409,33 +426,47 @@ def flow_frames(
         >>> film.times, film.samples.shape, film.density.shape
         ([1.0, 0.5, 0.0], torch.Size([3, 10, 2]), torch.Size([3, 20, 20]))
     """
-    span, base, like = model.span, model.base, next(model.span.vf.parameters())
-    t0, t_f = span.t0.item(), span.t_f.item()
+    span, base = model.span, model.base
+    like, frames = next(span.vf.parameters(), span.t_f), checks.count(frames, "frames", 2)
+    first, last = span.t_f.item(), span.t0.item()
+    if model.base_at == "start":
+        first, last = last, first
     line = torch.linspace(-extent, extent, cells, dtype=like.dtype)
     grid = torch.cartesian_prod(line, line).flip(1) + centre.to(like)  # x runs fastest
     with random_kept(like):
         torch.manual_seed(seed)
         z = base.sample((samples,)).to(like)
-    times = [t_f - (t_f - t0) * k / (frames - 1) for k in range(frames)]
+    times = [first + (last - first) * k / (frames - 1) for k in range(frames)]
     with evaluating(model):
         parts = [_between(model, t) for t in times[1:]]
-        # At t_f there is nothing to solve: the base itself.
-        points = torch.stack([z, *(part.decode(z)[0] for part in parts)])
-        density = torch.stack([base.log_prob(grid), *(part.log_prob(grid) for part in parts)]).exp()
-        model.log_prob(z[:2])
+        # At the first time there is nothing to solve: the base itself.
+        points = torch.stack([z, *(part.decode(z, context)[0] for part in parts)])
+        density = torch.stack([base.log_prob(grid), *(part.log_prob(grid, context) for part in parts)]).exp()
+        model.log_prob(z[:2], context)
     return FlowFrames(times, points.cpu(), density.view(-1, cells, cells).cpu(), span.steps)
 
 
 def _between(model: FlowModel, t: float) -> FlowModel:
-    """The same flow from t to t_f only: its density at t0 is that of the points on their way, at the time t."""
+    """Returns the same flow between the base and the time t only: its data are the points on their way, at that time."""
     span = model.span
     # The model's own steps, so that what is drawn is what it computes.
-    rest = [span.t_f.item()] if span.adaptive else [s for s in span.grid().tolist() if s > t + 0.01 * span.step_size]
-    return FlowModel(LearnableSpan(span.node, torch.tensor([t, *rest], dtype=span.t_f.dtype)), model.base).eval()
+    own = span.grid().tolist()
+    near = 0.01 * (own[-1] - own[0]) / (len(own) - 1)
+    if model.base_at == "start":
+        points = [*(s for s in own if s < t - near), t]
+    else:
+        points = [t, *(s for s in own if s > t + near)]
+    part = LearnableSpan(span.node, torch.tensor(points, dtype=span.t_f.dtype))
+    return FlowModel(part, model.base, log_density=model.log_density, base_at=model.base_at).eval()
 
 
 def flows(
-    models: Mapping[str, FlowModel], data: Tensor, stem: Path, frames: int = 13, extent: float = 2.0
+    models: Mapping[str, FlowModel],
+    data: Tensor,
+    stem: Path | str,
+    frames: int = 13,
+    extent: float = 2.0,
+    context: Tensor | None = None,
 ) -> list[Path]:
     """Writes a picture ``<stem>.png`` and an animation ``<stem>.gif``: for each flow samples and density, as figures 6 and 12.
 
@@ -443,16 +474,19 @@ def flows(
         models: by their titles; one or more, of two dimensions.
         data: to compare the samples with, ``[n, 2]``; its mean is the centre of the panels.
         stem: path without the ending.
-        frames: of the animation; the picture shows 5 of them.
+        frames: of the animation, 2 or more; the picture shows 5 of them.
         extent: half the side of the panels, in units of the data.
+        context: of conditional flows, the same for all points: ``[1, ...]``.
 
     Returns:
         The paths written.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    centre = data.mean(0)
-    shown = {title: flow_frames(model, centre, frames, extent=extent) for title, model in models.items()}
+    centre, stem = data.mean(0), Path(stem)
+    shown = {
+        title: flow_frames(model, centre, frames, extent=extent, context=context) for title, model in models.items()
+    }
     sides = torch.stack([centre - extent, centre + extent], 1).tolist()
 
     def frame(axis: "Axes", title: str) -> None:

@@ -1206,3 +1206,8 @@ def test_a_step_size_of_one_entry_that_is_too_long_is_refused_clearly():
     span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), torch.linspace(0, 1, 11), t_f=0.5)
     with pytest.raises(ValueError, match=r"longer than the interval learned, 0\.5"):
         span.step_size = torch.tensor([0.7])
+
+
+def test_a_template_that_descends_says_how_a_span_is_solved_down():
+    with pytest.raises(ValueError, match=r"must strictly ascend; .* give it t_span.flip\(0\), and call the span with"):
+        tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), torch.tensor([1.0, 0.0]))

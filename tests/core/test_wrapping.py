@@ -390,6 +390,70 @@ def test_the_way_back_takes_the_input_of_the_model_and_leaves_no_trace():
     assert model(images).shape == (len(T_SPAN), 6, 5)
 
 
+class PassesASpan(nn.Module):
+    """torchdyn's quickstart: the model passes its own times, by position or by name, up or down."""
+
+    def __init__(self, times=None, named=False, **options):
+        super().__init__()
+        self.node, self.times, self.named = _node(2, **{"solver": "rk4", **options}), times, named
+
+    def forward(self, x):
+        return (self.node(x, t_span=self.times) if self.named else self.node(x, self.times))[-1]
+
+
+@pytest.mark.parametrize("times", [T_SPAN, T_SPAN.flip(0)], ids=["up", "down"])
+@pytest.mark.parametrize("solver", ["rk4", "tsit5"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_model_that_passes_a_span_is_warned_about_and_what_it_says_helps(named, solver, times):
+    model, x = tm.wrap(PassesASpan(times, named, solver=solver), T_SPAN), torch.randn(6, 2)
+    with torch.no_grad():
+        model.node.t_f.fill_(0.3)
+        expected = model(x)
+        with pytest.warns(UserWarning, match="passes the node a span .* solve differs by .* call the node") as said:
+            tm.unwrap(model, x)
+        assert not torch.allclose(model(x), expected, atol=1e-2)
+        model.times = None if "without a span" in str(said[0].message) else model.node.t_span.flip(0)
+        torch.testing.assert_close(model(x), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_span_that_takes_more_steps_to_the_same_end_is_warned_about():
+    model, x = tm.wrap(PassesASpan(torch.linspace(0, 1, 101)), torch.linspace(0, 1, 101)), 1e-3 * torch.randn(6, 2)
+    model.node.lay(torch.linspace(0, 1, 21).tolist())
+    with pytest.warns(
+        UserWarning, match="a span of 101 points from 0 to 1.*not over the learned grid of 20 steps. Let"
+    ):
+        tm.unwrap(model, x)
+
+
+def test_a_span_that_changes_nothing_is_not_warned_about():
+    for times in (T_SPAN, None):
+        model = tm.wrap(PassesASpan(times), T_SPAN)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tm.unwrap(model, torch.randn(6, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 1, "first_node": True}])
+def test_an_unwrapped_learned_solver_loads_into_plain_torchdyn(options):
+    def make():
+        return nn.Sequential(_node(2, solver=tm.LearnableSolver(3, **options), return_t_eval=False))
+
+    before, x = make(), torch.randn(5, 2)
+    keys = list(before.state_dict())
+    with torch.no_grad():
+        before[0].solver.free.add_(0.1 * torch.randn_like(before[0].solver.free))
+    with pytest.warns(UserWarning, match="whoever loads the model needs its class"):
+        plain = tm.unwrap(tm.wrap(before), x)
+    state, loaded = plain.state_dict(), make()
+    assert list(state) == keys
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(x), plain(x))
+    # As earlier versions wrote it: under one name.
+    old, loaded = {k: v for k, v in state.items() if "solver_adjoint" not in k}, make()
+    assert all("solver_adjoint" in k for k in loaded.load_state_dict(old, strict=False).missing_keys)
+    assert torch.equal(loaded(x), plain(x))
+
+
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "model"], ids=["Linear", "None", "str"])
 def test_nothing_to_unwrap_is_an_error(model):
     with pytest.raises((TypeError, ValueError)):

@@ -94,7 +94,7 @@ def test_a_rollback_gives_up_at_last_and_never_starts_from_nothing():
     ):
         rollback.look(math.inf)
     with pytest.raises(ValueError, match="factor .* got 2"):
-        Rollback(net, rollback.optimizer, factor=2.0)
+        Rollback(net, rollback.optimizers, factor=2.0)
 
 
 def test_a_loss_that_stays_far_above_its_best_was_spoiled():
@@ -163,16 +163,20 @@ def test_a_rollback_goes_on_from_a_checkpoint(tmp_path):
     assert sum(went) >= 2
     assert drive(first, losses[:4]) == went[:4]
     torch.save(
-        {"rollback": first.state_dict(), "net": first.model.state_dict(), "optimizer": first.optimizer.state_dict()},
+        {
+            "rollback": first.state_dict(),
+            "net": first.model.state_dict(),
+            "optimizer": first.optimizers[0].state_dict(),
+        },
         tmp_path / "c.pt",
     )
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     second.model.load_state_dict(saved["net"])
-    second.optimizer.load_state_dict(saved["optimizer"])
+    second.optimizers[0].load_state_dict(saved["optimizer"])
     second.load_state_dict(saved["rollback"])
     assert drive(second, losses[4:]) == went[4:]
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
-    assert second.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    assert second.optimizers[0].param_groups[0]["lr"] == whole.optimizers[0].param_groups[0]["lr"]
     with pytest.raises(ValueError, match="no state of a Rollback"):
         second.load_state_dict({})
 

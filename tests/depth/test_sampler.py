@@ -29,10 +29,10 @@ def states(n=256, seed=1):
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def exact(model, x, t_span=(0.0, 1.0), args=None):
-    node = NeuralODE(copied(model).vf.vf, solver="dopri5", atol=1e-7, rtol=1e-7)
+def exact(model, x, t_span=(0.0, 1.0), args=None, down=False):
+    node, times = NeuralODE(copied(model).vf.vf, solver="dopri5", atol=1e-7, rtol=1e-7), torch.tensor(t_span)
     with torch.no_grad():
-        return tm.LearnableSpan(node, torch.tensor(t_span))(x, args=args or {})[1][-1]
+        return tm.LearnableSpan(node, times)(x, times.flip(0) if down else None, args=args or {})[1][-1]
 
 
 def relative(found, wanted, start):
@@ -100,7 +100,7 @@ def test_the_generator_of_the_states_gpu_stays_as_it_is(monkeypatch):
 
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     with pytest.raises(InterruptedError, match="index=0"):
-        rooms._States(NeuralODE(field()), states().as_subclass(OnGPU), None)
+        rooms._States(NeuralODE(field()), states().as_subclass(OnGPU), None, 0.0)
 
 
 def test_conditions_in_args_go_with_their_states():
@@ -183,25 +183,66 @@ def test_the_inverse_carries_ends_to_starts():
     assert torch.equal(sampler.trajectory(ends, back)[-1], found)
 
 
-def test_labels_on_the_field_go_with_their_states():
-    class Labelled(nn.Module):
-        def __init__(self, labels):
-            super().__init__()
-            self.net, self.labels = field(timed=False), labels
+class Labelled(nn.Module):
+    """A velocity that waves with a label of each row."""
 
-        def forward(self, t, x, args=None):
-            return self.net(x) + torch.sin(3 * t + self.labels)[:, None]
+    def __init__(self, labels, how):
+        super().__init__()
+        self.net = field(timed=False)
+        if how == "attribute":
+            self.labels = labels
+        else:
+            self.register_buffer("labels", labels)
 
+    def forward(self, t, x, args=None):
+        return self.net(x) + torch.sin(3 * t + self.labels)[:, None]
+
+
+@pytest.mark.parametrize("how", ["attribute", "buffer"])
+def test_labels_on_the_field_go_with_their_states(how):
     labels, x = torch.linspace(0, 2, 96), states(96)
-    node = NeuralODE(Labelled(labels))
+    node = NeuralODE(Labelled(labels, how))
     sampler, verdict = tm.compress_sampler(node, x, tol=0.1, progress=False, max_iterations=20)
     assert verdict.feasible
     with torch.no_grad():
         assert relative(sampler(x)[1][-1], exact(node, x), x) < 0.1
     copy = sampler.vf.vf
     assert torch.equal(copy.labels, labels) and copy.labels is not labels
+    assert ("labels" in dict(copy.named_buffers())) == (how == "buffer")
     copy.labels = labels[:8] + 1  # others, in use
     assert sampler(x[:8])[1][-1].shape == (8, 2)
+
+
+def test_a_buffer_with_as_many_rows_by_chance_stays_whole():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.register_buffer("frequencies", torch.linspace(0, 2, 96))
+            self.net = nn.Linear(96, 2)
+
+        def forward(self, t, x, args=None):
+            return self.net(torch.sin(x[:, :1] * self.frequencies)) - x
+
+    node, x = NeuralODE(Waves()), states(96)
+    sampler, verdict = tm.compress_sampler(node, x, tol=0.1, progress=False, max_iterations=20)
+    assert verdict.feasible and relative(sampler(x)[1][-1], exact(node, x), x) < 0.1
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_node_that_is_solved_down_is_refused_with_what_to_do(inverse):
+    torch.manual_seed(0)
+    node, x = NeuralODE(field()), states(96)
+    node.t_span = torch.tensor([1.0, 0.0])
+    call = "without a span" if inverse else r"as sampler\(x, torch.tensor\(\[1.0, 0.0\]\)\)"
+    with pytest.raises(
+        ValueError, match=rf"set node.t_span = torch.tensor\(\[0.0, 1.0\]\), .*={not inverse}, .* {call}"
+    ):
+        tm.compress_sampler(node, x, inverse=inverse, progress=False)
+    node.t_span = torch.tensor([0.0, 1.0])  # as it says
+    sampler, _ = tm.compress_sampler(node, x, tol=0.1, inverse=not inverse, progress=False, max_iterations=40)
+    end = (sampler(x) if inverse else sampler(x, torch.tensor([1.0, 0.0])))[1][-1]
+    assert relative(end, exact(node, x, down=not inverse), x) < 0.1
 
 
 def test_the_noise_of_a_trace_is_held():

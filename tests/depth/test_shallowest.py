@@ -278,6 +278,13 @@ def test_batches_that_cannot_be_used_are_refused_and_nothing_is_changed(batches,
     assert rest_after == rest and before.keys() == after.keys()
 
 
+def test_held_out_data_and_losses_of_every_sample_are_refused_as_they_are():
+    with pytest.raises(TypeError, match=r"held_out must be .* got a tensor: pass \[x\] for one batch"):
+        Shallowest(1.0).fit(span_of(), square, [X], held_out=X, progress=False)
+    with pytest.raises(ValueError, match=r"the loss must be one number; got the shape \(16, 3\): take its mean"):
+        Shallowest(1.0).fit(span_of(), lambda out, batch: out[1][-1].square(), [X], progress=False)
+
+
 def test_a_field_without_parameters_is_refused():
     span = tm.wrap(NeuralODE(nn.Tanh(), solver="rk4"), torch.linspace(0, 1, 3))
     with pytest.raises(ValueError, match="LearnableSpan has no parameters to train but its times; unfreeze its field"):
@@ -474,6 +481,98 @@ def test_an_optimizer_is_clipped_and_warmed_up_and_the_learned_solver_stepped_be
     searched.scale_rates(0.5)
     assert searched._coefficients.param_groups[0]["lr"] == 0.015
     searched.release(True)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_step_with_a_closure_is_the_step_after_a_backward(kind):
+    """Lightning computes the gradients in the optimizer's step: they are clipped, and learned solvers stepped, all the same."""
+
+    def trained(by_closure):
+        torch.manual_seed(2)
+        span = span_of()
+        optimizer = kind([p for p in span.parameters() if p is not span.t_f], lr=0.1)
+        searched = searched_model.SearchedModel(span, optimizer)
+        searched.lay([Depth("learned-3", 1)])
+        for _ in range(5):
+
+            def closure():
+                optimizer.zero_grad()
+                (loss := 1e3 * square(span(X), None)).backward()
+                return loss
+
+            if by_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        searched.release(True)
+        return [p.detach().clone() for p in span.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
+def test_a_search_with_lbfgs_leaves_its_gradients_alone():
+    span = span_of()
+    optimizer = torch.optim.LBFGS([p for p in span.parameters() if p is not span.t_f], line_search_fn="strong_wolfe")
+    searched = searched_model.SearchedModel(span, optimizer)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        (loss := 1e3 * square(span(X), None)).backward()
+        seen.append(loss.item())
+        return loss
+
+    for _ in range(25):
+        optimizer.step(closure)
+    assert seen[-1] < 1e-3 * seen[0]
+    searched.release(True)
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_one_and_is_given_back():
+    torch.manual_seed(0)
+    found = []
+    for rate in (0.1, torch.tensor(0.1)):
+        torch.manual_seed(1)
+        span, search = span_of(), Shallowest(target=0.4)
+        optimizer = torch.optim.Adam([p for p in span.parameters() if p is not span.t_f], lr=rate)
+        search.start(span, optimizer)
+        drive(search, span, optimizer, annuli(32), 30)
+        search._slower("of a test")
+        lowered = float(optimizer.param_groups[0]["lr"])
+        assert lowered == pytest.approx(0.03)
+        search.finish()
+        assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.1)
+        found.append([p.detach().clone() for p in span.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # Adam computes with a float32 rate
+
+
+def test_a_search_is_of_one_model():
+    search, batch = Shallowest(target=0.65), annuli(16)
+    first, second = span_of(), span_of()
+    search.fit(first, criterion, [batch], max_iterations=3, progress=False)
+    state = {name: value.clone() for name, value in second.state_dict().items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match="this search is that of another model; make a new Shallowest for each model"):
+        search.fit(second, criterion, [batch], progress=False)
+    now = second.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in state.items()) and second.t_f.requires_grad
+    again = Shallowest(target=0.65)
+    again.load_state_dict(search.state_dict())
+    again.fit(
+        second, criterion, [batch], max_iterations=6, progress=False
+    )  # a state is of whatever model it is loaded for
+    assert again.trials[0].iterations > 3 or again.done
+
+
+def test_a_stream_of_batches_is_kept():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*annuli(16), strict=True))
+
+    search = Shallowest(target=0.65)
+    search.fit(span_of(), criterion, torch.utils.data.DataLoader(Stream(), 8), max_iterations=3, progress=False)
+    assert search.batches_seen_together == 2
 
 
 def test_a_passed_span_says_what_the_interval_is_and_a_look_in_eval_mode_does_not():

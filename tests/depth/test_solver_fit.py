@@ -350,6 +350,37 @@ def test_conditions_belong_to_their_rows(how):
     assert found.error.rms < 0.5 * found.others["midpoint"].rms
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_field_with_args_is_solved_in_a_span_both_ways(inverse):
+    labels, x = torch.linspace(0, 2, STATES).double(), states()
+    args = {"labels": labels}
+    found = fit(NeuralODE(Labelled()), x, evaluations=4, inverse=inverse, args=args)
+    times = found.node.t_span
+    span = tm.LearnableSpan(found.node, times.flip(0) if inverse else None)
+    exact = tm.LearnableSpan(NeuralODE(found.node.vf.vf, solver="dopri5", atol=1e-9, rtol=1e-9), times.sort().values)
+    with torch.no_grad():
+        end = (span(x, times, args=args) if inverse else span(x, args=args))[1][-1]
+        wanted = exact(x, times, args=args)[1][-1]
+    error = (end - wanted).square().mean().sqrt() / (wanted - x).square().mean().sqrt()
+    assert span.nfe == 4 and error < 2 * found.error.rms
+
+
+def test_a_field_without_args_runs_in_a_span_where_torchdyn_refuses_it():
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = field(12)
+
+        def forward(self, t, x):
+            return self.net(x) * (1 + t)
+
+    found, x = fit(NeuralODE(Timed()), evaluations=3), states(8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'args'"):
+        found.node(x)
+    assert tm.LearnableSpan(found.node)(x)[1].shape == (2, 8, 2)
+    assert "(t, x, args=None)" in tm.depth.solver_fit.SolverFit.__doc__
+
+
 def test_data_control():
     torch.manual_seed(0)
     net = nn.Sequential(DataControl(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()

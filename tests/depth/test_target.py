@@ -26,8 +26,9 @@ class Decay(nn.Module):
         return -self.rate * x
 
 
-def decay_span(t_f: float) -> tm.LearnableSpan:
-    return tm.LearnableSpan(NeuralODE(Decay(), solver="rk4"), torch.linspace(0, 4, 41, dtype=torch.float64), t_f=t_f)
+def decay_span(t_f: float, **options) -> tm.LearnableSpan:
+    points = torch.linspace(0, 4, 41, dtype=torch.float64)
+    return tm.LearnableSpan(NeuralODE(Decay(), solver="rk4"), points, t_f=t_f, **options)
 
 
 def loss_of(span: tm.LearnableSpan) -> torch.Tensor:
@@ -50,6 +51,31 @@ def test_finds_the_shortest_interval_from_either_side_whatever_the_unit_of_the_l
     # 3 %: t_f moves by up to 2 % a step, and a model is kept when it is 1 % shorter than the last one kept.
     assert span.t_f.item() == pytest.approx(exact, rel=0.03)
     assert scale * loss_of(span).item() <= target * scale * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("start", [0.2, 1.5, 4.0])
+def test_a_start_that_is_learned_is_moved_as_the_end_is(start):
+    """The optimizer after it finds no gradient: it would move t0 without any price."""
+    span, target = decay_span(start, learn_t0=True), 0.05
+    price, optimizer = TargetLoss(span, target, window=1), torch.optim.SGD(span.parameters(), lr=1.0)
+    for _ in range(600):
+        optimizer.zero_grad()
+        loss = loss_of(span)
+        loss.backward()
+        price.step(loss)
+        moved = span.t0.item(), span.t_f.item()
+        optimizer.step()
+        assert (span.t0.item(), span.t_f.item()) == moved
+    assert price.restore_best() and span.t0.item() != 0.0
+    # What counts is the duration. 5 %: both ends move by up to 2 % of it a step.
+    assert span.duration.item() == pytest.approx(-math.log(2 * target) / 2, rel=0.05)
+
+
+def test_the_sizes_of_a_version_without_a_learned_start_are_taken_over():
+    price = TargetLoss(decay_span(1.0, learn_t0=True), 0.05)
+    state = {**price.state_dict(), "size": [0.25]}
+    price.load_state_dict(state)
+    assert price.state_dict()["size"] == [0.25, 0.0]
 
 
 @given(

@@ -61,3 +61,17 @@ def test_gauss_newton_time_and_coordinate_descent_resume():
     assert torch.equal(resumed[0]["weight"], whole[0]["weight"])
     with pytest.raises(ValueError, match="scalars"):
         GaussNewtonTime([nn.Parameter(torch.ones(2))])
+
+
+def test_a_time_that_is_seldom_updated_is_not_taken_for_a_forgotten_one():
+    """A span says where no optimizer has its t_f; every 50 iterations is what the paper has."""
+    torch.manual_seed(0)
+    span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"), torch.linspace(0, 1, 3))
+    weights, times = torch.optim.SGD(span.vf.parameters(), 0.01), GaussNewtonTime([span.t_f])
+    for _ in range(30):  # warnings are errors here
+        for optimizer in (weights, times):
+            optimizer.zero_grad()
+        span(torch.ones(4, 2))[1][-1].square().mean().backward()
+        for optimizer in (weights, times):
+            optimizer.step()
+    assert span.t_f.item() == 1.0

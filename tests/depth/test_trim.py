@@ -171,6 +171,60 @@ def test_trim_keeps_the_end_of_a_loss_on_a_trajectory(asked):
     assert [row.t_f for row in found.tried] == [2.0] * len(found.tried)
 
 
+class Asking(nn.Module):
+    """A model that looks at the last state alone, at times that it asks for by itself."""
+
+    def __init__(self, field, **asks):
+        super().__init__()
+        times = torch.linspace(0, 1, 101, dtype=torch.float64)
+        self.span, self.asks = tm.LearnableSpan(NeuralODE(field, solver="rk4"), times), asks
+
+    def forward(self, x):
+        return self.span(x, **self.asks)[1][-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_step": True}, {"slack": 0.0}])
+@pytest.mark.parametrize("asked", [[1.0], [0.25, 1.0], [0.5]])
+def test_trim_keeps_the_end_of_a_model_that_asks_for_its_times(asked, options):
+    model = Asking(lambda t, z: -5 * z, save_at=asked)
+    result = trim(model, [ONES], size, 0.05, **options)
+    assert size(model(ONES)).item() == pytest.approx(result.loss[1]) and result.loss[1] <= 0.05
+    assert model.span.t_f == 1 and (result.saved == 1) == ("keep_step" in options)
+
+
+@pytest.mark.parametrize("how", ["passed", "laid"])
+def test_trim_of_a_model_that_solves_backward_takes_fewer_steps_to_the_same_end(how):
+    """z' = -z (1 + 2 t) from 1 to 0: z(0) = e^2 z(1)."""
+    down = torch.linspace(1, 0, 101 if how == "passed" else 2, dtype=torch.float64)
+    model = Asking(lambda t, z: -z * (1 + 2 * t), t_span=down)
+    if how == "laid":
+        model.span.lay(model.span.nodes)
+
+    def distance(z):
+        return (z - math.exp(2)).square().mean()
+
+    (found,) = trim(model, [ONES], distance, 1e-2).spans
+    assert found.steps == (100, 2) and found.t_f == (1, 1) and distance(model(ONES)) <= 1e-2
+    for row in found.tried[:-1]:  # what it says is what as many steps give
+        model.span.lay([k / row.steps for k in range(row.steps + 1)])
+        assert distance(model(ONES)).item() == pytest.approx(row.loss, rel=1e-9)
+
+
+def test_trim_that_fails_puts_every_span_back():
+    model = Stacked()
+    before = [(span.interval, span.t0.item(), span.t_f.item()) for span in tm.spans(model)]
+
+    def size_of_known(out):
+        if model.second.pinned:  # by then the first one has its few steps
+            raise ValueError("not with these steps")
+        return size(out)
+
+    with pytest.raises(ValueError, match="not with these steps"):
+        trim(model, [ONES], size_of_known, 0.5)
+    assert [(span.interval, span.t0.item(), span.t_f.item()) for span in tm.spans(model)] == before
+    assert model(ONES).shape == ONES.shape
+
+
 def test_trim_refuses_a_loss_on_the_points_of_a_span_that_the_model_passes():
     model = Series(decay(points=41), t_span=torch.linspace(0, 2, 41, dtype=torch.float64))
     before = model.span.interval, model.span.vf.nfe
@@ -395,6 +449,40 @@ def test_data_control_and_noise_follow_the_samples(float64):
         expected = torch.stack([sol[n, i] for i, n in enumerate(steps_left)])
         assert torch.allclose(found.output, expected, rtol=1e-9)
         assert found.nfe.tolist() == [4 * n for n in steps_left]
+
+
+class Conditional(nn.Module):
+    """A model that gives its field two columns of its input as rates: by args, or as an attribute."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.node = tm.LearnableSpan(NeuralODE(Rates(), solver="rk4"), torch.linspace(0, 3, 31))
+
+    def forward(self, x):
+        self.node.vf.vf.rates = x[:, 2:]
+        return self.node(x[:, :2], args={"rates": x[:, 2:]} if self.how == "args" else None)[1][-1]
+
+
+class Rates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rates, self.matrix = None, torch.tensor([[0.0, 0.3], [-0.3, 0.0]])
+
+    def forward(self, t, x, args=None):
+        return x @ self.matrix - x * (args["rates"] if args else self.rates)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])  # the matrix of the field has as many rows as a batch of two
+@pytest.mark.parametrize("how", ["args", "attribute"])
+def test_labels_follow_the_samples(how, batch):
+    model = Conditional(how)
+    x = torch.cat([torch.randn(batch, 2) + 2, torch.rand(batch, 1) + 0.2], 1)
+    found = early_exit(model, x, lambda z: z.norm(dim=1) < 1.0)
+    alone = [early_exit(model, row[None], lambda z: z.norm(dim=1) < 1.0) for row in x]
+    assert torch.equal(found.times, torch.cat([one.times for one in alone]))
+    assert torch.allclose(found.output, torch.cat([one.output for one in alone]))
+    assert model.node.vf.vf.matrix.shape == (2, 2)
 
 
 def test_early_exit_applies_the_rest_of_the_model():

@@ -8,20 +8,22 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torchdyn.core import NeuralODE
 from typer.testing import CliRunner
 
-from torchdyn_mintime import __version__
+from torchdyn_mintime import LearnableSolver, __version__, wrap
 from torchdyn_mintime.__main__ import app
-from torchdyn_mintime.experiments import MissingData, datasets, names, tables
+from torchdyn_mintime.experiments import MissingData, compress, datasets, names, samplers, tables
 from torchdyn_mintime.experiments.datasets import Source
 from torchdyn_mintime.experiments.methods import METHODS, Method
 from torchdyn_mintime.experiments.models import span_of
-from torchdyn_mintime.experiments.store import Store
+from torchdyn_mintime.experiments.store import Plan, Store
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import Run
 
@@ -169,7 +171,12 @@ def test_missing_data_ends_with_how_to_get_it(monkeypatch, tmp_path):
         (("table", "7"), "there is no table '7'"),
         (("table", "1", "--lrs", "a,b"), "numbers with commas"),
         (("table", "1", "--sweep", "0"), "positive"),
+        (("table", "1", "--lrs", "nan"), "positive finite"),
         (("figure", "2"), "there is no figure '2'"),
+        (("run", "moons", "--device", "foo"), "--device 'foo' cannot be used"),
+        (("run", "moons", "--first-seed", "-1"), "'--first-seed'"),
+        (("table", "5", "--first-seed", "-1"), "'--first-seed'"),
+        (("figure", "7", "--seed", "-1"), "'--seed'"),
     ],
 )
 def test_bad_input_names_the_value_and_the_way_out(words, said):
@@ -232,6 +239,24 @@ def test_compress_writes_a_shallow_model_that_plain_torchdyn_loads(tmp_path):
     assert f"In plain torchdyn {100 * accuracy:.2f} %" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("options", [None, {"stages": 3}, {"stages": 2, "order": 1, "first_node": True}])
+def test_the_file_of_compress_loads_as_it_says(tmp_path, options):
+    task, solver = TASKS["digits"], "rk4" if options is None else partial(LearnableSolver, **options)
+    data = task.load(task.settings, Source())
+    model = task.model(Method("vanilla", node={"solver": solver}), task.settings)
+    model = wrap(model, model.t_span).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*whoever loads the model needs its class")
+        path = compress._write(model, Plan("digits", "vanilla", task.settings), data, tmp_path / "model.pt")
+    saved = torch.load(path)
+    loaded = task.model(Method("vanilla", node={"solver": "euler"}), task.settings).eval()
+    known = {**saved, "model": loaded, "field": loaded.node.vf.vf.vf, "NeuralODE": NeuralODE}
+    exec(saved["how"], known)
+    loaded.t_span = saved["t_span"]
+    with torch.no_grad():
+        assert torch.equal(loaded(data.x_test[:8]), model(data.x_test[:8]))
+
+
 def test_compress_says_what_it_cannot_take(tmp_path):
     assert "is not the .pt of a finished run" in call("compress", str(tmp_path / "none.pt"), code=2)
     call("run", "moons", "--iterations", "1")
@@ -291,6 +316,13 @@ def test_a_flow_tutorial_that_breaks_ends_and_says_so(monkeypatch, tmp_path, sma
         (("run", "moons", "--method", "vanilla:²"), "there is no method 'vanilla:²'"),
         (("table", "flows", "--only", "moons"), "table flows has no 'moons'; its tasks are flow-moons"),
         (("figure", "6", "--width", "4"), "flow-moons does not take --width"),
+        (("run", "digits", "--subset", "5"), "digits does not take --subset: leave it out"),
+        (("run", "moons", "--width", "5"), "moons does not take --width: leave it out"),
+        (("run", "moons", "--iterations", "2", "--epochs", "3"), "give --iterations or --epochs"),
+        (("table", "1", "--subset", "5"), "table 1 does not take --subset"),
+        (("table", "2", "--only", "digits", "--subset", "5"), "table 2 digits does not take --subset"),
+        (("figure", "7", "--subset", "5"), "figure 7 does not take --subset"),
+        (("compress", "a.pt", "--trim", "--lr", ".1", "--iterations", "5"), "--trim does not take --lr, --iterations"),
     ],
 )
 def test_what_would_be_ignored_is_refused(words, said):
@@ -353,8 +385,9 @@ def test_a_damaged_image_file_is_said_where_its_figures_would_be(tmp_path, monke
         (folder / name).write_bytes(b"not an IDX file")
     words = ("--data", str(folder), "--iterations", "1")
     assert "is not an IDX file" in call("figure", "5", *words, code=1)
-    assert "is not an IDX file" in call("table", "2", "--only", "mnist", "--seeds", "1", "--lrs", "own", *words)
-    assert "is not an IDX file" in call("run", "mnist", *words, code=2)
+    table = ("table", "2", "--only", "mnist", "--seeds", "1", "--lrs", "own")
+    assert "is not an IDX file" in call(*table, *words, code=1)
+    assert "is not an IDX file" in call("run", "mnist", *words, code=1)
 
 
 def test_compress_says_that_its_data_is_missing(tmp_path, monkeypatch):
@@ -383,3 +416,44 @@ def test_run_draws_what_it_did_and_prints_the_rate_that_held(tmp_path):
     assert "V(z(t)) <= V(z(t0)) exp(-20 (t - t0))" in out and "samples" in out
     for method in ("pretrained", "skipped"):
         assert (tmp_path / f"results/run-digits-{method}-seed0.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "moons"), ("run", "sampler-moons"), ("figure", "7"), ("table", "5"), ("demo",)]
+)
+@pytest.mark.parametrize("folder", ["afile", "afile/sub", "taken"])
+def test_a_folder_that_cannot_be_written_is_said_before_any_training(tmp_path, monkeypatch, words, folder):
+    (tmp_path / "afile").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "runs").touch()
+    monkeypatch.setattr(Run, "step", lambda run: pytest.fail("trained first"))
+    monkeypatch.setattr(samplers, "matched", lambda *args, **options: pytest.fail("trained first"))
+    said = " ".join(call(*words, "--output", folder, code=2).split())
+    assert f"{folder}" in said and "cannot be written" in said and "name another folder" in said
+
+
+def test_data_that_is_missing_ends_a_table_of_its_task_alone(monkeypatch, tmp_path):
+    out = call("table", "2", "--only", "mnist-cpu", "--seeds", "1", code=1)
+    assert "not run: data missing: MNIST" in out and "table 2: not run: none of its tasks" in out
+
+
+def test_tables_and_figures_show_models_that_missed_their_target_and_end_with_0():
+    assert "failed on every seed" in call(
+        *("table", "precision", "--only", "moons", "--seeds", "1", "--lrs", "own", "--iterations", "1")
+    )
+    call("figure", "8", "--iterations", "1")
+    said = " ".join(call("--help").split())
+    assert "3 a model of `run` or `compress` missed its target" in said and "end with 0" in said
+
+
+def test_a_damaged_model_is_named_by_compress_and_run(tmp_path):
+    words = ("run", "digits", "--method", "vanilla:1", "--iterations", "1")
+    call(*words)
+    (model,) = (tmp_path / "results/runs").glob("*.pt")
+    assert "does not end in .pt" in call("compress", str(model.with_suffix(".json")), code=2)
+    model.write_bytes(b"garbage" * 100)
+    for command in (("compress", str(model)), words):
+        said = " ".join(call(*command, code=2).split())
+        assert f"{model.name} is missing or damaged" in said and f"{model.stem}.*, and train it again" in said
+    model.unlink()
+    assert "is missing or damaged" in " ".join(call("compress", str(model), code=2).split())

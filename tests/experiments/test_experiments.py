@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from torchdyn_mintime import plots
-from torchdyn_mintime.experiments import MissingData, comparison, datasets, figures, measure, names, tables
+from torchdyn_mintime.experiments import MissingData, UsageError, comparison, datasets, figures, measure, names, tables
 from torchdyn_mintime.experiments.context import History, Settings
 from torchdyn_mintime.experiments.datasets import Source
 from torchdyn_mintime.experiments.methods import FLOW_METHODS, METHODS, Grow, Method
@@ -136,7 +136,7 @@ def test_idx_files_are_read_wherever_they_lie(tmp_path, inside, zipped, monkeypa
 def test_a_file_of_another_format_is_refused(tmp_path):
     write_idx(tmp_path, False)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\x89PNG....")
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not an IDX file"):
+    with pytest.raises(MissingData, match="train-images-idx3-ubyte is not an IDX file"):
         datasets.mnist(0, None, Source(tmp_path))
 
 
@@ -455,6 +455,42 @@ def test_finished_plans_are_not_trained_again_and_stopped_ones_go_on(tmp_path, m
     monkeypatch.setattr(measure, "median_seconds", None)
     store.time_inference([done, stopped])  # not timed again
     assert [store.result(p)["inference"] for p in (done, stopped)] == timed
+
+
+def test_two_processes_may_share_a_folder(tmp_path, monkeypatch):
+    first, second, own, save = Store(tmp_path), Store(tmp_path), plan(), torch.save
+    one, other = first.begin(own), second.begin(own)
+    one.step()
+
+    def meanwhile(state, path):
+        save(state, path)
+        monkeypatch.setattr(torch, "save", save)
+        second.checkpoint(own, other)
+
+    monkeypatch.setattr(torch, "save", meanwhile)
+    first.checkpoint(own, one)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".checkpoint"]
+    assert len(second.begin(own).history.loss) == 1  # that of the first, which was renamed last
+    second.save(own, other)
+    first.checkpoint(own, one)
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
+def test_a_damaged_file_is_named_with_what_to_remove(tmp_path, content):
+    store, own = Store(tmp_path), plan("vanilla:1")
+    run = store.begin(own)
+    run.step()
+    store.checkpoint(own, run)
+    uses = {"checkpoint": store.begin, "json": store.result, "pt": store.model}
+    for suffix, use in uses.items():
+        path = tmp_path / f"{own.key}.{suffix}"
+        if suffix == "json":
+            store.save(own, run)
+        path.write_bytes(path.read_bytes()[:200] if content is None else content)
+        with pytest.raises(UsageError, match=f"{suffix} is missing or damaged .*; remove .*{own.key}") as caught:
+            use(own)
+        assert "weights_only" not in str(caught.value)
 
 
 def test_plans_that_differ_have_files_of_their_own():
@@ -851,7 +887,7 @@ def test_a_damaged_batch_of_cifar_is_refused_and_runs_no_code(tmp_path, content,
     folder.mkdir()
     for name in datasets.CIFAR_BATCHES:
         (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(MissingData, match=said):
         datasets.cifar10(0, None, Source(tmp_path))
 
 

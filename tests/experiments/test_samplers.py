@@ -83,3 +83,39 @@ def test_the_distance_of_a_shifted_set_is_the_shift(shift, seed):
     moved = (x + torch.tensor([shift, 0.0]))[torch.randperm(20, generator=torch.Generator().manual_seed(seed))]
     # Rounding of float32 entries, whose squares are summed: the root of eps where the shift is 0.
     assert samplers.distance(x, moved) == pytest.approx(abs(shift), abs=1e-3)
+
+
+def test_ctrl_c_keeps_the_fields_of_earlier_seeds_and_says_so(monkeypatch, tmp_path):
+    matched, trained = samplers.matched, []
+
+    def stopped(*args, **options):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return matched(*args, **options)
+
+    monkeypatch.setattr(samplers, "matched", stopped)
+    words = ("--method", "euler", "--iterations", "2", "--seeds", "2")
+    assert "Models that were trained to the end are kept in results/runs" in call(*words, code=130)
+    assert [path.name for path in (tmp_path / "results/runs").iterdir()] == ["sampler-moons-seed0-2.pt"]
+
+
+def test_a_damaged_field_is_named_with_what_to_do(tmp_path):
+    words = ("--method", "euler", "--iterations", "2")
+    call(*words)
+    (field,) = (tmp_path / "results/runs").iterdir()
+    field.write_bytes(field.read_bytes()[:500])
+    said = " ".join(call(*words, code=2).split())
+    assert f"results/runs/{field.name} is missing or damaged" in said and f"remove results/runs/{field.stem}.*" in said
+
+
+def test_a_field_is_written_in_one_piece(monkeypatch, tmp_path):
+    def cut(state, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", cut)
+    assert isinstance(
+        CliRunner().invoke(app, ("run", "sampler-moons", "--method", "euler", "--iterations", "2")).exception, OSError
+    )
+    assert list((tmp_path / "results/runs").iterdir()) == []

@@ -26,12 +26,12 @@ class Classifier(Learner):
 
 
 class Snapshots(pl.Callback):
-    """Keeps the model's state at the end of every epoch. It must stand before the callback that looks then."""
+    """Keeps the model's state at the beginning of every epoch: that of which the epoch's training metrics speak."""
 
     def __init__(self):
         self.seen = []
 
-    def on_train_epoch_end(self, run, learner):
+    def on_train_epoch_start(self, run, learner):
         self.seen.append({name: value.clone() for name, value in learner.state_dict().items()})
 
 
@@ -134,6 +134,117 @@ def test_it_goes_back_from_a_model_that_was_spoiled():
     assert callback.growth.done and module.accuracy() == 1.0
     # Of two batches an epoch: after epoch 5 the training went on from what it was before.
     assert max(module.losses[10:12]) > 1.0 > max(module.losses[:10] + module.losses[12:])
+
+
+class Spoiled(Classifier):
+    """What a step far too large leaves behind, after the last step of the fifth epoch."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.current_epoch == 4 and self.trainer.is_last_batch:
+            with torch.no_grad():
+                for parameter in list(self.model.vf.parameters())[-2:]:  # the last layer, against what was learned
+                    parameter.mul_(-3000.0)
+
+
+@pytest.mark.parametrize("batch", [64, 16])
+def test_the_last_step_of_an_epoch_can_be_gone_back_from(batch):
+    """The loss of that epoch was good, the model after it is not."""
+    module, callback = Spoiled(t_f=0.05), GrowDepth(threshold=1e-9, patience=50)
+    run = fit(module, callback, epochs=12, batch=batch)
+    losses = torch.tensor(module.losses).reshape(12, -1).mean(1)
+    assert losses[5] > losses[0] and losses[6:].max() < losses[0]
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.015)  # once
+
+
+def test_all_optimizers_go_back_and_schedulers_keep_the_lower_rate():
+    def optimizers(module):
+        weights = [p for p in module.parameters() if p.dim()]
+        first = torch.optim.SGD(weights[:2], 0.4, momentum=0.9)
+        second = torch.optim.SGD(weights[2:], 0.2, momentum=0.9)
+        return [first, second], [torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 1.0) for o in (first, second)]
+
+    class ByHand(Classifier):
+        def __init__(self):
+            super().__init__(metric=metric(0.9, 0.5, math.inf, 0.4, 0.3, 0.2))
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return optimizers(self)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+            return loss
+
+        def on_train_epoch_end(self):
+            for scheduler in self.lr_schedulers():
+                scheduler.step()
+
+    module, rates = ByHand(), []
+    momenta = lambda: [o.state[o.param_groups[0]["params"][0]]["momentum_buffer"].clone() for o in run.optimizers]  # noqa: E731
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, run, learner):
+            rates.append([o.param_groups[0]["lr"] for o in run.optimizers])
+            moments.append(momenta() if learner.current_epoch else None)
+
+    moments = []
+    run = trainer(6, Watch(), GrowDepth(threshold=1e-9, monitor="metric"))
+    run.fit(module, loader(blobs(), 32))
+    assert rates == [[0.4, 0.2]] * 3 + [[0.2, 0.1]] * 3
+    # The last good epoch is the second: it began with the momenta of the first one.
+    assert all(torch.equal(a, b) for a, b in zip(moments[1], moments[3], strict=True))
+
+
+class Validated(Classifier):
+    """Logs a metric in the validation."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.values[self.current_epoch])
+
+
+def test_with_a_metric_of_the_validation_the_model_that_was_validated_is_given_back():
+    class Seen(pl.Callback):
+        def on_validation_end(self, run, learner):
+            if not run.sanity_checking:
+                seen.append({name: value.clone() for name, value in learner.state_dict().items()})
+
+    seen, module = [], Validated((0.9, 0.5, 0.7, 0.8, 0.8))
+    callback = GrowDepth(threshold=0.1, monitor="val", max_t_f=0.04)
+    run = trainer(10, Seen(), callback)
+    with pytest.warns(UserWarning, match=r"val is 0.7 > 0.1; the best model seen \(val 0.5\) is given back"):
+        run.fit(module, loader(blobs(), 32), loader(blobs(), 64))
+    assert all(torch.equal(value, seen[1][name]) for name, value in module.state_dict().items())
+
+
+def test_an_epoch_without_a_validation_says_nothing_new():
+    module, callback = Validated([0.9] * 10), GrowDepth(threshold=0.1, monitor="val")
+    run = trainer(6, callback, check_val_every_n_epoch=3)
+    run.fit(module, loader(blobs(), 32), loader(blobs(), 64))
+    assert callback.growth.steps == 2
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_an_average_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, run, learner, outputs, batch, batch_idx):
+            if learner.global_step == 5:
+                run.save_checkpoint(tmp_path / "c")
+
+    x, y = blobs(16)
+    data = loader((x.repeat(4, 1), y.repeat(4)), 16)  # four batches that are the same
+    whole, resumed = GrowDepth(threshold=1e-9), GrowDepth(threshold=1e-9)
+    trainer(3, whole, Saving()).fit(Classifier(), data)
+    trainer(3, resumed).fit(Classifier(), data, ckpt_path=tmp_path / "c", weights_only=True)
+    assert [g.metric for g in resumed.growth.history] == pytest.approx([g.metric for g in whole.growth.history])
 
 
 def test_the_way_back_is_in_the_checkpoint(tmp_path):

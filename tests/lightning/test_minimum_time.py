@@ -482,7 +482,9 @@ class Itself(NeuralODE):
 
 def test_a_module_that_is_a_neural_ode_itself_is_an_error():
     """It cannot be wrapped in place, and would train without the price of time."""
-    with pytest.raises(MisconfigurationException, match="found no NeuralODE in Itself; keep it as an attribute"):
+    with pytest.raises(
+        MisconfigurationException, match="found no NeuralODE in Itself; make it in __init__ .* attribute"
+    ):
         fit(Itself(nn.Linear(2, 2), solver="rk4"), epochs=1)
 
 

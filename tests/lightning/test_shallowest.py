@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
 from launched import on_two_ranks
 from learners import Learner, annuli, loader, make_node, trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -154,6 +155,149 @@ def test_a_search_goes_on_from_its_checkpoint(label, iterations, tmp_path):
     assert without_seconds(resumed.verdict) == without_seconds(searched.verdict)
     for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b), name
+
+
+def test_gradients_are_clipped_where_the_optimizer_uses_them():
+    """Lightning computes the gradients inside of the optimizer's step."""
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = closure()
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.sub_(group["lr"] * p.grad)
+            return loss
+
+    class Steep(Rings):
+        def training_step(self, batch, batch_idx):
+            return 1e3 * super().training_step(batch, batch_idx)
+
+    norms, module = [], Steep()
+    module.optimizer = lambda p: Spy(p, 1e-6)
+    fit(module, Shallowest(target=0.1), 6)
+    assert len(norms) == 6 and norms == pytest.approx([2.0] * 6)
+
+
+def test_a_learned_solver_is_stepped_by_the_gradients_of_its_own_batch():
+    """In the first epoch at learned solvers, the coefficients and the weights are stepped by the same backward."""
+
+    class Watch(pl.Callback):
+        def on_after_backward(self, run, learner):
+            solver = learner.model.solver
+            if isinstance(solver, tm.LearnableSolver) and not gradients:
+                gradients.append(solver.free.grad.clone())
+                before.append(solver.free.detach().clone())
+
+        def on_train_batch_end(self, run, learner, *_):
+            if gradients and not moved:
+                moved.append(learner.model.solver.free.detach() - before[0])
+                run.should_stop = True
+
+    torch.manual_seed(1)
+    gradients, before, moved = [], [], []
+    trainer(110, Watch(), Shallowest(target=0.3, solver_tol=0.1)).fit(Rings(), loader(annuli(32), 32))
+    # Adam's first step is against the sign of the gradient.
+    assert torch.equal(moved[0].sign(), -gradients[0].sign()) and moved[0].abs().max() > 0
+
+
+def test_what_it_cannot_train_is_refused():
+    class ByHand(Rings):
+        automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="ByHand optimizes by hand .* in a plain loop"):
+        fit(ByHand(), Shallowest(target=0.1), 1)
+    for average in (pl.callbacks.EMAWeightAveraging(), pl.callbacks.StochasticWeightAveraging(0.1)):
+        module = Rings()
+        with pytest.raises(MisconfigurationException, match=f"{type(average).__name__} averages the weights"):
+            trainer(1, average, Shallowest(target=0.1)).fit(module, loader(annuli(16), 16))
+        assert module.model.t_f.requires_grad
+
+
+def test_a_stream_of_batches_is_searched_as_their_list_is():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*annuli(32), strict=True))
+
+    found = []
+    for data in (Stream(), torch.utils.data.TensorDataset(*annuli(32))):
+        torch.manual_seed(1)
+        callback = Shallowest(target=0.3, solver_tol=0.2, solvers=[])
+        trainer(150, callback).fit(Rings(), torch.utils.data.DataLoader(data, batch_size=32))
+        found.append(callback.verdict.best.evaluations if callback.verdict.feasible else None)
+    assert found[0] == found[1] is not None
+
+
+class Counting(Rings):
+    """Counts its samples and its accuracy by metrics."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.right = (
+            torchmetrics.SumMetric(),
+            torchmetrics.classification.MulticlassAccuracy(2, average="micro"),
+        )
+
+    def training_step(self, batch, batch_idx):
+        self.rows(len(batch[0]))
+        self.log("rows", self.rows, on_epoch=True, on_step=False)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch):
+        x, y = batch
+        self.right(self.model(x, self.t_span.to(x))[1][-1][:, :2], y)
+        self.log("right", self.right)
+
+
+@pytest.mark.filterwarnings("ignore:right was .* counts as worse")
+def test_a_metric_object_counts_each_sample_once_in_training_and_in_a_look():
+    class Rows(pl.Callback):
+        def on_train_epoch_end(self, run, learner):
+            rows.append(run.callback_metrics["rows"].item())
+
+    rows, looked = [], []
+    torch.manual_seed(0)
+    module, callback, kept = Counting(), Shallowest(target=0.6, monitor="right", mode="max", budget=2.0), annuli(40)
+    measure = callback._validated
+
+    def validated(run, learner):
+        value = measure(run, learner)
+        with torch.no_grad():
+            wanted = (learner.model(kept[0], learner.t_span)[1][-1][:, :2].argmax(1) == kept[1]).float().mean().item()
+        looked.append((-value, wanted))
+        return value
+
+    callback._validated = validated
+    trainer(1000, Rows(), callback).fit(module, loader(annuli(64), 16), [loader(kept, 16)])
+    assert set(rows[:-1]) == {64.0} and len(looked) > 1
+    assert [a for a, _ in looked] == pytest.approx([b for _, b in looked])
+
+
+@pytest.mark.filterwarnings("ignore:right was .* counts as worse")
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_a_validation_metric_is_looked_at_in_the_precision_of_the_trainer(precision):
+    torch.manual_seed(0)
+    options = dict(solvers=[], solver_tol=10.0, budget=1.0)  # half of the budget is late enough to settle
+    module, callback = Counting(), Shallowest(target=0.0, monitor="right", mode="max", **options)
+    run = trainer(1000, callback, precision=precision)
+    run.fit(module, loader(annuli(32), 32), loader(annuli(32), 16))
+    assert callback.verdict.feasible
+
+
+def test_of_several_validation_loaders_the_named_one_is_looked_at_as_far_as_the_trainer_does():
+    class Two(Rings):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            seen.append((dataloader_idx, batch_idx))
+            self.log("val", float(dataloader_idx))
+
+    options = dict(solvers=[], solver_tol=10.0, budget=1.0)
+    seen, callback = [], Shallowest(target=1.0, monitor="val/dataloader_idx_1", **options)
+    run = trainer(1000, callback, limit_val_batches=2, num_sanity_val_steps=0, check_val_every_n_epoch=1000)
+    run.fit(Two(), loader(annuli(32), 32), [loader(annuli(16), 4), loader(annuli(16), 4)])
+    assert set(seen) == {(0, 0), (0, 1), (1, 0), (1, 1)} and callback.verdict.best.loss == 1.0
 
 
 class Watched(Rings):

@@ -206,3 +206,27 @@ def test_a_field_that_refuses_another_batch_is_seen_point_by_point():
     field.context = torch.ones(1, 2)
     span(torch.randn(0, 2))
     assert math.isnan(kinetic.penalty().item())  # the mean over no sample, as torch has it
+
+
+def test_a_field_that_begins_to_couple_its_samples_is_noticed():
+    """A gate that is zero at first lets the measurement of the first trajectory through."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gate = nn.Linear(2, 2), nn.Parameter(torch.zeros(()))
+
+        def forward(self, z):
+            return torch.tanh(self.layer(z)) + self.gate * (z.mean(0, keepdim=True) - z)
+
+    torch.manual_seed(0)
+    node = NeuralODE(Gated().double(), solver="rk4")
+    regularizer = tm.LyapunovRegularizer(node, square, 1.0)
+    sol, t_eval = torch.randn(7, 16, 2, dtype=torch.float64), torch.linspace(0, 1, 7, dtype=torch.float64)
+    for calls in range(1, 5):  # the fourth is measured again, and the gate has opened by the third
+        with torch.no_grad():
+            next(p for p in node.parameters() if not p.dim()).fill_(2.0 if calls > 2 else 0.0)
+        found = regularizer.derivatives(t_eval, sol)
+    fresh = tm.LyapunovRegularizer(node, square, 1.0).derivatives(t_eval, sol)
+    for a, b in zip(found, fresh, strict=True):
+        assert torch.equal(a, b)

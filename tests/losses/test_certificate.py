@@ -211,3 +211,9 @@ def test_nothing_is_in_doubt_far_from_the_bound_and_everything_at_a_jump():
     doubts = doubtful(1.0, t, values, slopes, None, 1e-6)
     # At the start V is at its bound, and a cubic of steps of 0.1 is not sure to 1e-6.
     assert doubts[0, 0] and not doubts[1:, 0].any() and doubts[5, 1]
+
+
+def test_a_certificate_of_no_samples_is_refused():
+    regularizer = LyapunovRegularizer(NeuralODE(nn.Linear(2, 2), solver="rk4"), square, 1.0)
+    with pytest.raises(ValueError, match=r"a certificate is of samples; got x of the shape \(0, 2\)"):
+        regularizer.certificate(torch.zeros(0, 2), t_span=T_SPAN)

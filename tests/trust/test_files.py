@@ -14,7 +14,7 @@ from torchdyn.core import NeuralODE
 from trust.training import METHODS, equal, last_checkpoint, learner, loader, trainer
 
 import torchdyn_mintime as tm
-from torchdyn_mintime.experiments import datasets
+from torchdyn_mintime.experiments import MissingData, datasets
 
 
 def make_span(seed=0, points=5):
@@ -182,5 +182,5 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_data_file_is_named(tmp_path, kind):
     source = folder_with(tmp_path, *BAD[kind])
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+    with pytest.raises(MissingData, match="train-images-idx3-ubyte"):
         datasets.mnist(0, source=source)

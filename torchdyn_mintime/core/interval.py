@@ -341,7 +341,9 @@ def check_span(t_span: Any, name: str, either_direction: bool = False) -> tuple[
         along = steps[0] if either_direction else 1.0
         i = next(i for i, s in enumerate(steps) if s * along <= 0)
         order = "ascend or descend" if either_direction else "ascend"
+        down = all(s < 0 for s in steps)
+        what = "; give it t_span.flip(0), and call the span with the times that descend" if down else ""
         raise ValueError(
-            f"{name} must strictly {order}; its points {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}"
+            f"{name} must strictly {order}; its points {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}{what}"
         )
     return tuple(times), torch.float64 if t_span.dtype == torch.float64 else torch.float32

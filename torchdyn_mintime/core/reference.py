@@ -307,4 +307,6 @@ def solved_spans(model: nn.Module, x: Tensor) -> list[LearnableSpan]:
     solved = [span for span, last in zip(found, before, strict=True) if span.last is not last]
     if not solved:
         raise ValueError(f"calling {type(model).__name__} solved none of its LearnableSpans")
+    if shapes := [tuple(span.last.x.shape) for span in solved if span.last is not None and not len(span.last.x)]:
+        raise ValueError(f"there are no samples to solve: the state has the shape {shapes[0]}")
     return solved

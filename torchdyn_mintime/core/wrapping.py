@@ -226,7 +226,8 @@ def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
     """Takes the spans out of ``model``, in place: plain NeuralODEs remain, whose ``t_span`` is the learned grid.
 
     For each one a solve by torchdyn is compared with the span's own. torchdyn's adaptive solvers sometimes lose the last
-    point; t_f is then moved by units in the last place until they do not.
+    point; t_f is then moved by units in the last place until they do not. With ``x``, the spans that the model passes in its
+    forward are compared too.
 
     Args:
         model: the wrapped model, or a span.
@@ -234,23 +235,31 @@ def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
             states of the shape of the span's last forward, or of its first layer.
 
     Returns:
-        ``model``, or the node of a span. Call it without a span: one that is passed would be used instead of the grid.
+        ``model``, or the node of a span. Call it without a span: one that is passed would be used instead of the grid. A node
+        with a LearnableSolver has the state_dict of ``NeuralODE(field, solver=LearnableSolver(stages))``; only under an
+        adjoint its ``solver_adjoint`` stays as it is.
 
     Raises:
         ValueError: nothing to unwrap, no shape to check with, or torchdyn cannot solve over the learned grid. Nothing is
             changed then.
 
     Warns:
-        UserWarning: torchdyn's result differs, as with rk4 and a field that depends on time; or a node keeps a
-            LearnableSolver, whose class must be there where the model is loaded.
+        UserWarning: torchdyn's result differs, as with rk4 and a field that depends on time; the model passes a span to the
+            node, over which torchdyn ends elsewhere or takes other steps; or a node keeps a LearnableSolver, whose class must
+            be there where the model is loaded.
     """
     found = list(named_spans(model))
     if not found:
         raise ValueError(f"there is no LearnableSpan to unwrap in {type(model).__name__}")
     held = [(span, span.last) for _, span in found]
     try:
-        states = {} if x is None else _states(model, x)
-        grids = {name: _checked_grid(span, states.get(span), name) for name, span in found}
+        calls = {} if x is None else _calls(model, x)
+        grids = {}
+        for name, span in found:
+            state, t_span = calls.get(span, (None, None))
+            grids[name] = _checked_grid(span, state, name)
+            if state is not None and t_span is not None:
+                _warn_of_a_passed_span(span, state, t_span, name)
     finally:
         for span, last in held:
             span.last = last
@@ -258,6 +267,8 @@ def unwrap(model: nn.Module, x: Any = None) -> nn.Module:
         span.node.t_span = grids[name]
         span.release()
         if isinstance(span.node.solver, LearnableSolver):
+            if span.node.sensitivity == "autograd":  # which never uses it; the span has put another one there
+                span.node.solver_adjoint = span.node.solver
             warnings.warn(
                 f"{name or 'the span'} is solved by a LearnableSolver, which runs in plain torchdyn, but whoever loads the "
                 "model needs its class: from torchdyn_mintime import LearnableSolver",
@@ -284,10 +295,16 @@ def with_solver(node: NeuralODE, solver: nn.Module, t_span: Tensor) -> NeuralODE
 
 
 @torch.no_grad()
-def _states(model: nn.Module, x: Any) -> dict[LearnableSpan, Tensor]:
-    """Returns the states from which the spans of ``model`` are solved when it is called with ``x``."""
+def _calls(model: nn.Module, x: Any) -> dict[LearnableSpan, tuple[Tensor, Tensor | None]]:
+    """Returns the state from which each span of ``model`` is solved when it is called with ``x``, and the span it is passed."""
     before = {span: span.last for span in spans(model)}
     others = [module for module in model.modules() if not isinstance(module, LearnableSpan)]
+    passed: dict[nn.Module, Tensor | None] = {}
+
+    def look(span: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        passed[span] = args[1] if len(args) > 1 else kwargs.get("t_span")
+
+    hooks = [span.register_forward_pre_hook(look, with_kwargs=True) for span in before]
     with evaluating(model), kept(others), random_kept(next(iter(before)).t_f):
         try:
             model(x)
@@ -297,7 +314,11 @@ def _states(model: nn.Module, x: Any) -> dict[LearnableSpan, Tensor]:
                 "or leave x out"
             )
             raise
-    return {span: span.last.x for span, last in before.items() if span.last is not None and span.last is not last}
+        finally:
+            for hook in hooks:
+                hook.remove()
+    solved = {span: span.last for span, last in before.items() if span.last is not last}
+    return {span: (last.x, passed.get(span)) for span, last in solved.items() if last is not None}
 
 
 def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
@@ -348,17 +369,7 @@ def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
         ) from error
     finally:
         node.t_span = before
-    _compare(span, states[-1], own[-1], name)
-    return grid
-
-
-def _compare(span: LearnableSpan, theirs: Tensor, ours: Tensor, name: str) -> None:
-    node = span.node
-    difference = (theirs - ours).abs().max().item() if ours.numel() else 0.0
-    scale = ours.abs().max().item() if ours.numel() else 0.0
-    # Fixed steps should agree to rounding; adaptive ones may choose other steps, within the tolerance.
-    allowed = 10 * (node.atol + node.rtol * scale) if span.adaptive else 1e-4 * (1 + scale)
-    if not math.isfinite(difference) or difference > allowed:
+    if difference := _difference(span, states[-1], own[-1]):
         reason = (
             "; torchdyn's rk4 is first order for a field that depends on time, ours is fourth order"
             if isinstance(node.solver, RungeKutta4)
@@ -367,8 +378,41 @@ def _compare(span: LearnableSpan, theirs: Tensor, ours: Tensor, name: str) -> No
         warnings.warn(
             f"{name or 'the span'}: torchdyn's own solve differs by {difference:.3g} from the wrapped one{reason}. "
             "The unwrapped model will differ as much",
-            stacklevel=4,
+            stacklevel=3,
         )
+    return grid
+
+
+@torch.no_grad()
+def _warn_of_a_passed_span(span: LearnableSpan, x: Tensor, t_span: Tensor, name: str) -> None:
+    """Warns where torchdyn ends elsewhere, or takes other steps, over the span that the model passes to the node."""
+    node = span.node
+    with evaluating(span), kept(list(node.vf.modules())), random_kept(x):
+        ends = []
+        for solve in (node, span):
+            torch.manual_seed(0)
+            out = solve(x, t_span)
+            ends.append((out[1] if node.return_t_eval else out)[-1])
+    difference, steps = _difference(span, *ends), span.steps
+    if difference or (not span.adaptive and len(t_span) != steps + 1):
+        found = f"; torchdyn's own solve differs by {difference:.3g} from the wrapped one" if difference else ""
+        call = "without a span" if t_span[0] < t_span[-1] else "with its own t_span, turned round by flip(0)"
+        warnings.warn(
+            f"{name}: the model passes the node a span of {len(t_span)} points from {t_span[0]:g} to {t_span[-1]:g}, and plain "
+            f"torchdyn solves over this one, not over the learned grid of {steps} steps{found}. Let the model call the node "
+            f"{call}",
+            stacklevel=3,
+        )
+
+
+def _difference(span: LearnableSpan, theirs: Tensor, ours: Tensor) -> float:
+    """Returns how far two ends are apart; 0 where that is rounding, or within the tolerance of an adaptive solver."""
+    node = span.node
+    difference = (theirs - ours).abs().max().item() if ours.numel() else 0.0
+    scale = ours.abs().max().item() if ours.numel() else 0.0
+    # Fixed steps should agree to rounding; adaptive ones may choose other steps, within the tolerance.
+    allowed = 10 * (node.atol + node.rtol * scale) if span.adaptive else 1e-4 * (1 + scale)
+    return 0.0 if difference <= allowed else difference
 
 
 def _random_state(span: LearnableSpan, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from torchdyn_mintime.core import (
     undisturbed,
     untraced,
 )
+from torchdyn_mintime.depth.rows import RowsOf
 from torchdyn_mintime.numerics import Grid, integrate
 
 __all__ = ["EarlyExit", "early_exit"]
@@ -60,8 +61,9 @@ def early_exit(
     """Solves, at inference, until each sample's own criterion holds; the batch shrinks as samples leave.
 
     The criterion is asked at t0 and after every step, for the samples that are still there: the rest of the model is
-    applied to their states. Data control and noise follow the samples. The solver must have fixed steps, which do not depend on
-    the other samples. Layers that couple samples (batch statistics) or draw anew (dropout) must be in eval mode. The solve is
+    applied to their states. Data control, noise, labels and contexts follow the samples: tensors with a row for each sample, in
+    ``args`` or as attributes and buffers of the field's modules. The solver must have fixed steps, which do not depend on the
+    other samples. Layers that couple samples (batch statistics) or draw anew (dropout) must be in eval mode. The solve is
     the one that the model asks for: with its args, its own span and direction, up to the last time that it looks at.
 
     Args:
@@ -91,9 +93,8 @@ def early_exit(
         call, output = _start(model, chosen, x)
         start = call.x
         bound = chosen.field.bind(start, call.args)
-        control = [(module, name, value) for module, name, value in bound.captured if isinstance(value, Tensor)]
-        for module, name, value in control:
-            if value.dim() == 0:
+        for module, name, value in bound.captured:
+            if isinstance(value, Tensor) and value.dim() == 0:
                 raise ValueError(f"{type(module).__name__}.{name} has no batch dimension to follow the samples")
         grid = call.grid()
         # The model sees no state after the last one that it asks for.
@@ -105,13 +106,13 @@ def early_exit(
         active = torch.nonzero(~met).squeeze(1)
         state = start[active]
         with untraced(bound):
+            rows = RowsOf(bound, start, nodes[0])
             for i in range(len(nodes) - 1):
                 if not len(active):
                     break
-                for module, name, value in control:
-                    setattr(module, name, value[active])
                 before = bound.nfe
-                state = integrate(bound.function, state, Grid(nodes[i : i + 2]), chosen.stepper).states[-1]
+                with rows.of(active):
+                    state = integrate(bound.function, state, Grid(nodes[i : i + 2]), chosen.stepper).states[-1]
                 nfe[active] += bound.nfe - before
                 times[active] = nodes[i + 1]
                 if (i + 1) % every and i + 2 < len(nodes):

@@ -3,12 +3,14 @@
 import copy
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchdyn_mintime.core import checks
+from torchdyn_mintime.depth.rates import rates_of, set_rates
 
 __all__ = ["DivergedError", "Rescue", "Rollback", "Snapshot"]
 
@@ -38,8 +40,8 @@ class Snapshot:
         (True, True)
     """
 
-    def __init__(self) -> None:
-        self._states: tuple[dict[str, Any], ...] = ()
+    def __init__(self, states: tuple[dict[str, Any], ...] = ()) -> None:
+        self._states = states
 
     def __bool__(self) -> bool:
         return bool(self._states)
@@ -60,6 +62,10 @@ class Snapshot:
             # An optimizer takes the tensors that it loads as its own, and would write into what is kept here.
             target.load_state_dict(state if isinstance(target, nn.Module) else copy.deepcopy(state))
 
+    def of_model(self) -> "Snapshot":
+        """Returns the first state alone, that of the model."""
+        return Snapshot(self._states[:1])
+
     def state_dict(self) -> Any:
         """Returns None, the model's state, or with optimizers a tuple of states."""
         states = copy.deepcopy(self._states)
@@ -76,7 +82,7 @@ class Rollback:
 
     Args:
         model: whose parameters and buffers are kept.
-        optimizer: whose state is kept too, and whose learning rates are lowered on the way back.
+        optimizer: whose state is kept too, and whose learning rates are lowered on the way back; one, or several.
         jump: a loss this many times the best one so far (and above ``floor``) has exploded, as has one that is not
             finite.
         floor: losses below it never count as exploded; None is the first loss looked at, where training began.
@@ -89,6 +95,7 @@ class Rollback:
 
     Attributes:
         count: how often it went back.
+        optimizers: all of them.
 
     Example:
         >>> net = nn.Linear(1, 1)
@@ -97,14 +104,14 @@ class Rollback:
         False
         >>> net.weight.data.fill_(float("nan")) is net.weight.data, rollback.look(float("nan"))
         (False, True)
-        >>> bool(net.weight.isfinite()), rollback.optimizer.param_groups[0]["lr"]
+        >>> bool(net.weight.isfinite()), rollback.optimizers[0].param_groups[0]["lr"]
         (True, 0.5)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         jump: float = 2.0,
         floor: float | None = None,
@@ -113,7 +120,8 @@ class Rollback:
         limit: int = 8,
         every: int = 5,
     ):
-        self.model, self.optimizer = model, optimizer
+        self.model = model
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.jump = checks.number(jump, "jump", above=1)
         self.floor = None if floor is None else checks.number(floor, "floor", above=0)
         self.factor = checks.number(factor, "factor", above=0, below=1, wanted="above 0 and below 1, to lower the rate")
@@ -126,10 +134,19 @@ class Rollback:
         """Returns whether the loss is not finite, or many times the best one so far."""
         return not math.isfinite(loss) or loss > max(self.jump * self.best, self.floor or 0.0)
 
-    def look(self, loss: float) -> bool:
-        """Keeps the present state if the loss is good, and goes back to the last good one if it exploded.
+    def take(self) -> Snapshot:
+        """Returns the present state of the model and the optimizers."""
+        state = Snapshot()
+        state.take(self.model, *self.optimizers)
+        return state
 
-        ``loss`` must be that of the parameters as they are now: look before the optimizer's step.
+    def look(self, loss: float | Tensor, state: Snapshot | None = None) -> bool:
+        """Keeps a state if its loss is good, and goes back to the last good one if it exploded.
+
+        Args:
+            loss: a scalar.
+            state: what :meth:`take` returned when the loss was that of the model. Without it the loss must be that of the
+                parameters as they are now: look before the optimizer's step.
 
         Returns:
             Whether it went back.
@@ -138,6 +155,7 @@ class Rollback:
             ValueError: the loss was not finite from the start.
             DivergedError: it exploded more than ``limit`` times.
         """
+        loss = checks.scalar(loss, "the loss")
         self._above = self._above + 1 if loss > 2 * self.best else 0
         spoiled = self.stuck > 0 and self._above >= self.stuck
         if not (spoiled or self.exploded(loss)):
@@ -145,7 +163,7 @@ class Rollback:
             if self.floor is None:
                 self.floor = loss
             if not self._good or (self._looks % self.every == 0 and loss <= 1.5 * self.best):
-                self._good.take(self.model, self.optimizer)
+                self._good = self.take() if state is None else state
             self._looks += 1
             return False
         what = f"stayed at {loss:.4g}, far above its best {self.best:.4g}" if spoiled else f"exploded to {loss:.4g}"
@@ -166,10 +184,10 @@ class Rollback:
 
     def back(self) -> None:
         """Restores the last good state, with lower learning rates."""
-        rates = [rate * self.factor for rate in self._rates()]
-        self._good.restore(self.model, self.optimizer)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        lowered = [[rate * self.factor for rate in rates_of(optimizer)] for optimizer in self.optimizers]
+        self._good.restore(self.model, *self.optimizers)
+        for optimizer, rates in zip(self.optimizers, lowered, strict=True):
+            set_rates(optimizer, rates)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what it keeps and has counted, for a checkpoint."""
@@ -185,7 +203,7 @@ class Rollback:
         self._good.load_state_dict(state["good"])
 
     def _rates(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups]
+        return [rate for optimizer in self.optimizers for rate in rates_of(optimizer)]
 
 
 Rescue = Rollback  # the name of older versions

@@ -25,6 +25,7 @@ from torchdyn_mintime.core import (
     reference_solution,
 )
 from torchdyn_mintime.depth.compress import copied
+from torchdyn_mintime.depth.rows import RowsOf
 from torchdyn_mintime.depth.shallowest import Shallowest
 from torchdyn_mintime.depth.solver_fit import (
     HELD_OUT,
@@ -74,11 +75,12 @@ def compress_sampler(
     solver must meet ``tol`` on all of it, and a field that was trained on each batch of it.
 
     What belongs to the rows of ``x0`` goes with them: Hutchinson's noise, which is drawn once and held, tensors in ``args``,
-    and labels or contexts as attributes of the field's modules (tensors with as many rows as ``x0``).
+    and labels or contexts as attributes or buffers of the field's modules (tensors with as many rows as ``x0``).
 
     Args:
         model: a ``NeuralODE`` or a :class:`LearnableSpan`, whose field is trained. Its solver plays no part. The interval is
-            that of a LearnableSpan, or the first and last time of a bare node's ``t_span`` ([0, 1] where it has none).
+            that of a LearnableSpan, or the first and last time of a bare node's ``t_span`` ([0, 1] where it has none), which
+            must ascend: ``inverse=True`` is for solves down.
         x0: initial states ``[n, ...]`` as they will be in use, some thousands: the field is fitted to them.
         tol: how far the copy's ends may be from those of ``model``, as root of the mean square relative to the displacement.
         solver_tol, options: those of :class:`~torchdyn_mintime.Shallowest` (``budget``, ``solvers``, ``accept``).
@@ -121,9 +123,16 @@ def compress_sampler(
             "no parameter of the field requires a gradient, so that its copy cannot be trained; call requires_grad_() on the "
             "field, or use fit_solver, which leaves it as it is"
         )
-    times = interval_of(made)[:: -1 if inverse else 1]
+    times = interval_of(made)
+    if times[0] > times[1]:
+        up, call = times[::-1], "without a span" if inverse else f"as sampler(x, torch.tensor({times}))"
+        raise ValueError(
+            f"the node's t_span descends, from {times[0]:g} to {times[1]:g}, but those of the copy, a LearnableSpan, ascend: "
+            f"set node.t_span = torch.tensor({up}), give inverse={not inverse}, and call the copy {call}"
+        )
+    times = times[:: -1 if inverse else 1]
     x0 = x0.detach().clone()
-    states = _States(made, x0, args)
+    states = _States(made, x0, args, times[0])
     exact = _ends(made, states, times)
     order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0)).to(x0.device)
     kept = max(1, len(x0) // HELD_OUT)
@@ -131,11 +140,9 @@ def compress_sampler(
     few = fitted[:FITTED]
 
     def fit(of: NeuralODE | LearnableSpan, evaluations: int, reference: Tensor | None = None) -> SolverFit:
-        # A span's times ascend; a node that is solved backward by itself is fitted as it is.
-        back = times[0] > times[1] if isinstance(of, LearnableSpan) else inverse
         with states.of(few) as (x, own):
             return fit_solver(
-                of, x, evaluations=evaluations, reference=reference, inverse=back, args=own, progress=False
+                of, x, evaluations=evaluations, reference=reference, inverse=inverse, args=own, progress=False
             )
 
     def refitted(span: LearnableSpan, stages: int) -> LearnableSolver:
@@ -191,32 +198,22 @@ def compress_sampler(
 
 
 class _States:
-    """The states of a sampler, and what belongs to their rows: tensors in ``args``, and attributes of the field's modules."""
+    """The states of a sampler, and what belongs to their rows."""
 
-    def __init__(self, model: Any, x0: Tensor, args: Mapping[str, Any] | None):
-        self.x0, self.args = x0, args
-        modules = list(model.vf.modules())
+    def __init__(self, model: Any, x0: Tensor, args: Mapping[str, Any] | None, t: float):
+        self.x0 = x0
         with random_kept(x0):
-            for module in modules:
+            for module in model.vf.modules():
                 if getattr(module, "noise_dist", None) is not None:
                     module.noise, module.noise_dist = module.noise_dist.sample((len(x0),)).to(x0), None
-        self._attributes = [(m, name, v) for m in modules for name, v in vars(m).items() if self._of_rows(v)]
-
-    def _of_rows(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.x0)
+            with torch.no_grad(), _field(model).beside(x0, args) as bound:
+                self._rows = RowsOf(bound, x0, t)
 
     @contextmanager
-    def of(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
-        """Gives the states of some rows and their ``args``; the field's attributes are those of these rows meanwhile."""
-        args = self.args
-        own = None if args is None else {k: v[rows] if self._of_rows(v) else v for k, v in args.items()}
-        for module, name, value in self._attributes:
-            setattr(module, name, value[rows])
-        try:
-            yield self.x0[rows], own
-        finally:
-            for module, name, value in self._attributes:
-                setattr(module, name, value)
+    def of(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Gives the states of some rows and their ``args``; what the field's modules hold is of these rows meanwhile."""
+        with self._rows.of(rows):
+            yield self.x0[rows], self._rows.args
 
 
 class _Called(nn.Module):
@@ -243,10 +240,14 @@ def _span(node: Any) -> LearnableSpan:
     return span
 
 
+def _field(model: Any) -> Field:
+    return Field(model.node if isinstance(model, LearnableSpan) else model)
+
+
 @torch.no_grad()
 def _ends(model: Any, states: _States, times: list[float]) -> Tensor:
     """Returns the exact ends of the states."""
-    field, ends = Field(model.node if isinstance(model, LearnableSpan) else model), []
+    field, ends = _field(model), []
     for rows in torch.arange(len(states.x0), device=states.x0.device).split(BATCH):
         with states.of(rows) as (x, args), field.beside(x, args) as bound:
             check_repeats(bound, x, times[0])

@@ -1,6 +1,7 @@
 """The model whose depth is searched for, and its optimizers: how steps are laid, what is trained, and how all is put back."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from torchdyn_mintime.core import (
     undisturbed,
     untraced,
 )
+from torchdyn_mintime.depth.rates import rates_of, set_rates
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.trials import Depth
 from torchdyn_mintime.losses.step_count import StepCount
@@ -145,13 +147,12 @@ class SearchedModel:
     @property
     def rates(self) -> list[list[float]]:
         """The learning rates, a list for each optimizer. They can be set."""
-        return [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        return [rates_of(optimizer) for optimizer in self.optimizers]
 
     @rates.setter
     def rates(self, values: list[list[float]]) -> None:
         for optimizer, rates in zip(self.optimizers, values, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            set_rates(optimizer, rates)
 
     def scale_rates(self, factor: float) -> None:
         """Multiplies all learning rates, those of learned solvers too."""
@@ -259,24 +260,45 @@ class SearchedModel:
         found = [span.solver.free for span in self.spans if isinstance(span.solver, LearnableSolver)]
         self._coefficients = torch.optim.Adam(found, lr=SOLVER_RATE) if found else None
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Clips the gradients that an optimizer is about to use, and steps the learned solvers beside it."""
-        own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        learned = [] if self._coefficients is None else self._coefficients.param_groups[0]["params"]
-        learned = [p for p in learned if p.grad is not None and not any(p is q for q in own)]
-        if learned:
-            self.share_gradients([p.grad for p in learned])
-        nn.utils.clip_grad_norm_([*own, *learned], MOST_GRADIENT)
-        factor = min(1.0, (self._warm + 1) / WARM_UP)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Clips the gradients that an optimizer is about to use, and lets its first steps be short."""
         self._held_rates = self.rates
+        factor = min(1.0, (self._warm + 1) / WARM_UP)
         if factor < 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] *= factor
-        if self._coefficients is not None and learned:
-            self._coefficients.step()
-            self._coefficients.zero_grad()
+            set_rates(optimizer, [factor * rate for rate in rates_of(optimizer)])
+        given = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first is the optimizer
+        if given is None:
+            self._clip(optimizer)
+            return None
+        if isinstance(optimizer, torch.optim.LBFGS):  # which compares the gradients of several calls
+            return None
+
+        @functools.wraps(given)
+        def closure() -> Any:  # the gradients are made in it
+            value = given()
+            self._clip(optimizer)
+            return value
+
+        return args[:1], {**kwargs, "closure": closure}
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        learned = self._learned_beside(optimizer)
+        if learned:
+            self.share_gradients([p.grad for p in learned if p.grad is not None])
+        nn.utils.clip_grad_norm_([*own, *learned], MOST_GRADIENT)
+
+    def _learned_beside(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Returns the coefficients with a gradient that the optimizer does not have itself."""
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        held = [] if self._coefficients is None else self._coefficients.param_groups[0]["params"]
+        return [p for p in held if p.grad is not None and p not in own]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Steps the learned solvers beside an optimizer, by the gradients that it has used."""
+        if self._coefficients is not None and self._learned_beside(optimizer):
+            self._coefficients.step()
+            self._coefficients.zero_grad()
         self.rates = self._held_rates
         self._warm += optimizer is self.optimizers[-1]
 

@@ -23,7 +23,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any
@@ -231,9 +231,15 @@ class Shallowest:
     # ----------------------------------------------------------------------------------------------- driving a search
 
     def start(self, model: nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
-        """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile."""
+        """Takes hold of the model and its optimizers, and sets every span to its first depth. Times are frozen meanwhile.
+
+        Raises:
+            ValueError: the search has begun with another model.
+        """
         refuse_shards(model, "the search")
         if self._searched is not None:
+            if self._searched.model is not model:
+                raise ValueError("this search is that of another model; make a new Shallowest for each model")
             self._searched.release(True)
         self._searched = searched = SearchedModel(model, optimizers, self._instead)
         searched.fresh_solver = self.fresh_solver
@@ -388,9 +394,10 @@ class Shallowest:
         Raises:
             ValueError: there is no batch, or the model has nothing to train.
         """
-        if isinstance(batches, Tensor):
-            raise TypeError("batches must be a list or a loader of batches; got a tensor: pass [x] for one batch")
-        if not isinstance(batches, Sized):
+        for name, given in (("batches", batches), ("held_out", held_out)):
+            if isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a list or a loader of batches; got a tensor: pass [x] for one batch")
+        if not _has_length(batches):
             batches = list(batches)  # gone through many times
         kept = None if held_out is None else list(held_out)
         times = set(times_of(require_spans(model)))
@@ -425,7 +432,7 @@ class Shallowest:
         self.start(model, optimizer)
         try:
             model.train()
-            self._looks, self.batches_seen_together = looks, len(batches)
+            self._looks, self.batches_seen_together = looks, len(batches)  # type: ignore[arg-type]
             if (
                 self.first is not None
                 and not self._iterations
@@ -458,6 +465,7 @@ class Shallowest:
                     "the loss has no gradient, so it cannot be trained. A count, such as an accuracy, can be one more "
                     "condition: accept=function. Parameters that are frozen, or torch.no_grad() around, leave it none either"
                 )
+            checks.scalar(value, "the loss")
             optimizer.zero_grad()
             (value + self.penalty(closure)).backward()
             optimizer.step()
@@ -690,7 +698,7 @@ class Shallowest:
         if math.isfinite(found.reference_loss) and not held_out:
             trial.reference_loss = found.reference_loss
         trial.held_out_loss = max(self._held_out_losses, default=math.inf)
-        trial.passed, trial.missed = found.passed, "held-out loss" if held_out else found.missed
+        trial.missed = "held-out loss" if held_out else found.missed
         return found
 
     def _remembered(self, looks: Iterable[Look]) -> Iterator[Look]:
@@ -726,6 +734,7 @@ class Shallowest:
         state = Snapshot()
         state.take(self._require_start().model)
         self._found[len(self.trials) - 1] = state
+        self._stage.trial.passed = True  # only now: what ends the search before must not look for the state
         if self._stage.drops:  # the rate before was too high to come to rest within the bounds
             self._rates = self._require_start().rates
         self._next()
@@ -826,6 +835,9 @@ class Shallowest:
         """
         if missing := [name for name in ("trials", "iterations", "initial") if name not in state]:
             raise ValueError(f"this is no state of a Shallowest: {missing} are missing; got the keys {sorted(state)}")
+        if self._searched is not None:
+            self._searched.release(True)
+            self._searched = None  # the state may be that of a search of another model
         # Before this version the loss was that of the training until a look had measured it.
         self.trials = [Trial(**{"training_loss": t["loss"], **t}) for t in state["trials"]]
         self._iterations, self._restarts = state["iterations"], state["restarts"]
@@ -875,6 +887,14 @@ def _names_of(solvers: Any) -> tuple[str, ...]:
                 f"solvers={list(names)} must be of {', '.join(known)}, which have fixed steps; got {name!r}"
             )
     return names
+
+
+def _has_length(batches: Iterable[Any]) -> bool:
+    """Returns whether it is known how many batches there are; a loader of a data set that is a stream does not know."""
+    try:
+        return len(batches) >= 0  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def _input_of(batch: Any) -> Any:

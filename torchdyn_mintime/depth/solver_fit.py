@@ -84,10 +84,13 @@ class SolverFit:
     """A solver fitted to a field.
 
     Attributes:
-        node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn; call
-            it without a span, since it takes one step between any two points of the span it is given. Its ``t_span`` has
-            two points, descending for ``inverse=True``. torchdyn's own nodes do not pass ``args`` on: where the field takes
-            some, call ``LearnableSpan(fit.node)``, which does.
+        node: a ``NeuralODE`` over the same field, whose ``solver`` is the fitted one, frozen. It runs in plain torchdyn where
+            the field does: one that takes the time needs the signature ``(t, x, args=None)``. Call it without a span, since
+            it takes one step between any two points of the span it is given. Its ``t_span`` has two points, descending for
+            ``inverse=True``. torchdyn's own nodes do not pass ``args`` on. Where the field takes some, or has the signature
+            ``(t, x)``, solve by ``span = LearnableSpan(fit.node)`` and ``span(x, args=args)``. For ``inverse=True`` these
+            are ``LearnableSpan(fit.node, fit.node.t_span.flip(0))``, since the times of a span ascend, and
+            ``span(x, fit.node.t_span, args=args)``.
         evaluations: how often a solve evaluates the field.
         error: the error of the fitted solver, on states held out of the fit.
         others: that of stock solvers with as many evaluations, by name, where their number divides.
@@ -137,7 +140,8 @@ def fit_solver(
             likelihood is wanted. A solver fitted forward may be no better than midpoint there, and a LearnableSpan warns. A
             span takes both, each in its direction, after ``forward.node.solver.other = backward.node.solver``; for flows
             :meth:`FlowModel.fit_solvers <torchdyn_mintime.flows.FlowModel.fit_solvers>` does so.
-        args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``.
+        args: passed on to a field that takes ``args``; tensors in it belong to the rows of ``x0``. Solves then need a
+            LearnableSpan, see :class:`SolverFit`.
         log_density: which column of the state is a log-density, whose error has a size of its own. Default: the first one of
             the rates of torchdyn's ``CNF``, and none of other fields.
         progress: whether to show a bar, or a line in 20 seconds where there is no terminal.

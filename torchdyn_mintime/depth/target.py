@@ -119,7 +119,7 @@ class TargetLoss:
         self._steps = 0
         self._log_loss = 0.0
         self._ratio: float | None = None  # of the loss that was judged to the level of the steps then
-        self._size = [0.0] * len(self._spans)
+        self._size = [0.0] * (2 * len(self._spans))  # of the gradients of every t_f, and then of every t0
         self._state = Snapshot()
 
     @property
@@ -164,9 +164,9 @@ class TargetLoss:
         self.weight *= math.exp(PRICE_RATE * min(max(gap, -1.0), 1.0))
         # The part of the price that answers at once damps the swing between the two updates.
         price = self.weight * min(max(self.target / max(value, 1e-12), 0.1), 10.0)
-        for i, span in enumerate(self._spans):
-            if span.t_f.grad is not None:
-                self._move(i, span, price, beta)
+        for i, (end, span) in enumerate(itertools.product((True, False), self._spans)):
+            if (span.t_f if end else span.t0).grad is not None:
+                self._move(i, span, end, price, beta)
 
     def judge(self, loss: float | Tensor) -> None:
         """Compares the loss of the model as it is with the target: the loss over all data that count, such as validation data.
@@ -202,12 +202,13 @@ class TargetLoss:
         return mean if count == 1 else mean + 2 * math.sqrt(squares / (count - 1) / count)
 
     @torch.no_grad()
-    def _move(self, i: int, span: LearnableSpan, price: float, beta: float) -> None:
+    def _move(self, i: int, span: LearnableSpan, end: bool, price: float, beta: float) -> None:
+        """Moves t_f, or t0 where it is learned, by its gradient in the logarithm of the duration."""
         t0, t_f = span.t0.item(), span.t_f.item()
-        duration = t_f - t0
-        assert span.t_f.grad is not None
-        gradient = span.t_f.grad.item() * duration
-        span.t_f.grad = None  # left here, it would make the optimizer move t_f once more
+        duration, time = t_f - t0, span.t_f if end else span.t0
+        assert time.grad is not None
+        gradient = time.grad.item() * (duration if end else -duration)
+        time.grad = None  # left here, it would make the optimizer move the time once more
         if not math.isfinite(gradient):  # a gradient scaler skips such a step too
             return
         self._size[i] = beta * self._size[i] + (1 - beta) * abs(gradient)
@@ -216,7 +217,7 @@ class TargetLoss:
         size = max(self._size[i], 1e-30)
         slope = (min(max(gradient, -3 * size), 3 * size) + cost) / (size + cost)
         factor = math.exp(-TIME_RATE * min(max(slope, -1.0), 1.0))
-        span.t_f.fill_(t0 + duration * factor)
+        time.fill_(t0 + duration * factor if end else t_f - duration * factor)
         span.clip_()
 
     def _holds(self, value: float, smooth: float) -> bool:
@@ -256,7 +257,8 @@ class TargetLoss:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state_dict`."""
         self.weight, self.best, self._steps = state["weight"], state["best"], state["steps"]
-        self._log_loss, self._size = state["log_loss"], list(state["size"])
+        self._log_loss = state["log_loss"]
+        self._size = [*state["size"], *[0.0] * (2 * len(self._spans) - len(state["size"]))]  # once of t_f alone
         self._ratio = state.get("ratio")
         self._recent.clear()
         self._recent.extend(state.get("recent", ()))  # version 0.1.0 knew the last loss alone

@@ -90,8 +90,9 @@ class GaussNewtonTime(torch.optim.Optimizer):
             state["slope"].lerp_(slope, 1 - group["decay"])
             state["curvature"].lerp_(curvature, 1 - group["decay"])
         state["step"] += 1
-        if state["step"] % group["every"] == 0 and state["curvature"].item() > 0:
-            p.sub_(group["lr"] * state["slope"] / state["curvature"])
+        due = state["step"] % group["every"] == 0 and state["curvature"].item() > 0
+        # Written in any case: a span sees by it that an optimizer has its time, which may not move for long.
+        p.sub_(group["lr"] * state["slope"] / state["curvature"] if due else 0.0)
 
 
 class CoordinateDescent:

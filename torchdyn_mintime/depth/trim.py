@@ -9,6 +9,7 @@ kept is taken, and of those the latest end: an earlier one changes what the mode
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -137,8 +138,9 @@ def trim(
     equal parts of its interval. Few large steps may keep the loss and be a discrete network rather than the ODE: look
     at ``solver_error`` of the result, or give ``solver_tol``.
 
-    Where the model uses more of the trajectory than its last state, such as a loss on a series, the end stays, and a span of
-    fixed steps takes fewer of them. The model must ask for its times by ``save_at=``.
+    The end stays, and a span of fixed steps takes fewer of them, where the model asks for times by ``save_at=`` or
+    ``dense=True``, solves from t_f back to t0, or uses more of the trajectory than its last state, such as a loss on a series.
+    The model must ask for the times of a series by ``save_at=``.
 
     Args:
         model: a LearnableSpan, or a module that holds some.
@@ -158,7 +160,9 @@ def trim(
     Raises:
         ValueError: the loss is above the threshold as it is, or the solver error above its tolerance; or the model uses the
             states at the points of a span that it passes, or passes a span that is a part of the learned interval.
-        TypeError, ValueError: an argument cannot be used. The model is as before.
+        TypeError, ValueError: an argument cannot be used.
+
+        Whatever is raised, the model is as before.
 
     Example:
         >>> from torchdyn.core import NeuralODE
@@ -179,7 +183,7 @@ def trim(
         solver_tol = checks.positive(solver_tol, "solver_tol")
     prepared = as_batches(batches)
     x = prepared[0][0]
-    with evaluating(model), undisturbed(model):
+    with evaluating(model), undisturbed(model), _put_back_on_error(model):
         before = mean_loss(model, prepared, loss)[0]
         if not math.isfinite(before):
             raise ValueError(f"the loss is {before} as the model is; nothing can be kept of it")
@@ -191,10 +195,12 @@ def trim(
             raise ValueError(f"the solver error is {error:.3g}, above solver_tol={solver_tol:.3g} already")
         for name, span in found:
             _refuse_a_part(name, span)
-        whole = {span for _, span in found if _uses_trajectory(model, span, x)}
-        for span in whole:
-            if not (keep_step or span.adaptive or span.pinned):  # of a pinned one no span that is passed counts
-                _refuse_passed_points(model, span, x)
+        settled = {span for _, span in found if _settles_the_end(span)}
+        for _, span in found:
+            if _uses_trajectory(model, span, x):
+                settled.add(span)
+                if not (keep_step or span.adaptive or span.pinned):  # of a pinned one no span that is passed counts
+                    _refuse_passed_points(model, span, x)
         _settle(model, [span for _, span in found], x)
 
         def figures() -> list[tuple[Any, ...]]:
@@ -203,13 +209,33 @@ def trim(
 
         old = figures()
         search = _Search(model, prepared, loss, threshold, slack, solver_tol, keep_step)
-        tried = [search.trim(span, span in whole) for _, span in found]
+        tried = [search.trim(span, span in settled) for _, span in found]
         saved = [
             TrimmedSpan(name, t_f=(was[0], now[0]), steps=(was[1], now[1]), nfe=(was[2], now[2]), tried=tuple(rows))
             for (name, _), was, now, rows in zip(found, old, figures(), tried, strict=True)
         ]
         after = mean_loss(model, prepared, loss)[0]
         return Trimmed(tuple(saved), (before, after), (error, solver_error(model, x)), threshold, search.evaluations)
+
+
+@contextmanager
+def _put_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts the spans of ``model`` back as they are now if something is raised."""
+    held = [(span, span.interval, span.t0.item(), span.t_f.item()) for _, span in named_spans(model)]
+    try:
+        yield
+    except BaseException:
+        for span, interval, t0, t_f in held:
+            span.interval = interval
+            span.t0.fill_(t0)
+            span.t_f.fill_(t_f)
+        raise
+
+
+def _settles_the_end(span: LearnableSpan) -> bool:
+    """Returns whether another t_f would change more of the last call than where its solve ends: its start, its times."""
+    last = last_solve(span)
+    return last.steps[0] > last.steps[-1] or last.grid.keep is not None or last.grid.dense is not None
 
 
 def _uses_trajectory(model: nn.Module, span: LearnableSpan, x: Tensor) -> bool:
@@ -310,11 +336,11 @@ class _Search:
         # (steps, end) -> loss, of what was looked at.
         self._losses: dict[tuple[int, float], float] = {}
 
-    def trim(self, span: LearnableSpan, trajectory: bool) -> list[StepsTried]:
+    def trim(self, span: LearnableSpan, settled: bool) -> list[StepsTried]:
         """Sets the first candidate that the whole model agrees to; the span stays as it is where there is none.
 
         Args:
-            trajectory: whether the loss sees more of the solve than its end, which then stays.
+            settled: whether the end stays.
 
         Returns:
             What each number of steps would have cost.
@@ -328,7 +354,7 @@ class _Search:
         kept, t_f, tol = span.interval, span.t_f.item(), self.solver_tol
         only_time = span.adaptive or self.keep_step
         candidates: Iterable[list[float]] = ()
-        if not trajectory:
+        if not settled:
             candidates = self._earlier_ends(span) if only_time else self._fewer_steps(span)
         elif not only_time:
             t0 = span.t0.item()
@@ -343,7 +369,7 @@ class _Search:
                 # The march saw the loss at these steps; the model itself has the last word.
                 before = span.node.vf.nfe
                 value = mean_loss(self.model, self.batches, self.loss)[0]
-                if trajectory:
+                if settled:
                     self._losses[len(nodes) - 1, t_f] = value
                     self.evaluations += int(span.node.vf.nfe - before)
                 if value <= self.threshold and (tol is None or solver_error(self.model, self.batches[0][0]) <= tol):

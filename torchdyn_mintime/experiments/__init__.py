@@ -30,4 +30,4 @@ class UsageError(ValueError):
 
 
 class MissingData(RuntimeError):
-    """A data set is not there. The message says how to get it."""
+    """A data set is not there, or damaged. The message says how to get it."""

@@ -111,6 +111,8 @@ def compress(
 def _record_of(checkpoint: Path) -> tuple[Plan, dict[str, Any]]:
     """Returns the plan and the figures of a finished run."""
     try:
+        if checkpoint.suffix != ".pt":
+            raise ValueError("its name does not end in .pt")
         record = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
         plan = record["plan"]
         return Plan(plan["task"], plan["method"], Settings(**plan["settings"])), record["result"]
@@ -173,12 +175,13 @@ def _write(model: models.Model, plan: Plan, data: datasets.Data, path: Path) -> 
     """Takes the span out of the model, and writes the model's state, grid and solver."""
     name, solver = model.node.stepper.name, model.node.solver
     with torch.no_grad():
+        model.t_span = model.node.grid()  # what is passed at every call
         unwrap(model, data.x_test[:8])
-    model.t_span = model.node.t_span  # what is passed at every call
+    model.t_span = model.node.t_span
     path.parent.mkdir(parents=True, exist_ok=True)
     how = "model.node = NeuralODE(field, solver=solver); model.node.t_span = t_span; model.load_state_dict(state)"
     if isinstance(solver, LearnableSolver):
-        how = f"from torchdyn_mintime import LearnableSolver; solver = LearnableSolver({solver.stages}); {how}"
+        how = f"from torchdyn_mintime import LearnableSolver; solver = LearnableSolver({solver.extra_repr()}); {how}"
     kept = {"state": model.state_dict(), "t_span": model.node.t_span, "solver": name, "task": plan.task, "how": how}
     torch.save(kept, path)
     return path

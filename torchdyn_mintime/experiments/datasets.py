@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn import functional
 
-from torchdyn_mintime.experiments import MissingData, UsageError
+from torchdyn_mintime.experiments import MissingData
 
 __all__ = [
     "Batches",
@@ -264,8 +264,7 @@ def cifar10(seed: int, subset: int | None = None, source: Source | None = None) 
         source: where the files are.
 
     Raises:
-        MissingData: the files were not found.
-        UsageError: a file is damaged.
+        MissingData: the files were not found, or one is damaged.
     """
     source = source or Source()
     try:
@@ -290,7 +289,7 @@ def _read_cifar(path: Path) -> tuple[Tensor, Tensor]:
         if x.dtype != np.uint8 or x.shape != (len(y), 3072):
             raise ValueError(f"pixels of the type {x.dtype} and the shape {x.shape} for {len(y)} labels")
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ValueError, TypeError) as error:
-        raise UsageError(f"{path.name} is no batch of CIFAR-10 images ({error}); download it again") from error
+        raise MissingData(f"{path.name} is no batch of CIFAR-10 images ({error}); download it again") from error
     return torch.from_numpy(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()), torch.from_numpy(y).long()
 
 
@@ -328,20 +327,20 @@ def _read_idx(path: Path) -> Tensor:
         try:
             raw = gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
-            raise UsageError(f"{path.name} cannot be unpacked: {error}; download it again") from error
+            raise MissingData(f"{path.name} cannot be unpacked: {error}; download it again") from error
     if raw[:3] != b"\0\0\x08":
-        raise UsageError(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
+        raise MissingData(f"{path.name} is not an IDX file of bytes: it starts with {raw[:4]!r}")
     dimensions, begin = raw[3] if len(raw) > 3 else 0, 4
     begin += 4 * dimensions
     # Labels have one dimension and images three. A file that has others was swapped with another file.
     expected = 1 if "labels" in path.name else 3
     if dimensions != expected or len(raw) < begin:
-        raise UsageError(
+        raise MissingData(
             f"{path.name} is damaged: its {len(raw)} bytes name {dimensions} dimensions, not {expected}; download it again"
         )
     shape = np.frombuffer(raw, ">u4", dimensions, 4).tolist()
     if len(raw) - begin != math.prod(shape):
-        raise UsageError(
+        raise MissingData(
             f"{path.name} is damaged: {len(raw) - begin} entries, not the {math.prod(shape)} of {shape}; download it again"
         )
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy())

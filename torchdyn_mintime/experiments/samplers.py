@@ -18,7 +18,7 @@ from torchdyn_mintime import LearnableSpan, compress_sampler, fit_solver, plots
 from torchdyn_mintime.experiments import UsageError, names
 from torchdyn_mintime.experiments.datasets import seeded
 from torchdyn_mintime.experiments.results import frame_of, markdown, print_table, write
-from torchdyn_mintime.experiments.store import Store
+from torchdyn_mintime.experiments.store import Store, put, reading
 
 __all__ = ["Velocity", "distance", "eight_gaussians", "exact_ends", "matched", "moons", "run"]
 
@@ -124,7 +124,7 @@ def run(methods: Sequence[str], seeds: Sequence[int], iterations: int | None, ou
         A row for each method, seed and number of evaluations.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: there is no such method, or the file of a field is damaged.
     """
     methods = methods or tuple(names.SAMPLER_METHODS)
     if unknown := [name for name in methods if name not in names.SAMPLER_METHODS]:
@@ -159,11 +159,11 @@ def _field(seed: int, iterations: int, store: Store) -> nn.Module:
     """Returns the field from the store's folder, or trains it and puts it there."""
     path, field = store.folder / f"sampler-moons-seed{seed}-{iterations}.pt", Velocity()
     if path.exists():
-        field.load_state_dict(torch.load(path))
+        with reading(path):
+            field.load_state_dict(torch.load(path))
         return field.eval()
     matched(eight_gaussians, moons, field, iterations, progress=not store.console.quiet)
-    store.folder.mkdir(parents=True, exist_ok=True)
-    torch.save(field.state_dict(), path)
+    put(path, partial(torch.save, field.state_dict()))
     return field
 
 

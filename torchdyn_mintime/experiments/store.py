@@ -3,13 +3,16 @@
 import hashlib
 import json
 import math
+import pickle
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from torchdyn_mintime.experiments.context import History, Settings
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import Run, race
 
-__all__ = ["Plan", "Store", "load_model"]
+__all__ = ["Plan", "Store", "load_model", "put", "reading"]
 
 CHECKPOINT_SECONDS = 20.0
 """Unfinished runs are saved after so many seconds."""
@@ -47,12 +50,50 @@ class Plan:
         return f"{self.task}-{self.method.replace(':', '-')}-seed{self.settings.seed}-{digest}"
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says of a file that is missing, cut or of another kind which files to remove.
+
+    Raises:
+        UsageError: in the place of the error that the file gave.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{path} is missing or damaged ({type(error).__name__}); remove {path.with_suffix('.*')}, and train it again"
+        ) from error
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file of which no other process, with the same folder, sees or writes a part.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        write(part)
+        part.replace(path)
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    put(path, lambda part: part.write_text(json.dumps(record) + "\n", encoding="utf-8"))
+
+
 def load_model(plan: Plan, path: Path) -> models.Model:
-    """Returns the trained model of a finished plan from its ``.pt`` file."""
+    """Returns the trained model of a finished plan from its ``.pt`` file.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
     task = TASKS[plan.task]
     with torch.random.fork_rng(devices=[]):
         model = task.model(task.method(plan.method), plan.settings)
-    model.load_state_dict(torch.load(path))
+    with reading(path):
+        model.load_state_dict(torch.load(path))
     return model
 
 
@@ -108,7 +149,7 @@ class Store:
         """Returns the run of a plan, from its checkpoint if it was stopped.
 
         Raises:
-            UsageError: a span, a method or a search refuses the settings.
+            UsageError: a span, a method or a search refuses the settings, or the checkpoint is damaged.
             MissingData: the data is not there.
         """
         task, data = TASKS[plan.task], self.data(plan)
@@ -118,7 +159,8 @@ class Store:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{plan.task}, {plan.method}: {error}") from error
         if path.exists():
-            run.load_state_dict(torch.load(path, map_location=run.device))
+            with reading(path):
+                run.load_state_dict(torch.load(path, map_location=run.device))
             self.console.print(f"{plan.task}, {method.label}: goes on after {len(run.history.loss)} iterations")
         return run
 
@@ -151,10 +193,7 @@ class Store:
 
         if runs and not race(list(runs.values()), self.console, f"{plans[0].task} {plans[0].settings.seed}", advanced):
             kept = "; ".join(checkpoint()) or "every model of this seed, finished"
-            self.console.print(
-                f"Stopped. Saved in {self.folder}: {kept}. The same command goes on from there.", highlight=False
-            )
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"Stopped. Saved in {self.folder}: {kept}. The same command goes on from there.")
         for plan, run in runs.items():
             if not self.has(plan):  # there was nothing to train
                 self.save(plan, run)
@@ -184,7 +223,8 @@ class Store:
         x = self.data(solved[0]).x_test
         actions = [partial(self.model(plan).eval(), x) for plan in solved]
         for plan, seconds in zip(solved, measure.median_seconds(actions, x.device, calls), strict=True):
-            self._write(plan, {**self._record(plan), "result": {**results[plan], "inference": seconds}})
+            timed = {**self._record(plan), "result": {**results[plan], "inference": seconds}}
+            _write(self._path(plan, ".json"), timed)
 
     def drive(self, plan: Plan) -> dict[str, float]:
         """Returns the drive: how many times longer torchdyn's own NeuralODE takes than one in a span, by figure.
@@ -197,7 +237,8 @@ class Store:
         """
         path = self._path(plan, ".drive")
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            with reading(path):
+                return json.loads(path.read_text(encoding="utf-8"))
         runs = [self.begin(replace(plan, method=method)) for method in ("torchdyn", "vanilla")]
         began = time.monotonic()
         with measure.single_thread():
@@ -215,35 +256,28 @@ class Store:
             x = self.data(plan).x_test
             bare, wrapped = measure.median_seconds([partial(run.model.eval(), x) for run in runs], x.device)
             found["inference"] = bare / wrapped
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        _write(path, found)
         return found
 
     def save(self, plan: Plan, run: Run) -> dict[str, Any]:
         """Judges a finished run, writes it, removes its checkpoint, and returns its figures."""
         result = run.judge()
-        self.folder.mkdir(parents=True, exist_ok=True)
         searched = run.searched()  # while the model is still on the device of the training
-        torch.save(run.model.cpu().state_dict(), self._path(plan, ".pt"))
+        put(self._path(plan, ".pt"), partial(torch.save, run.model.cpu().state_dict()))
         record = {"plan": asdict(plan), "result": result, "history": asdict(run.history), "search": searched}
-        self._write(plan, record)
+        _write(self._path(plan, ".json"), record)
         self._path(plan, ".checkpoint").unlink(missing_ok=True)
         return result
 
     def checkpoint(self, plan: Plan, run: Run) -> None:
-        """Writes what a stopped run needs to go on."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self._path(plan, ".part")
-        torch.save(run.state_dict(), part)
-        part.replace(self._path(plan, ".checkpoint"))  # so that no half-written file has this name
+        """Writes what a stopped run needs to go on, unless another process has finished the plan."""
+        if not self.has(plan):
+            put(self._path(plan, ".checkpoint"), partial(torch.save, run.state_dict()))
 
     def _record(self, plan: Plan) -> dict[str, Any]:
-        return json.loads(self._path(plan, ".json").read_text(encoding="utf-8"))
-
-    def _write(self, plan: Plan, record: dict[str, Any]) -> None:
-        part = self._path(plan, ".part")
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        part.replace(self._path(plan, ".json"))
+        path = self._path(plan, ".json")
+        with reading(path):
+            return json.loads(path.read_text(encoding="utf-8"))
 
     def _path(self, plan: Plan, suffix: str) -> Path:
         return self.folder / f"{plan.key}{suffix}"

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -318,7 +319,7 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
     """Trains a table's rows and controls, prints the table, and writes it as CSV, JSON and Markdown.
 
     Tables with a search beside minimum time add a line for each task to ``summary.md``. Does not train again what an earlier
-    call has finished. A task whose data is missing is left out, with a note.
+    call has finished. A task whose data is missing is left out, with a note, if the table has others.
 
     Args:
         number: a key of :data:`TABLES`.
@@ -331,12 +332,14 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
         The results, a row for each trained model.
 
     Raises:
-        UsageError: the table has no such task.
+        UsageError: the table has no such task, or nothing could be made, and not for want of data.
+        MissingData: nothing could be made, for want of data.
     """
     (title, sections), console = TABLES[number], store.console
     if unknown := set(only) - set(sections):
         raise UsageError(f"table {number} has no {min(unknown)!r}; its tasks are {', '.join(sections)}")
     results, texts = [], [f"# {title}"]
+    refused: type[Exception] = UsageError
     for name in only or [name for name in sections if name not in LARGE]:
         task, rows = TASKS[name], sections[name]
         report = REPORTS.get(number, task.report)
@@ -345,6 +348,7 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
         except (MissingData, UsageError) as error:
             console.print(f"{task.title}: not run: {error}")
             texts.append(f"## {task.title}\n\nNot run: {error}.")
+            refused = MissingData if isinstance(error, MissingData) else refused
             continue
         heading = _titled(task.title, store.data(plans[rows[0]][0]).files)
         texts.append(show(f"{title}: {heading}", heading, lines, report, console))
@@ -358,9 +362,10 @@ def make(number: str, options: Options, folder: Path, store: Store, only: tuple[
             else:
                 figures.draw_front_of(lines, plans, store, picture)
         figures.draw_flows_of([plans[row][0] for row in rows if row in plans], store, folder / f"table-{name}")
-    found = pd.concat(results) if results else pd.DataFrame()
-    if results:
-        write(found, texts, folder, "-".join(("table", number, *only)), console)
+    if not results:
+        raise refused("none of its tasks could be run")
+    found = pd.concat(results)
+    write(found, texts, folder, "-".join(("table", number, *only)), console)
     return found
 
 
@@ -379,7 +384,8 @@ def make_all(folder: Path, store: Store) -> None:
     for part in ALL:
         store.console.print(f"  table {part.number}, {TASKS[part.only].title}: {part.hours:g} h", highlight=False)
     for part in ALL:
-        make(part.number, part.options, folder, store, (part.only,))
+        with suppress(MissingData, UsageError):  # it is said already
+            make(part.number, part.options, folder, store, (part.only,))
 
 
 def _sum_up(task: str, lines: Sequence[Line], folder: Path) -> None:

@@ -34,7 +34,7 @@ class Task:
         methods: the methods that can be chosen.
         compared: the methods that are trained if none is named.
         options: the options of the command ``run`` that have an effect here, beside --iterations, --seeds, --first-seed and
-            --output. None: all.
+            --output. None: all, as for images.
     """
 
     name: str
@@ -111,12 +111,15 @@ def _fresh(draw: Callable[[int, torch.Generator], Tensor]) -> Callable[[Settings
     return lambda settings, source: datasets.fresh(draw, draw(settings.test, torch.Generator().manual_seed(10_000)))
 
 
+# All but --subset and --width, which are of images: they would change nothing, and keep the run under another name.
+_OPTIONS = ("method", "weight", "start", "target", "lr", "span_lr", "epochs", "data", "download", "device")
 _ANNULI = Task(
     "annuli",
     lambda settings, source: datasets.annuli(settings.seed),
     lambda settings: {"field": models.mlp(3, 32, 3)},
     Settings(iterations=800, lr=0.01, decay=0.999),
     published={"minimum-time": 0.0819, "convergence-rate": 0.09, "combined": 0.0687},
+    options=_OPTIONS,
 )
 # 160 epochs of 60,000 or 50,000 images in batches of 128. The paper gives no weight for MNIST and Fashion-MNIST.
 _MNIST = Task(
@@ -169,6 +172,7 @@ TASKS: dict[str, Task] = {
             lambda settings: {"field": models.mlp(2, 16, 2)},
             Settings(iterations=500, lr=0.1, span_lr=0.01),
             published={"minimum-time": 0.0904, "convergence-rate": 0.10},
+            options=_OPTIONS,
         ),
         Task(
             "moons-augmented",
@@ -176,6 +180,7 @@ TASKS: dict[str, Task] = {
             lambda settings: {"field": models.mlp(3, 16, 3)},
             Settings(iterations=300, lr=0.03, span_lr=0.01),
             published={"minimum-time": 0.0904, "convergence-rate": 0.10},
+            options=_OPTIONS,
         ),
         _ANNULI,
         replace(
@@ -190,6 +195,7 @@ TASKS: dict[str, Task] = {
             lambda settings, source: datasets.digits(settings.seed),
             lambda settings: {"field": models.mlp(32, 64, 32), "before": nn.Linear(64, 32), "head": nn.Linear(32, 10)},
             Settings(iterations=400, lr=0.03, span_lr=0.01, weight=0.5, target=0.05, decay=0.995, batch=128),
+            options=_OPTIONS,
         ),
         _MNIST,
         _FASHION,

@@ -8,13 +8,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchdyn.core import NeuralODE
 
 from torchdyn_mintime.core import LOAD_HINT, LearnableSpan, has_bare, named_spans, replicate_times, wrap
 from torchdyn_mintime.lightning import ranks
 
-__all__ = ["SpanCallback", "loss_of", "monitored"]
+__all__ = ["Monitoring", "SpanCallback", "loss_of", "monitored"]
 
 
 class SpanCallback(ranks.EndTogether):
@@ -69,8 +70,9 @@ class SpanCallback(ranks.EndTogether):
             wrap(pl_module)
         if not list(named_spans(pl_module)):
             raise MisconfigurationException(
-                f"{type(self).__name__} found no NeuralODE in {type(pl_module).__name__}; keep it as an attribute, in an "
-                "nn.Sequential or an nn.ModuleList, where it is registered as a submodule"
+                f"{type(self).__name__} found no NeuralODE in {type(pl_module).__name__}; make it in __init__ (setup and "
+                "configure_model come later than this), and keep it as an attribute, in an nn.Sequential or an "
+                "nn.ModuleList, where it is registered as a submodule"
             )
         if isinstance(trainer.strategy, FSDPStrategy):
             self._keep_times_whole(trainer.strategy, pl_module)
@@ -132,6 +134,46 @@ class SpanCallback(ranks.EndTogether):
         """Returns the spans, each with what is added to the names of its figures."""
         found = list(named_spans(pl_module))
         return [(f"/{name}" if len(found) > 1 else "", span) for name, span in found]
+
+
+class Monitoring(SpanCallback):
+    """Knows whether its metric is one of the validation, and then of which model.
+
+    Attributes:
+        monitor: the name of the metric; None is the loss of the training.
+    """
+
+    monitor: str | None = None
+    _validated = _awaits_validation = False
+    _before_validation: Any = None
+
+    def begin(self) -> None:
+        """Forgets the training before: nothing was validated yet."""
+        super().begin()
+        self._validated, self._before_validation = False, None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sees whether there will be a validation, which may be that of a later epoch."""
+        super().on_train_start(trainer, pl_module)
+        self._awaits_validation = trainer.enable_validation
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers the metric as it was, to see whether the validation logs it."""
+        self._awaits_validation = self._awaits_validation and trainer.sanity_checking
+        self._before_validation = self._metric(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells :meth:`validated`, where a validation in the training has logged the metric."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and self._metric(trainer) is not self._before_validation:
+            self._validated = True
+            self.validated(trainer, pl_module)
+
+    def validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Is called after a validation that logged the metric, with the model that was validated."""
+
+    def _metric(self, trainer: pl.Trainer) -> Any:
+        return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
 
 
 def loss_of(outputs: Any) -> Any:

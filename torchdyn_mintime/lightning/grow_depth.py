@@ -11,20 +11,23 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchdyn_mintime.core import checks, named_spans
 from torchdyn_mintime.depth.growth import DepthGrowth
 from torchdyn_mintime.depth.rollback import DivergedError, Rollback, Snapshot
-from torchdyn_mintime.lightning.base import SpanCallback, loss_of, monitored
+from torchdyn_mintime.lightning.base import Monitoring, loss_of, monitored
 
 __all__ = ["GrowDepth"]
 
 _log = logging.getLogger(__name__)
 
 
-class GrowDepth(SpanCallback):
+class GrowDepth(Monitoring):
     """Grows t_f until a metric is at its threshold, then stops the training: the second stage of Algorithm 2.
 
     Once an epoch the metric is looked at, averaged over all ranks so that they decide the same. A metric that explodes
-    sends the training back to its last good epoch with half the learning rate; a solve that fails inside training_step
-    ends the training with its IntegrationError. Where ``max_t_f`` was reached and the
+    sends the training back to the last state that was good, with half the learning rates, those of schedulers too; a solve
+    that fails inside training_step ends the training with its IntegrationError. Where ``max_t_f`` was reached and the
     metric is still above the threshold, the training stops, says so, and the best model seen is given back.
+
+    A loss of the training steps is that of the model before them. What counts as good or best with it is the model at the
+    beginning of its epoch; with a metric that the validation logs, it is the model that was validated.
 
     No optimizer moves t_f meanwhile; after the training it requires a gradient again if it did before.
 
@@ -81,6 +84,8 @@ class GrowDepth(SpanCallback):
         super().begin()
         self._rollback = None
         self._best, self._kept = math.inf, Snapshot()
+        self._measured = Snapshot()  # what the metric speaks of: the model, and with a rescue its optimizers
+        self._fresh = False
         self._epochs = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -103,10 +108,12 @@ class GrowDepth(SpanCallback):
         """Loads what a checkpoint held, now that the module's own state is loaded."""
         super().on_train_start(trainer, pl_module)
         if self.rescue and trainer.optimizers:
-            self._rollback = Rollback(pl_module, trainer.optimizers[0], every=1)
+            self._rollback = Rollback(pl_module, trainer.optimizers, every=1)
         if loaded := self._take_loaded():
             self._best, self._epochs = loaded.get("best", math.inf), loaded.get("epochs", 0)
             self._kept.load_state_dict(loaded.get("kept"))
+            self._measured.load_state_dict(loaded.get("measured"))
+            self._losses[:], self._validated = loaded.get("losses", []), loaded.get("validated", False)
             if loaded.get("growth"):
                 self.growth.load_state_dict(loaded["growth"])
             if self._rollback is not None and loaded.get("rescue"):
@@ -114,8 +121,21 @@ class GrowDepth(SpanCallback):
         trainer.should_stop = trainer.should_stop or self.growth.done
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins a new average of the loss."""
+        """Begins a new average of the loss, which will be that of the model as it is now."""
         self._losses.clear()
+        if not self._validated:
+            self._measure(pl_module)
+
+    def _measure(self, pl_module: pl.LightningModule) -> None:
+        """Keeps the model as it is now: the next metric is its own."""
+        self._measured = Snapshot() if self._rollback is None else self._rollback.take()
+        if self._rollback is None:
+            self._measured.take(pl_module)
+
+    def validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the model that was validated."""
+        self._fresh = True
+        self._measure(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,14 +151,22 @@ class GrowDepth(SpanCallback):
         """Looks at the metric: grows, stops, or goes back."""
         super().on_train_epoch_end(trainer, pl_module)
         self._epochs += 1
+        if self._validated and not self._fresh:  # no validation in this epoch
+            return
+        self._fresh = False
+        if not self._measured:  # a checkpoint of an older version
+            self._measure(pl_module)
         metric = monitored(trainer, pl_module, self.monitor, self._losses)
+        if metric is None and self.monitor is not None and self._awaits_validation:
+            return
         if metric is None:
             kind = "loss from training_step" if self.monitor is None else "such metric"
             raise MisconfigurationException(
                 f"GrowDepth(monitor={self.monitor!r}) found no {kind}; logged were {sorted(trainer.callback_metrics)}"
             )
         try:
-            if self._rollback is not None and self._rollback.look(metric):
+            if self._rollback is not None and self._rollback.look(metric, self._measured):
+                _lower_schedules(trainer, self._rollback.factor)
                 self.growth.restart()
                 return
         except DivergedError as error:
@@ -148,7 +176,7 @@ class GrowDepth(SpanCallback):
             return
         if metric < self._best:
             self._best = metric
-            self._kept.take(pl_module)
+            self._kept = self._measured.of_model()
         self.growth.step(metric)
         if self.growth.done:
             _log.info("the threshold was met at t_f = %.6g; training stops", self.growth.span.t_f.item())
@@ -176,5 +204,16 @@ class GrowDepth(SpanCallback):
             "rescue": self._rollback and self._rollback.state_dict(),
             "best": self._best,
             "kept": self._kept.state_dict(),
+            "measured": self._measured.state_dict(),
+            "losses": list(self._losses),
+            "validated": self._validated,
             "epochs": self._epochs,
         }
+
+
+def _lower_schedules(trainer: pl.Trainer, factor: float) -> None:
+    """Multiplies the rates that schedulers start from: one that computes its rates from these would undo a lower rate."""
+    for config in trainer.lr_scheduler_configs:
+        rates = getattr(config.scheduler, "base_lrs", None)
+        if rates is not None:
+            config.scheduler.base_lrs = [factor * rate for rate in rates]

@@ -13,14 +13,14 @@ from torch import nn
 
 from torchdyn_mintime.core import LearnableSpan, checks, named_spans, spans
 from torchdyn_mintime.depth.target import LONGEST_WINDOW, TargetLoss
-from torchdyn_mintime.lightning.base import SpanCallback, monitored
+from torchdyn_mintime.lightning.base import Monitoring, monitored
 
 __all__ = ["MinimumTime"]
 
 _log = logging.getLogger(__name__)
 
 
-class MinimumTime(SpanCallback):
+class MinimumTime(Monitoring):
     """Trains every NeuralODE in a Lightning module for minimum time, eq. (13).
 
     Each bare NeuralODE is wrapped in a :class:`LearnableSpan` before the training. With a ``weight``, the gradient of
@@ -68,12 +68,10 @@ class MinimumTime(SpanCallback):
         self.target = None if target is None else checks.positive(target, "target")
         self.price: TargetLoss | None = None
         self._unpriced: list[tuple[nn.Parameter, float]] = []
-        self._validated, self._before_validation = False, None
 
     def begin(self) -> None:
         super().begin()
         self.price = None
-        self._validated, self._before_validation = False, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the times will be trained and not decayed; with a target, begins to find the price of time."""
@@ -167,21 +165,10 @@ class MinimumTime(SpanCallback):
         else:
             self.price.step(value)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remembers the metric as it was, to see whether the validation logs it."""
-        self._before_validation = self._metric(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With a target for a metric of the validation: holds it against the target."""
-        if self.price is None or self.monitor is None or trainer.sanity_checking:
-            return
-        if self._metric(trainer) is not self._before_validation:
-            self._validated = True
-            if (value := monitored(trainer, pl_module, self.monitor, [])) is not None:
-                self.price.judge(value)
-
-    def _metric(self, trainer: pl.Trainer) -> Any:
-        return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        if self.price is not None and (value := monitored(trainer, pl_module, self.monitor, [])) is not None:
+            self.price.judge(value)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Clips by eq. (14), and logs."""

@@ -1,25 +1,32 @@
 """The search for the fewest evaluations in a Trainer."""
 
-import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torchmetrics import Metric
 
 from torchdyn_mintime.core import checks, evaluating, freeze_times, spans
 from torchdyn_mintime.depth import shallowest as search
 from torchdyn_mintime.lightning import ranks
+from torchdyn_mintime.lightning.apart import metrics_apart, recorded_logs
 from torchdyn_mintime.lightning.base import SpanCallback, loss_of
 from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
 __all__ = ["Shallowest"]
+
+LONGEST_PASS = 1000
+"""So many batches count as a pass where there are more, or as long as nobody knows how many there are."""
 
 
 class Shallowest(SpanCallback):
@@ -31,9 +38,9 @@ class Shallowest(SpanCallback):
 
     Args:
         target, slack, solver_tol, budget, solvers, accept: those of :class:`torchdyn_mintime.Shallowest`.
-        monitor: the name of a metric that ``validation_step`` logs. The target, or the slack, then holds for this metric
-            and not for the training loss. The search takes its mean over the validation batches, with the steps taken and
-            with the ODE solved exactly.
+        monitor: the name of a metric that ``validation_step`` logs, a number or a torchmetrics object. The target, or the
+            slack, then holds for this metric and not for the training loss. The search takes it over the validation
+            batches (of numbers the mean), with the steps taken and with the ODE solved exactly.
         mode: "min" if a smaller ``monitor`` is better, "max" if a larger one is. With "max" the losses of the trials are the
             metric with a minus sign.
 
@@ -43,6 +50,8 @@ class Shallowest(SpanCallback):
 
     Raises:
         ValueError: a bound that cannot be used.
+        MisconfigurationException: the module optimizes by hand, an average of the weights is taken beside the search, or
+            the monitored metric is not logged.
 
     Logs:
         ``t_f`` and ``nfe`` for the trainer's logger. What is tried, and why, goes to the ``torchdyn_mintime`` logger.
@@ -83,6 +92,7 @@ class Shallowest(SpanCallback):
         """Wraps every NeuralODE, and freezes the times before a strategy takes hold of the parameters."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            _refuse_what_it_cannot_train(trainer, pl_module)
             for time in freeze_times(spans(pl_module)):
                 self._undo.callback(time.requires_grad_)
 
@@ -106,7 +116,7 @@ class Shallowest(SpanCallback):
         if self.monitor is not None:
             found.judge = functools.partial(self._validated, trainer, pl_module)
             found.figure, found.sign = self.monitor, self._sign
-        found.batches_seen_together = max(1, int(min(trainer.num_training_batches, 1000)))
+        found.batches_seen_together = max(1, int(min(trainer.num_training_batches, LONGEST_PASS)))
         if self._whole is not None:
             pl_module.load_state_dict(self._whole)
         found.start(pl_module, trainer.optimizers)
@@ -125,7 +135,7 @@ class Shallowest(SpanCallback):
             step = functools.partial(original, *args, **kwargs)
 
             def again() -> Tensor:
-                with _recorded_logs(pl_module, None):
+                with recorded_logs(pl_module), metrics_apart(pl_module):
                     found = loss_of(step())
                 return loss.new_tensor(math.nan) if found is None else found
 
@@ -153,6 +163,13 @@ class Shallowest(SpanCallback):
         self._last = None
         trainer.should_stop = trainer.should_stop or self.search.done
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Learns how many batches a pass has, where the data do not say so before."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.num_training_batches == math.inf:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self.search.batches_seen_together = max(1, min(batches, LONGEST_PASS))
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives back the best model found, and the verdict."""
         self._finish()
@@ -162,19 +179,31 @@ class Shallowest(SpanCallback):
             self.verdict = self.search.finish()
 
     def _validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-        """Returns the monitored metric, the mean over the validation batches; lower is better."""
+        """Returns the monitored metric over the validation batches; lower is better."""
         assert self.monitor is not None
-        loaders = trainer.val_dataloaders
-        if loaders is None:
+        if trainer.val_dataloaders is None:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            loaders = trainer.val_dataloaders
+        loader, step = CombinedLoader(trainer.val_dataloaders or [], "sequential"), pl_module.validation_step
+        several = len(loader.flattened) > 1
+        numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         values: list[tuple[float, int]] = []
-        with evaluating(pl_module), torch.no_grad():
-            for i, given in enumerate(loaders or ()):
-                batch = trainer.strategy.batch_to_device(given, pl_module.device)
-                with _recorded_logs(pl_module, self.monitor) as seen:
-                    pl_module.validation_step(batch, i)
-                values += [(value, _rows(batch)) for value in seen]
+        metric: Metric | None = None
+        with evaluating(pl_module), torch.no_grad(), metrics_apart(pl_module):
+            if loader.flattened:
+                loader.limits = trainer.num_val_batches
+            for given, i, of_loader in loader:
+                batch = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(given), of_loader)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=of_loader)
+                arguments = (batch, *((i,) if numbered else ()), *((of_loader,) if several else ()))
+                with recorded_logs(pl_module) as seen, trainer.precision_plugin.val_step_context():
+                    step(*arguments)
+                for name in {self.monitor, self.monitor.removesuffix(f"/dataloader_idx_{of_loader}")} & set(seen):
+                    if isinstance(seen[name], Metric):
+                        metric = seen[name]
+                    else:
+                        values.append((float(seen[name]), _rows(batch)))
+            if metric is not None:
+                return self._sign * float(metric.compute())
         if not values:
             raise MisconfigurationException(
                 f"monitor={self.monitor!r} was not logged by validation_step; log a number of that name there, and give the "
@@ -191,28 +220,19 @@ class Shallowest(SpanCallback):
         self.search.load_state_dict(state_dict)
 
 
-@contextlib.contextmanager
-def _recorded_logs(pl_module: pl.LightningModule, name: str | None) -> Iterator[list[float]]:
-    """Lets the module log nothing, and gives what it would have logged as ``name``: what is logged is the training's."""
-    seen: list[float] = []
-
-    def log(key: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if key == name:
-            seen.append(float(value.compute() if hasattr(value, "compute") else value))
-
-    def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
-        for key, value in values.items():
-            log(key, value)
-
-    held = {key: vars(pl_module)[key] for key in ("log", "log_dict") if key in vars(pl_module)}
-    vars(pl_module)["log"], vars(pl_module)["log_dict"] = log, log_dict
-    try:
-        yield seen
-    finally:
-        for key in ("log", "log_dict"):
-            del vars(pl_module)[key]
-        for key, value in held.items():
-            vars(pl_module)[key] = value
+def _refuse_what_it_cannot_train(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes by hand (automatic_optimization=False), and the search adds to the loss "
+            "that training_step returns; drive torchdyn_mintime.Shallowest in a plain loop instead"
+        )
+    averages = (StochasticWeightAveraging, WeightAveraging)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, averages):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} averages the weights of one model, and the search changes the model's solver as it "
+                "goes; leave it out, and train the model that was found once more with it"
+            )
 
 
 def _rows(batch: Any) -> int:

@@ -322,6 +322,8 @@ class LyapunovRegularizer(nn.Module):
         """
         rate = self.rate if rate is None else checks.positive(rate, "rate")
         points = checks.count(points, "points", MIN_POINTS)
+        if not len(x):
+            raise ValueError(f"a certificate is of samples; got x of the shape {tuple(x.shape)}")
         _check_targets(target, x.shape[0])
         with evaluating(self), undisturbed(self):
             own_t, own_states = self._own(x, t_span)
