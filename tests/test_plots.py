@@ -194,12 +194,12 @@ class Growing(nn.Module):
         return torch.cat([self.rate * x[:, :2], 2 * self.rate.expand(len(x), 1)], 1)
 
 
-def growing(log_density="first", **options):
+def growing(log_density="first", solver="rk4", points=11, **options):
     """The flow of dz/dt = .7 z, whose Gaussian base has the deviation exp(.7 t) on the way."""
     net = nn.Linear(2, 2, bias=False)
     net.weight.data = 0.7 * torch.eye(2)
     field = CNF(net) if log_density == "first" else Growing()
-    span = tm.LearnableSpan(NeuralODE(field, solver="rk4"), torch.linspace(0, 1, 11))
+    span = tm.LearnableSpan(NeuralODE(field, solver=solver), torch.linspace(0, 1, points))
     return FlowModel(span, Gaussian(2), log_density=log_density, **options)
 
 
@@ -251,3 +251,9 @@ def test_half_precision_labels_of_floating_point_and_paths_as_text_can_be_drawn(
     plots.points(axes[2], sol[0].float(), labels, title="")
     assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["class 0", "class 1"]
     assert plots.save(figure, str(tmp_path / "new" / "a.png")) == tmp_path / "new" / "a.png"
+
+
+def test_many_frames_of_an_adaptive_flow_begin_at_its_base():
+    torch.manual_seed(0)
+    film = plots.flow_frames(growing(solver="dopri5", points=2), torch.zeros(2), frames=130, samples=3, cells=2)
+    assert len(film.times) == len(film.samples) == 130

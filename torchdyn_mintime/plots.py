@@ -453,9 +453,9 @@ def _between(model: FlowModel, t: float) -> FlowModel:
     own = span.grid().tolist()
     near = 0.01 * (own[-1] - own[0]) / (len(own) - 1)
     if model.base_at == "start":
-        points = [*(s for s in own if s < t - near), t]
+        points = [own[0], *(s for s in own[1:] if s < t - near), t]
     else:
-        points = [t, *(s for s in own if s > t + near)]
+        points = [t, *(s for s in own[:-1] if s > t + near), own[-1]]
     part = LearnableSpan(span.node, torch.tensor(points, dtype=span.t_f.dtype))
     return FlowModel(part, model.base, log_density=model.log_density, base_at=model.base_at).eval()
 

@@ -199,3 +199,26 @@ def test_a_rollback_refuses_what_could_not_work(name, value):
     net = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=f"{name} must be"):
         Rollback(net, torch.optim.SGD(net.parameters(), 1.0), **{name: value})
+
+
+def test_as_many_states_are_restored_as_were_taken():
+    net, optimizer = trained()
+    snapshot = Snapshot()
+    snapshot.take(net, optimizer)
+    kept = net.weight.detach().clone()
+    step(net, optimizer)
+    now = net.weight.detach().clone()
+    with pytest.raises(ValueError, match="2 states were taken; got 3 to restore"):
+        snapshot.restore(net, optimizer, optimizer)
+    assert torch.equal(net.weight, now) and not torch.equal(now, kept)
+
+
+def test_a_state_of_one_optimizer_is_not_taken_for_that_of_two():
+    net, optimizer = trained()
+    old = Rollback(net, optimizer, every=1)
+    old.look(0.5)
+    other = torch.optim.SGD(net.parameters(), 0.1)
+    rollback = Rollback(net, [optimizer, other], every=1)
+    rollback.load_state_dict(old.state_dict())
+    assert rollback.look(0.4) is False and rollback.look(math.inf) is True  # kept anew at the first look
+    assert other.param_groups[0]["lr"] == pytest.approx(0.05)

@@ -515,16 +515,21 @@ def test_a_search_with_lbfgs_leaves_its_gradients_alone():
     span = span_of()
     optimizer = torch.optim.LBFGS([p for p in span.parameters() if p is not span.t_f], line_search_fn="strong_wolfe")
     searched = searched_model.SearchedModel(span, optimizer)
-    seen = []
+    searched.lay([Depth("learned-3", 1)])
+    seen, shared = [], []
+    searched.share_gradients = lambda gradients: shared.append(gradients[0].clone())
 
     def closure():
         optimizer.zero_grad()
         (loss := 1e3 * square(span(X), None)).backward()
         seen.append(loss.item())
+        last[:] = [span.solver.free.grad.clone()]
         return loss
 
-    for _ in range(25):
+    last = []
+    for steps in range(1, 26):
         optimizer.step(closure)
+        assert len(shared) == steps and torch.equal(shared[-1], last[0])  # that of the last call, and not a sum
     assert seen[-1] < 1e-3 * seen[0]
     searched.release(True)
 

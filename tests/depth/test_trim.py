@@ -507,3 +507,41 @@ def test_early_exit_refuses_what_couples_samples():
         early_exit(decay(), ONES, lambda z: z < 0.1)
     with pytest.raises(ValueError, match="every must be"):
         early_exit(decay(), ONES, lambda z: z[:, 0] < 0.1, every=0)
+
+
+class Shifted(nn.Module):
+    """With a weight of as many rows as the batch, which does nothing at t = 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([3.0, -3.0], dtype=torch.float64))
+
+    def forward(self, t, x, args=None):
+        if self.shift.shape != (2,):
+            raise ValueError(f"two dimensions, not {len(self.shift)}")
+        return -x + t * self.shift
+
+
+def test_a_weight_of_as_many_rows_stays_whole_where_it_does_nothing_at_first():
+    span = tm.LearnableSpan(NeuralODE(Shifted(), solver="rk4"), torch.linspace(0, 1, 21, dtype=torch.float64))
+    x = torch.tensor([[0.1, 0.1], [2.0, 2.0]], dtype=torch.float64)
+    found = early_exit(span, x, lambda z: z[:, 1] < 0.05)
+    assert found.met.tolist() == [True, True] and found.times[0] < found.times[1]
+    for row, output in zip(x, found.output, strict=True):
+        alone = early_exit(span, row[None], lambda z: z[:, 1] < 0.05).output[0]
+        torch.testing.assert_close(output, alone, rtol=1e-12, atol=0)
+
+
+def test_many_weights_of_as_many_rows_as_the_batch_stay_whole():
+    torch.manual_seed(0)
+    normed = torch.nn.utils.parametrizations.spectral_norm
+    layers = [layer for _ in range(5) for layer in (normed(nn.Linear(8, 8)), nn.Tanh())]
+    span = tm.LearnableSpan(NeuralODE(nn.Sequential(*layers[:-1]), solver="rk4"), torch.linspace(0, 1, 11)).eval()
+    x = torch.randn(8, 8)
+    with torch.no_grad():
+        whole = span(x)[1][-1]
+    first = x[:, 0].argmin().item()
+    found = early_exit(span, x, lambda z: z[:, 0] < x[first, 0] + 1e-6)
+    assert found.met[first] and not found.met.all()
+    staying = ~found.met
+    torch.testing.assert_close(found.output[staying], whole[staying], rtol=1e-5, atol=1e-6)  # two sizes of batches

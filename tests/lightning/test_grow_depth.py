@@ -334,3 +334,36 @@ class Silent(Classifier):
 def test_a_step_that_returns_no_loss_needs_a_monitor():
     with pytest.raises(MisconfigurationException, match=r"monitor=None\) found no loss from training_step"):
         fit(Silent(), GrowDepth(threshold=0.1), epochs=1)
+
+
+def test_a_look_is_not_lost_with_a_checkpoint_that_is_written_when_the_validation_ends(tmp_path):
+    class Saving(pl.Callback):
+        def on_validation_end(self, run, learner):
+            if learner.current_epoch == 3:
+                run.save_checkpoint(tmp_path / "c")
+
+    whole, resumed, options = (
+        GrowDepth(1e-9, monitor="val"),
+        GrowDepth(1e-9, monitor="val"),
+        dict(check_val_every_n_epoch=2),
+    )
+    data = loader(blobs(), 32), loader(blobs(), 64)
+    run = trainer(8, whole, **options)
+    run.callbacks.append(Saving())  # after it, as a ModelCheckpoint is
+    run.fit(Validated([0.9] * 10), *data)
+    trainer(8, resumed, **options).fit(Validated([0.9] * 10), *data, ckpt_path=tmp_path / "c", weights_only=True)
+    assert resumed.growth.state_dict() == whole.growth.state_dict() and whole.growth.steps == 4
+
+
+def test_a_threshold_that_is_met_in_an_epoch_whose_last_step_fails_gives_back_the_model_before_it():
+    class Broken(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.current_epoch == 2 and self.trainer.is_last_batch:
+                with torch.no_grad():
+                    next(self.model.vf.parameters()).fill_(math.nan)
+
+    module, states = Broken(metric=metric(0.9, 0.5, 0.05)), Snapshots()
+    callback = GrowDepth(threshold=0.1, monitor="metric")
+    fit(module, states, callback, epochs=5)
+    assert callback.growth.done
+    assert all(torch.equal(value, states.seen[2][name]) for name, value in module.state_dict().items())

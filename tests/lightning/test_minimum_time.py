@@ -527,3 +527,16 @@ def test_an_optimizer_that_never_sees_the_time_is_noticed():
 
     with pytest.raises(MisconfigurationException, match="t_f of model is in no optimizer"):
         fit(Forgetful(node()), epochs=1)
+
+
+def test_with_a_target_a_start_that_is_learned_alone_is_moved_too():
+    class Watch(pl.Callback):
+        def on_before_zero_grad(self, run, learner, optimizer):
+            left.append(learner.model.t0.grad)
+
+    left = []
+    span = tm.LearnableSpan(make_node(2, 4), torch.linspace(0, 1, 5), learn_t0=True)
+    span.t_f.requires_grad_(False)
+    callback, module = MinimumTime(target=5.0), Learner(span)
+    trainer(2, callback, Watch()).fit(module, loader(points()))
+    assert callback.price.weight is not None and module.model.t0.item() != 0.0 and left[1:] == [None] * len(left[1:])

@@ -10,10 +10,12 @@ import torch
 import torchmetrics
 from launched import on_two_ranks
 from learners import Learner, annuli, loader, make_node, trainer
+from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import Shallowest
+from torchdyn_mintime.lightning.apart import metrics_apart
 
 
 class Rings(Learner):
@@ -400,3 +402,137 @@ def test_two_processes_search_alike_and_learned_solvers_take_the_mean_of_their_g
         for x, y, z in zip(a, b, mean, strict=True):
             # The means are taken in the gradients' own type, of float64 or float32.
             torch.testing.assert_close((torch.tensor(x) + torch.tensor(y)) / 2, torch.tensor(z), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_failed_solve_lowers_the_learning_rate_though_it_fails_inside_the_optimizers_step():
+    class Failing(Rings):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch in (30, 31):
+                raise tm.IntegrationError("the state is not finite", time=0.0, step=1, solver="rk4")
+            return super().training_step(batch, batch_idx)
+
+    class Rates(pl.Callback):
+        def on_train_batch_end(self, run, *_):
+            rates.append(run.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    torch.manual_seed(0)
+    run = trainer(33, Rates(), Shallowest(target=1e-6))
+    run.fit(Failing(), loader(annuli(16), 16))
+    assert rates[29:33] == pytest.approx([0.03, 0.009, 0.0027, 0.0027])
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.03  # given back
+
+
+def test_looks_are_in_the_precision_of_the_trainer():
+    class Seen(Rings):
+        def training_step(self, batch, batch_idx):
+            seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return super().training_step(batch, batch_idx)
+
+    seen = set()
+    trainer(12, Shallowest(target=5.0), precision="bf16-mixed").fit(Seen(), loader(annuli(16), 16))
+    assert seen == {(True, True), (False, True)}
+
+
+def test_a_look_goes_through_the_validation_as_the_trainer_does():
+    """Streams, loaders that are gone through together, and what a LightningDataModule does to batches."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*annuli(8), strict=True))
+
+    class Together(Rings):
+        def validation_step(self, batch, batch_idx):
+            seen.append((sorted(batch), batch_idx, batch["a"][0].mean().item()))
+            self.log("val", self.loss(*batch["a"]))
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loader(annuli(16), 16)
+
+        def val_dataloader(self):
+            stream = torch.utils.data.DataLoader(Stream(), batch_size=4)
+            return CombinedLoader({"a": loader(annuli(12), 4), "b": stream}, "min_size")
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch if isinstance(batch, list) else {**batch, "a": [batch["a"][0] * 0 + 7, batch["a"][1]]}
+
+    seen, callback = [], Shallowest(target=1.0, monitor="val")
+    trainer(1, callback, num_sanity_val_steps=0, limit_val_batches=1).fit(Together(), datamodule=Data())
+    assert seen[0] == seen[-1] == (["a", "b"], 0, 7.0) and len(seen) == 2  # before the training, and the Trainer's own
+
+
+def test_wrapped_metrics_are_kept_apart_too():
+    class Many(Counting):
+        def __init__(self):
+            super().__init__()
+            self.classes = torchmetrics.ClasswiseWrapper(
+                torchmetrics.classification.MulticlassAccuracy(2, average=None)
+            )
+            self.two = torchmetrics.SumMetric() + torchmetrics.SumMetric()
+            self.listed = torchmetrics.CatMetric()
+
+    module = Many()
+    module.classes.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
+    module.two.update(1.5)
+    module.listed.update(torch.tensor([1.0, 2.0]))
+    before = module.classes.compute(), module.two.compute(), module.listed.compute().tolist()
+    with metrics_apart(module):
+        module.classes.update(torch.tensor([1, 1]), torch.tensor([0, 0]))
+        module.two.update(3.0)
+        module.listed.update(torch.tensor([3.0]))
+        assert module.two.compute() == 6.0 and module.listed.compute().tolist() == 3.0
+    for metric in (module.classes, module.two, module.listed):
+        metric._computed = None  # what is counted, not what was computed before
+    assert (module.classes.compute(), module.two.compute(), module.listed.compute().tolist()) == before
+
+
+def test_the_gradients_of_learned_solvers_are_unscaled_as_those_of_the_weights():
+    """Of gradients that are scaled by 1,024 an optimizer without momentum would take other steps."""
+
+    def moved(scaled):
+        torch.manual_seed(1)
+        module, seen = Rings(), []
+        module.optimizer = lambda p: torch.optim.SGD(p, 0.03)
+
+        class Watch(pl.Callback):
+            def on_before_optimizer_step(self, run, learner, optimizer):
+                if isinstance(learner.model.solver, tm.LearnableSolver):
+                    seen.append(learner.model.solver.free.grad.clone())
+                    run.should_stop = True
+
+        callback = Shallowest(target=0.4, solver_tol=0.2)
+        plugins = [Scaled()] if scaled else []
+        run = trainer(300, callback, Watch(), plugins=plugins)
+        run.fit(module, loader(annuli(32), 32))
+        return seen[0]
+
+    class Scaled(pl.plugins.MixedPrecision):
+        """The scaler alone, without autocast, so that the two trainings are the same."""
+
+        def __init__(self):
+            super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6))
+
+        def forward_context(self):
+            return contextlib.nullcontext()
+
+    torch.testing.assert_close(moved(True), moved(False), rtol=1e-4, atol=1e-6)
+
+
+def test_the_length_of_a_streams_pass_is_in_the_checkpoint(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*annuli(32), strict=True))
+
+    class Passes(pl.Callback):
+        def on_train_batch_end(self, run, *_):
+            (callback,) = (c for c in run.callbacks if isinstance(c, Shallowest))
+            seen.append(callback.search.batches_seen_together)
+
+    seen, data = [], torch.utils.data.DataLoader(Stream(), batch_size=16)
+    run = trainer(2, Shallowest(target=1e-6), Passes())
+    run.fit(Rings(), data)
+    run.save_checkpoint(tmp_path / "c")
+    trainer(3, Shallowest(target=1e-6), Passes()).fit(Rings(), data, ckpt_path=tmp_path / "c", weights_only=True)
+    assert seen == [1000, 1000, 2, 2, 2, 2]

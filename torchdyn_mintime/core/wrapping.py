@@ -401,7 +401,7 @@ def _warn_of_a_passed_span(span: LearnableSpan, x: Tensor, t_span: Tensor, name:
             f"{name}: the model passes the node a span of {len(t_span)} points from {t_span[0]:g} to {t_span[-1]:g}, and plain "
             f"torchdyn solves over this one, not over the learned grid of {steps} steps{found}. Let the model call the node "
             f"{call}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

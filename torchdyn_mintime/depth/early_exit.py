@@ -106,7 +106,7 @@ def early_exit(
         active = torch.nonzero(~met).squeeze(1)
         state = start[active]
         with untraced(bound):
-            rows = RowsOf(bound, start, nodes[0])
+            rows = RowsOf(bound, start, (nodes[0], nodes[-1]))
             for i in range(len(nodes) - 1):
                 if not len(active):
                     break

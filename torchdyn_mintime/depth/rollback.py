@@ -43,8 +43,8 @@ class Snapshot:
     def __init__(self, states: tuple[dict[str, Any], ...] = ()) -> None:
         self._states = states
 
-    def __bool__(self) -> bool:
-        return bool(self._states)
+    def __len__(self) -> int:
+        return len(self._states)
 
     def take(self, *sources: Stateful) -> None:
         """Copies the states of ``sources``, in the place of what was kept before."""
@@ -55,9 +55,12 @@ class Snapshot:
 
         Raises:
             RuntimeError: nothing was taken yet.
+            ValueError: there were more or fewer of them. Nothing is changed then.
         """
         if not self:
             raise RuntimeError("there is no state to restore; call take(model) first")
+        if len(targets) != len(self):
+            raise ValueError(f"{len(self)} states were taken; got {len(targets)} to restore")
         for target, state in zip(targets, self._states, strict=True):
             # An optimizer takes the tensors that it loads as its own, and would write into what is kept here.
             target.load_state_dict(state if isinstance(target, nn.Module) else copy.deepcopy(state))
@@ -201,6 +204,8 @@ class Rollback:
         self.best, self.floor, self.count = state["best"], state["floor"], state["count"]
         self._looks, self._above = state["looks"], state["above"]
         self._good.load_state_dict(state["good"])
+        if len(self._good) != 1 + len(self.optimizers):  # older versions kept the first optimizer alone
+            self._good = Snapshot()
 
     def _rates(self) -> list[float]:
         return [rate for optimizer in self.optimizers for rate in rates_of(optimizer)]

@@ -1,5 +1,6 @@
 """What belongs to the rows of a batch beside their states: tensors in ``args``, and on the modules of a field."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, combinations, islice
@@ -18,6 +19,9 @@ FEW = 2
 AGREES = 1e-2
 """How far, relatively, the rates of these rows may be from those among all: batches of two sizes are rounded in two ways."""
 
+TRIED = (0.31, 0.57, 0.83)
+"""Shares of the interval at which it is tried: what is multiplied by the time shows nothing at 0."""
+
 MOST = 64
 """Choices of tensors that are tried, at most."""
 
@@ -27,20 +31,21 @@ _ABSENT = object()
 class RowsOf:
     """What goes with the rows of the states that a field is bound to: data control, noise, labels, contexts.
 
-    A tensor with as many rows as there are states may also be a weight. So the field is tried with a few rows and with all such
-    tensors cut to them, then with fewer and fewer of them cut, until each row has the rate that it has among all. To be made
-    without gradient, inside ``untraced`` or :meth:`~torchdyn_mintime.core.field.Field.beside`.
+    A tensor with as many rows as there are states may also be a weight. So the field is tried with a few rows, at several times
+    inside the interval: with no such tensor cut to them, with all, with one, with two, until each row has the rates that it
+    has among all. To be made without gradient, inside ``untraced`` or
+    :meth:`~torchdyn_mintime.core.field.Field.beside`.
 
     Args:
         bound: the field, bound to all states.
         x: these states, ``[n, ...]``.
-        t: a time to try the field at.
+        ends: of the interval.
 
     Attributes:
         args: the ``args`` of the field; inside :meth:`of` those of some rows.
     """
 
-    def __init__(self, bound: BoundField, x: Tensor, t: float):
+    def __init__(self, bound: BoundField, x: Tensor, ends: tuple[float, float]):
         self.args: Any = bound.args
 
         def of_rows(place: Any, values: Any) -> list[tuple[Any, str, Tensor]]:
@@ -56,29 +61,32 @@ class RowsOf:
                 # Put as attributes, they hide the buffers: secondary solves, such as penalties, see them again.
                 found += of_rows(vars(module), module.named_buffers(recurse=False))
         found = [held for held in found if (id(held[0]), held[1]) not in known]
-        self._held = [*drawn, *found]
+        self._held = drawn
         if not found or len(x) == 1:
+            self._held = [*drawn, *found]
             return
-        few, time = torch.arange(len(x), device=x.device)[-min(FEW, len(x) - 1) :], x.new_tensor(t)
-        choices = chain.from_iterable(combinations(found, count) for count in range(len(found), -1, -1))
-        try:
-            whole = bound.function(time, x)[few]
-            for chosen in islice(choices, MOST):
+        few = torch.arange(len(x), device=x.device)[-min(FEW, len(x) - 1) :]
+        times = [x.new_tensor(ends[0] + share * (ends[1] - ends[0])) for share in TRIED]
+        some = chain.from_iterable(combinations(found, count) for count in range(1, len(found)))
+        with contextlib.suppress(Exception):  # the solve says what is wrong
+            whole = [bound.function(time, x)[few] for time in times]
+            for chosen in islice(chain([(), tuple(found)], some), MOST):
                 self._held = [*drawn, *chosen]
-                if self._fits(bound, time, x[few], few, whole):
+                if self._fits(bound, times, x[few], few, whole):
                     return
-        except RuntimeError:  # the solve says what is wrong
-            pass
-        self._held = [*drawn, *found]
+        self._held = drawn
 
-    def _fits(self, bound: BoundField, time: Tensor, x: Tensor, rows: Tensor, wanted: Tensor) -> bool:
+    def _fits(self, bound: BoundField, times: list[Tensor], x: Tensor, rows: Tensor, wanted: list[Tensor]) -> bool:
         """Returns whether these rows have the rates ``wanted`` with what is held cut to them."""
         try:
             with self.of(rows):
-                rates = bound.function(time, x)
-        except (RuntimeError, IndexError):
+                found = [bound.function(time, x) for time in times]
+        except Exception:  # whatever a user's field says to tensors that do not fit
             return False
-        return rates.shape == wanted.shape and bool((rates - wanted).norm() <= AGREES * wanted.norm())
+        return all(
+            rates.shape == right.shape and bool((rates - right).norm() <= AGREES * right.norm())
+            for rates, right in zip(found, wanted, strict=True)
+        )
 
     @contextmanager
     def of(self, rows: Tensor) -> Iterator[None]:

@@ -132,7 +132,7 @@ def compress_sampler(
         )
     times = times[:: -1 if inverse else 1]
     x0 = x0.detach().clone()
-    states = _States(made, x0, args, times[0])
+    states = _States(made, x0, args, (times[0], times[-1]))
     exact = _ends(made, states, times)
     order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0)).to(x0.device)
     kept = max(1, len(x0) // HELD_OUT)
@@ -200,14 +200,14 @@ def compress_sampler(
 class _States:
     """The states of a sampler, and what belongs to their rows."""
 
-    def __init__(self, model: Any, x0: Tensor, args: Mapping[str, Any] | None, t: float):
+    def __init__(self, model: Any, x0: Tensor, args: Mapping[str, Any] | None, ends: tuple[float, float]):
         self.x0 = x0
         with random_kept(x0):
             for module in model.vf.modules():
                 if getattr(module, "noise_dist", None) is not None:
                     module.noise, module.noise_dist = module.noise_dist.sample((len(x0),)).to(x0), None
             with torch.no_grad(), _field(model).beside(x0, args) as bound:
-                self._rows = RowsOf(bound, x0, t)
+                self._rows = RowsOf(bound, x0, ends)
 
     @contextmanager
     def of(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:

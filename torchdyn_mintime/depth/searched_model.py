@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -131,6 +132,7 @@ class SearchedModel:
             _Kept(s, s.interval, (s.node.solver, s.node.solver_adjoint), s.by_autograd, (s.t0.item(), s.t_f.item()))
             for s in self.spans
         ]
+        self._held_rates: list[list[float]] = []  # within a step, whose own may be smaller
         self._rates_before = self.rates
         self._coefficients: torch.optim.Optimizer | None = None
         self._count: StepCount | None = None
@@ -138,7 +140,7 @@ class SearchedModel:
         for span in self.spans:
             span.by_autograd = True
         self._thawed = freeze_times(self.spans)
-        self._warm, self._held_rates = WARM_UP, self.rates
+        self._warm = WARM_UP
         self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self.optimizers]
         self._hooks += [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
 
@@ -146,11 +148,14 @@ class SearchedModel:
 
     @property
     def rates(self) -> list[list[float]]:
-        """The learning rates, a list for each optimizer. They can be set."""
-        return [rates_of(optimizer) for optimizer in self.optimizers]
+        """The learning rates, a list for each optimizer. They can be set, within a step too, where they hold after it."""
+        return self._held_rates or [rates_of(optimizer) for optimizer in self.optimizers]
 
     @rates.setter
     def rates(self, values: list[list[float]]) -> None:
+        if self._held_rates:
+            self._held_rates = values
+            return
         for optimizer, rates in zip(self.optimizers, values, strict=True):
             set_rates(optimizer, rates)
 
@@ -270,23 +275,41 @@ class SearchedModel:
         if given is None:
             self._clip(optimizer)
             return None
-        if isinstance(optimizer, torch.optim.LBFGS):  # which compares the gradients of several calls
-            return None
+        several = isinstance(optimizer, torch.optim.LBFGS)  # calls, whose gradients it compares
+        calls = itertools.count()
 
         @functools.wraps(given)
         def closure() -> Any:  # the gradients are made in it
-            value = given()
-            self._clip(optimizer)
+            if several and next(calls) and self._coefficients is not None:
+                self._coefficients.zero_grad()
+            try:
+                value = given()
+            except BaseException:
+                self._end_step()
+                raise
+            if not several:
+                self._clip(optimizer)
             return value
 
         return args[:1], {**kwargs, "closure": closure}
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        self._share(optimizer)
+        for p in self._learned_beside(optimizer):
+            if p.grad is not None and not bool(
+                p.grad.isfinite().all()
+            ):  # left by a step that a gradient scaler left out
+                p.grad = None
         own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        learned = self._learned_beside(optimizer)
-        if learned:
-            self.share_gradients([p.grad for p in learned if p.grad is not None])
-        nn.utils.clip_grad_norm_([*own, *learned], MOST_GRADIENT)
+        nn.utils.clip_grad_norm_([*own, *self._learned_beside(optimizer)], MOST_GRADIENT)
+
+    def _share(self, optimizer: torch.optim.Optimizer) -> None:
+        if gradients := [p.grad for p in self._learned_beside(optimizer) if p.grad is not None]:
+            self.share_gradients(gradients)
+
+    def _end_step(self) -> None:
+        rates, self._held_rates = self._held_rates, []
+        self.rates = rates
 
     def _learned_beside(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Returns the coefficients with a gradient that the optimizer does not have itself."""
@@ -296,10 +319,12 @@ class SearchedModel:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Steps the learned solvers beside an optimizer, by the gradients that it has used."""
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._share(optimizer)
         if self._coefficients is not None and self._learned_beside(optimizer):
             self._coefficients.step()
             self._coefficients.zero_grad()
-        self.rates = self._held_rates
+        self._end_step()
         self._warm += optimizer is self.optimizers[-1]
 
     # --------------------------------------------------------------------------------------------------- what is trained

@@ -824,6 +824,7 @@ class Shallowest:
             "initial": self._initial.state_dict(),
             "found": {i: state.state_dict() for i, state in self._found.items()},
             "share": self._share,
+            "batches": self.batches_seen_together,
             "searched": None if self._searched is None else self._searched.state,
         }
 
@@ -851,7 +852,7 @@ class Shallowest:
             self._stage = Stage(**{**state["stage"], "trial": self.trials[-1]})
         self.target, self._unit, self._raised = state["target"], state["unit"], state["raised"]
         self._failed, self._looked = state.get("failed", False), state.get("looked", False)
-        self._own = state.get("own")
+        self._own, self.batches_seen_together = state.get("own"), state.get("batches", self.batches_seen_together)
         self._judged = None if state["judged"] is None else tuple(state["judged"])
         self._losses, self._resumed, self._share = list(state["losses"]), state["searched"], state["share"]
         self._found = {}

@@ -130,7 +130,13 @@ class CoordinateDescent:
 
     def step(self) -> None:
         """Takes a step of the one whose turn it is."""
-        (self.parameters if self._count % sum(self.turns) < self.turns[0] else self.times).step()
+        if self._count % sum(self.turns) < self.turns[0]:
+            self.parameters.step()
+            with torch.no_grad():
+                for p in (p for group in self.times.param_groups for p in group["params"]):
+                    p.add_(0.0)  # a span sees by it that an optimizer has its time
+        else:
+            self.times.step()
         self._count += 1
 
     def state_dict(self) -> dict[str, Any]:

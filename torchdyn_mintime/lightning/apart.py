@@ -1,6 +1,7 @@
 """Calls of a module's steps beside the training: nothing is logged, and its metrics are as before."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +14,15 @@ __all__ = ["metrics_apart", "recorded_logs"]
 @contextlib.contextmanager
 def metrics_apart(pl_module: pl.LightningModule) -> Iterator[None]:
     """Lets the module's metrics begin anew, and gives them back what they had counted before."""
-    kept: list[tuple[Metric, dict[str, Any]]] = []
-    for metric in pl_module.modules():
-        if isinstance(metric, Metric):
-            # A reset makes new tensors, and empties lists.
-            kept.append((metric, {n: list(v) if isinstance(v, list) else v for n, v in vars(metric).items()}))
-            metric.reset()
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    # A reset makes new tensors, and empties lists. That of a wrapper resets what it wraps.
+    kept = [{n: copy.copy(v) if isinstance(v, list | dict) else v for n, v in vars(m).items()} for m in metrics]
+    for metric in metrics:
+        metric.reset()
     try:
         yield
     finally:
-        for metric, before in kept:
+        for metric, before in zip(metrics, kept, strict=True):
             vars(metric).update(before)
 
 

@@ -15,7 +15,7 @@ from torchdyn.core import NeuralODE
 from torchdyn_mintime.core import LOAD_HINT, LearnableSpan, has_bare, named_spans, replicate_times, wrap
 from torchdyn_mintime.lightning import ranks
 
-__all__ = ["Monitoring", "SpanCallback", "loss_of", "monitored"]
+__all__ = ["Monitoring", "SpanCallback", "gradient_scale", "loss_of", "monitored"]
 
 
 class SpanCallback(ranks.EndTogether):
@@ -174,6 +174,12 @@ class Monitoring(SpanCallback):
 
     def _metric(self, trainer: pl.Trainer) -> Any:
         return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+
+
+def gradient_scale(trainer: pl.Trainer) -> float:
+    """Returns what mixed precision has multiplied the loss by, and divides the gradient by before the step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def loss_of(outputs: Any) -> Any:

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchdyn_mintime.core import checks, named_spans
 from torchdyn_mintime.depth.growth import DepthGrowth
 from torchdyn_mintime.depth.rollback import DivergedError, Rollback, Snapshot
+from torchdyn_mintime.lightning import ranks
 from torchdyn_mintime.lightning.base import Monitoring, loss_of, monitored
 
 __all__ = ["GrowDepth"]
@@ -22,9 +23,10 @@ class GrowDepth(Monitoring):
     """Grows t_f until a metric is at its threshold, then stops the training: the second stage of Algorithm 2.
 
     Once an epoch the metric is looked at, averaged over all ranks so that they decide the same. A metric that explodes
-    sends the training back to the last state that was good, with half the learning rates, those of schedulers too; a solve
-    that fails inside training_step ends the training with its IntegrationError. Where ``max_t_f`` was reached and the
-    metric is still above the threshold, the training stops, says so, and the best model seen is given back.
+    sends the training back to the last state that was good, with half the learning rates, also those that a scheduler starts
+    from (its ``base_lrs``; a OneCycleLR, CyclicLR or SequentialLR goes on as it was). A solve that fails inside training_step
+    ends the training with its IntegrationError. Where ``max_t_f`` was reached and the metric is still above the threshold,
+    the training stops, says so, and the best model seen is given back.
 
     A loss of the training steps is that of the model before them. What counts as good or best with it is the model at the
     beginning of its epoch; with a metric that the validation logs, it is the model that was validated.
@@ -34,7 +36,8 @@ class GrowDepth(Monitoring):
     Args:
         threshold: the metric at or below which t_f is deep enough.
         monitor: a metric that the module logs, once an epoch; None is training_step's loss, averaged over the epoch.
-        increment, max_t_f, patience: those of :class:`~torchdyn_mintime.depth.growth.DepthGrowth`, counted in epochs.
+        increment, max_t_f, patience: those of :class:`~torchdyn_mintime.depth.growth.DepthGrowth`, counted in looks: epochs,
+            or validations where the validation logs the metric.
         span: the name of the span that grows, where there are several.
         pretraining: so many epochs go by before the first look: stage one of Algorithm 2.
         rescue: whether an exploded metric is gone back from; else it is an error.
@@ -85,6 +88,7 @@ class GrowDepth(Monitoring):
         self._rollback = None
         self._best, self._kept = math.inf, Snapshot()
         self._measured = Snapshot()  # what the metric speaks of: the model, and with a rescue its optimizers
+        self._value: float | None = None  # of a metric of the validation: what it is, and whether it is new
         self._fresh = False
         self._epochs = 0
 
@@ -114,6 +118,7 @@ class GrowDepth(Monitoring):
             self._kept.load_state_dict(loaded.get("kept"))
             self._measured.load_state_dict(loaded.get("measured"))
             self._losses[:], self._validated = loaded.get("losses", []), loaded.get("validated", False)
+            self._fresh, self._value = loaded.get("fresh", False), loaded.get("value")
             if loaded.get("growth"):
                 self.growth.load_state_dict(loaded["growth"])
             if self._rollback is not None and loaded.get("rescue"):
@@ -134,7 +139,7 @@ class GrowDepth(Monitoring):
 
     def validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the model that was validated."""
-        self._fresh = True
+        self._fresh, self._value = True, monitored(trainer, pl_module, self.monitor, [])
         self._measure(pl_module)
 
     def on_train_batch_end(
@@ -156,7 +161,7 @@ class GrowDepth(Monitoring):
         self._fresh = False
         if not self._measured:  # a checkpoint of an older version
             self._measure(pl_module)
-        metric = monitored(trainer, pl_module, self.monitor, self._losses)
+        metric = self._value if self._validated else monitored(trainer, pl_module, self.monitor, self._losses)
         if metric is None and self.monitor is not None and self._awaits_validation:
             return
         if metric is None:
@@ -181,6 +186,9 @@ class GrowDepth(Monitoring):
         if self.growth.done:
             _log.info("the threshold was met at t_f = %.6g; training stops", self.growth.span.t_f.item())
             trainer.should_stop = True
+            finite = all(bool(p.detach().isfinite().all()) for p in pl_module.parameters())
+            if ranks.mean(trainer, pl_module, float(finite)) < 1.0:  # the last step spoiled what had met the threshold
+                self._measured.of_model().restore(pl_module)
         elif self.growth.exhausted:
             reached = f"t_f reached max_t_f = {self.growth.max_t_f:g}"
             self._give_up(trainer, pl_module, f"{reached} and {self._name} is {metric:.4g} > {self.threshold:g}")
@@ -207,6 +215,8 @@ class GrowDepth(Monitoring):
             "measured": self._measured.state_dict(),
             "losses": list(self._losses),
             "validated": self._validated,
+            "fresh": self._fresh,
+            "value": self._value,
             "epochs": self._epochs,
         }
 

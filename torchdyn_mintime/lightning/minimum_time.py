@@ -13,7 +13,7 @@ from torch import nn
 
 from torchdyn_mintime.core import LearnableSpan, checks, named_spans, spans
 from torchdyn_mintime.depth.target import LONGEST_WINDOW, TargetLoss
-from torchdyn_mintime.lightning.base import Monitoring, monitored
+from torchdyn_mintime.lightning.base import Monitoring, gradient_scale, monitored
 
 __all__ = ["MinimumTime"]
 
@@ -116,7 +116,7 @@ class MinimumTime(Monitoring):
         """Remembers the loss of every backward, and which times have no gradient yet."""
         super().on_before_backward(trainer, pl_module, loss)
         if self.price is not None:
-            self._losses.append(loss.item() / _gradient_scale(trainer))
+            self._losses.append(loss.item() / gradient_scale(trainer))
         else:
             # Spans over one flow share their times, which are priced once.
             self._unpriced = list(dict(pair for span in spans(pl_module) for pair in self._slopes(span)).items())
@@ -127,7 +127,7 @@ class MinimumTime(Monitoring):
         A gradient that was there before has it already, whoever accumulates: Lightning, or a training_step that calls
         ``manual_backward`` more than once. Whoever clears it, as between the two passes of SAM, begins a new one.
         """
-        scale = _gradient_scale(trainer)
+        scale = gradient_scale(trainer)
         for time, slope in self._unpriced:
             time.grad = torch.zeros_like(time) if time.grad is None else time.grad
             time.grad += scale * slope
@@ -143,7 +143,7 @@ class MinimumTime(Monitoring):
         """With a target: moves the times and their price, by the gradients of the whole accumulation."""
         if self.price is None or not self._losses:
             return
-        times = [span.t_f for span in spans(pl_module)]
+        times = [time for span in spans(pl_module) for time in (span.t_f, span.t0)]
         if all(time.grad is None for time in times):  # losses without a time in them, as of a second network
             self._losses.clear()
             return
@@ -188,9 +188,3 @@ class MinimumTime(Monitoring):
         if self._loaded or self.price is None:
             return self._loaded
         return {"price": self.price.state_dict(), "validated": self._validated}
-
-
-def _gradient_scale(trainer: pl.Trainer) -> float:
-    """Returns what mixed precision has multiplied the loss by, and divides the gradient by before the step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else scaler.get_scale()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveragi
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,7 +22,7 @@ from torchdyn_mintime.core import checks, evaluating, freeze_times, spans
 from torchdyn_mintime.depth import shallowest as search
 from torchdyn_mintime.lightning import ranks
 from torchdyn_mintime.lightning.apart import metrics_apart, recorded_logs
-from torchdyn_mintime.lightning.base import SpanCallback, loss_of
+from torchdyn_mintime.lightning.base import SpanCallback, gradient_scale, loss_of
 from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
 __all__ = ["Shallowest"]
@@ -116,18 +118,19 @@ class Shallowest(SpanCallback):
         if self.monitor is not None:
             found.judge = functools.partial(self._validated, trainer, pl_module)
             found.figure, found.sign = self.monitor, self._sign
-        found.batches_seen_together = max(1, int(min(trainer.num_training_batches, LONGEST_PASS)))
+        if not (found.trials and trainer.num_training_batches == math.inf):  # else it was learned before the checkpoint
+            found.batches_seen_together = max(1, int(min(trainer.num_training_batches, LONGEST_PASS)))
         if self._whole is not None:
             pl_module.load_state_dict(self._whole)
         found.start(pl_module, trainer.optimizers)
         self._undo.callback(self._finish)
         found.share_gradients = functools.partial(_mean_gradients, trainer)
         # On the instance: a strategy calls it through its own wrapper, and the term must be in the same backward.
-        vars(pl_module)["training_step"] = self._with_penalty(pl_module.training_step, pl_module, trainer.world_size)
+        vars(pl_module)["training_step"] = self._with_penalty(pl_module.training_step, trainer, pl_module)
         self._undo.callback(vars(pl_module).pop, "training_step")
         trainer.should_stop = trainer.should_stop or found.done
 
-    def _with_penalty(self, original: Callable, pl_module: pl.LightningModule, world_size: int) -> Callable:
+    def _with_penalty(self, original: Callable, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable:
         """Returns a ``training_step`` with the search's term on its loss."""
 
         @functools.wraps(original)
@@ -135,7 +138,9 @@ class Shallowest(SpanCallback):
             step = functools.partial(original, *args, **kwargs)
 
             def again() -> Tensor:
-                with recorded_logs(pl_module), metrics_apart(pl_module):
+                # A look at the end of a batch is outside of the precision that training_step is called in.
+                precision = trainer.precision_plugin.train_step_context()
+                with precision, recorded_logs(pl_module), metrics_apart(pl_module):
                     found = loss_of(step())
                 return loss.new_tensor(math.nan) if found is None else found
 
@@ -145,7 +150,7 @@ class Shallowest(SpanCallback):
                     return None
                 total = loss + self.search.penalty(again)
             except IntegrationError as error:
-                if world_size > 1:  # the others are told, and all end
+                if trainer.world_size > 1:  # the others are told, and all end
                     raise
                 self.search.diverged(str(error))
                 return None
@@ -153,6 +158,18 @@ class Shallowest(SpanCallback):
             return {**out, "loss": total} if isinstance(out, dict) else total
 
         return training_step
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Divides the gradients of learned solvers by the scale of mixed precision, which the optimizers do not know."""
+        scale = gradient_scale(trainer)
+        for span in spans(pl_module) if scale != 1.0 else ():
+            free = span.solver.free if isinstance(span.solver, LearnableSolver) else None
+            if free is not None and free.grad is not None:
+                free.grad /= scale
+                if not bool(free.grad.isfinite().all()):  # such a step is left out
+                    free.grad = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Looks at the progress, and decides."""
@@ -183,20 +200,29 @@ class Shallowest(SpanCallback):
         assert self.monitor is not None
         if trainer.val_dataloaders is None:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loader, step = CombinedLoader(trainer.val_dataloaders or [], "sequential"), pl_module.validation_step
-        several = len(loader.flattened) > 1
-        numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        # Which loaders are gone through together has no public name.
+        loader = getattr(trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
+        loader = CombinedLoader([]) if loader is None else loader
+        step, data = pl_module.validation_step, getattr(trainer, "datamodule", None)
+        hooks = data if data and is_overridden("on_before_batch_transfer", data) else pl_module
+        wanted = [
+            is_param_in_hook_signature(step, name, min_args=i) for i, name in ((2, "batch_idx"), (3, "dataloader_idx"))
+        ]
         values: list[tuple[float, int]] = []
         metric: Metric | None = None
         with evaluating(pl_module), torch.no_grad(), metrics_apart(pl_module):
             if loader.flattened:
                 loader.limits = trainer.num_val_batches
-            for given, i, of_loader in loader:
-                batch = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(given), of_loader)
+            for given, i, of_loader in loader if loader.flattened else ():
+                if i >= max(
+                    loader.limits or [math.inf]
+                ):  # loaders that are gone through together have them in their length alone
+                    break
+                batch = hooks.on_before_batch_transfer(trainer.precision_plugin.convert_input(given), of_loader)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=of_loader)
-                arguments = (batch, *((i,) if numbered else ()), *((of_loader,) if several else ()))
+                numbers = itertools.compress((i, of_loader), wanted)
                 with recorded_logs(pl_module) as seen, trainer.precision_plugin.val_step_context():
-                    step(*arguments)
+                    step(batch, *numbers)
                 for name in {self.monitor, self.monitor.removesuffix(f"/dataloader_idx_{of_loader}")} & set(seen):
                     if isinstance(seen[name], Metric):
                         metric = seen[name]

@@ -60,7 +60,10 @@ class BatchedPoints:
         return in_one
 
     def __getstate__(self) -> dict:
-        return {"_equal": {}, "_seen": {}}  # kinds are known by their very field
+        return {}  # kinds are known by their very field
+
+    def __setstate__(self, state: dict) -> None:
+        self._equal, self._seen = {}, {}
 
 
 def _in_one(at: At, t: Tensor, sol: Tensor) -> list[Tensor]:
