@@ -21,7 +21,6 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from torchdyn_mintime.core import (
-    LastSolve,
     LearnableSpan,
     Loss,
     as_batches,
@@ -37,6 +36,7 @@ from torchdyn_mintime.core import (
     position,
     reference_solution,
     rest_of,
+    solve_of_samples,
     solved_spans,
     solver_error,
     undisturbed,
@@ -151,13 +151,6 @@ def loss_profile(
     return Profile(times, values[:, 0], values[:, 1] if accuracy is not None else None)
 
 
-def _of_samples(span: LearnableSpan) -> LastSolve:
-    last = last_solve(span)
-    if not len(last.x):
-        raise ValueError(f"there are no samples to solve: the state has the shape {tuple(last.x.shape)}")
-    return last
-
-
 def _even(steps: list[float], points: int) -> list[float]:
     return torch.linspace(steps[0], steps[-1], points, dtype=torch.float64).tolist()
 
@@ -180,7 +173,7 @@ def path_ratio(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None
     target_span = only_span(model, span)
     with evaluating(model), undisturbed(model):
         model(x)
-        last = _of_samples(target_span)
+        last = solve_of_samples(target_span)
         with untraced(last.bound):
             path = reference_solution(last.bound, position(target_span, last.x), _even(last.seen, points))
     path = path.flatten(2) if path.dim() > 2 else path[:, None]
@@ -289,7 +282,7 @@ def _costates(
         check_end_alone(model, chosen, x)
         with torch.no_grad():
             model(x)
-        last = _of_samples(chosen)
+        last = solve_of_samples(chosen)
         if not last.reaches_end:
             raise ValueError(
                 f"the model looks at z(t) up to a time before the end {last.steps[-1]:g} of the solve alone, so that its loss "
@@ -441,7 +434,7 @@ def turnpike(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None, 
     target_span = only_span(model, span)
     with evaluating(model), undisturbed(model):
         model(x)
-        last = _of_samples(target_span)
+        last = solve_of_samples(target_span)
         times = _even(last.seen, points)
         start = position(target_span, last.x)
         with untraced(last.bound):

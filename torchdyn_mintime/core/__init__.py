@@ -34,6 +34,7 @@ from torchdyn_mintime.core.reference import (
     relative_error,
     replaced_solves,
     rk4_solution,
+    solve_of_samples,
     solved_spans,
     solver_error,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "require_spans",
     "rest_of",
     "rk4_solution",
+    "solve_of_samples",
     "solved_spans",
     "solver_error",
     "spans",

@@ -35,6 +35,7 @@ __all__ = [
     "relative_error",
     "replaced_solves",
     "rk4_solution",
+    "solve_of_samples",
     "solved_spans",
     "solver_error",
 ]
@@ -307,6 +308,18 @@ def solved_spans(model: nn.Module, x: Tensor) -> list[LearnableSpan]:
     solved = [span for span, last in zip(found, before, strict=True) if span.last is not last]
     if not solved:
         raise ValueError(f"calling {type(model).__name__} solved none of its LearnableSpans")
-    if shapes := [tuple(span.last.x.shape) for span in solved if span.last is not None and not len(span.last.x)]:
-        raise ValueError(f"there are no samples to solve: the state has the shape {shapes[0]}")
+    for span in solved:
+        solve_of_samples(span)
     return solved
+
+
+def solve_of_samples(span: LearnableSpan) -> LastSolve:
+    """Returns the record of the last forward of ``span``.
+
+    Raises:
+        ValueError: it was of no samples, which have no figure.
+    """
+    last = last_solve(span)
+    if not len(last.x):
+        raise ValueError(f"there are no samples to solve: the state has the shape {tuple(last.x.shape)}")
+    return last

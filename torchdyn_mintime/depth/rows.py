@@ -1,8 +1,7 @@
 """What belongs to the rows of a batch beside their states: tensors in ``args``, and on the modules of a field."""
 
-import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, combinations, islice
 from typing import Any
 
@@ -68,7 +67,7 @@ class RowsOf:
         few = torch.arange(len(x), device=x.device)[-min(FEW, len(x) - 1) :]
         times = [x.new_tensor(ends[0] + share * (ends[1] - ends[0])) for share in TRIED]
         some = chain.from_iterable(combinations(found, count) for count in range(1, len(found)))
-        with contextlib.suppress(Exception):  # the solve says what is wrong
+        with suppress(Exception):  # the solve says what is wrong
             whole = [bound.function(time, x)[few] for time in times]
             for chosen in islice(chain([(), tuple(found)], some), MOST):
                 self._held = [*drawn, *chosen]

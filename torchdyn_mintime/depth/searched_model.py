@@ -296,10 +296,8 @@ class SearchedModel:
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         self._share(optimizer)
         for p in self._learned_beside(optimizer):
-            if p.grad is not None and not bool(
-                p.grad.isfinite().all()
-            ):  # left by a step that a gradient scaler left out
-                p.grad = None
+            # A step that a gradient scaler left out has left them.
+            p.grad = p.grad if p.grad is not None and bool(p.grad.isfinite().all()) else None
         own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         nn.utils.clip_grad_norm_([*own, *self._learned_beside(optimizer)], MOST_GRADIENT)
 

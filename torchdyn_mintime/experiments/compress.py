@@ -1,5 +1,6 @@
 """The command ``compress``: makes a trained model shallow, and writes it as plain torchdyn."""
 
+import functools
 import json
 from bisect import bisect_left
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torchdyn_mintime import LearnableSolver, LearnableSpan, early_exit, trim, u
 from torchdyn_mintime.experiments import UsageError, datasets, measure, methods, models, results
 from torchdyn_mintime.experiments.context import Settings
 from torchdyn_mintime.experiments.measure import CHUNK, forward, scores
-from torchdyn_mintime.experiments.store import Plan, Store, load_model
+from torchdyn_mintime.experiments.store import Plan, Store, load_model, put
 from torchdyn_mintime.experiments.tasks import TASKS
 from torchdyn_mintime.experiments.training import LOOKED_AT, Run, race
 
@@ -178,10 +179,9 @@ def _write(model: models.Model, plan: Plan, data: datasets.Data, path: Path) -> 
         model.t_span = model.node.grid()  # what is passed at every call
         unwrap(model, data.x_test[:8])
     model.t_span = model.node.t_span
-    path.parent.mkdir(parents=True, exist_ok=True)
     how = "model.node = NeuralODE(field, solver=solver); model.node.t_span = t_span; model.load_state_dict(state)"
     if isinstance(solver, LearnableSolver):
         how = f"from torchdyn_mintime import LearnableSolver; solver = LearnableSolver({solver.extra_repr()}); {how}"
     kept = {"state": model.state_dict(), "t_span": model.node.t_span, "solver": name, "task": plan.task, "how": how}
-    torch.save(kept, path)
+    put(path, functools.partial(torch.save, kept))
     return path

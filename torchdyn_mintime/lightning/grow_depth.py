@@ -28,8 +28,8 @@ class GrowDepth(Monitoring):
     ends the training with its IntegrationError. Where ``max_t_f`` was reached and the metric is still above the threshold,
     the training stops, says so, and the best model seen is given back.
 
-    A loss of the training steps is that of the model before them. What counts as good or best with it is the model at the
-    beginning of its epoch; with a metric that the validation logs, it is the model that was validated.
+    The mean training loss of an epoch says nothing of the model after its last step. So the model that is kept with it is
+    that at the beginning of the epoch; with a metric that the validation logs, it is the model that was validated.
 
     No optimizer moves t_f meanwhile; after the training it requires a gradient again if it did before.
 
@@ -88,8 +88,7 @@ class GrowDepth(Monitoring):
         self._rollback = None
         self._best, self._kept = math.inf, Snapshot()
         self._measured = Snapshot()  # what the metric speaks of: the model, and with a rescue its optimizers
-        self._value: float | None = None  # of a metric of the validation: what it is, and whether it is new
-        self._fresh = False
+        self._value: float | None = None  # of a metric of the validation, until it is looked at
         self._epochs = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -118,7 +117,7 @@ class GrowDepth(Monitoring):
             self._kept.load_state_dict(loaded.get("kept"))
             self._measured.load_state_dict(loaded.get("measured"))
             self._losses[:], self._validated = loaded.get("losses", []), loaded.get("validated", False)
-            self._fresh, self._value = loaded.get("fresh", False), loaded.get("value")
+            self._value = loaded.get("value")
             if loaded.get("growth"):
                 self.growth.load_state_dict(loaded["growth"])
             if self._rollback is not None and loaded.get("rescue"):
@@ -133,13 +132,15 @@ class GrowDepth(Monitoring):
 
     def _measure(self, pl_module: pl.LightningModule) -> None:
         """Keeps the model as it is now: the next metric is its own."""
-        self._measured = Snapshot() if self._rollback is None else self._rollback.take()
-        if self._rollback is None:
+        if self._rollback is not None:
+            self._measured = self._rollback.take()
+        else:
+            self._measured = Snapshot()
             self._measured.take(pl_module)
 
     def validated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the model that was validated."""
-        self._fresh, self._value = True, monitored(trainer, pl_module, self.monitor, [])
+        self._value = monitored(trainer, pl_module, self.monitor, [])
         self._measure(pl_module)
 
     def on_train_batch_end(
@@ -156,12 +157,12 @@ class GrowDepth(Monitoring):
         """Looks at the metric: grows, stops, or goes back."""
         super().on_train_epoch_end(trainer, pl_module)
         self._epochs += 1
-        if self._validated and not self._fresh:  # no validation in this epoch
+        if self._validated and self._value is None:  # no validation in this epoch
             return
-        self._fresh = False
         if not self._measured:  # a checkpoint of an older version
             self._measure(pl_module)
         metric = self._value if self._validated else monitored(trainer, pl_module, self.monitor, self._losses)
+        self._value = None
         if metric is None and self.monitor is not None and self._awaits_validation:
             return
         if metric is None:
@@ -215,7 +216,6 @@ class GrowDepth(Monitoring):
             "measured": self._measured.state_dict(),
             "losses": list(self._losses),
             "validated": self._validated,
-            "fresh": self._fresh,
             "value": self._value,
             "epochs": self._epochs,
         }

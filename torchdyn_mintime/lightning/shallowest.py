@@ -165,11 +165,8 @@ class Shallowest(SpanCallback):
         """Divides the gradients of learned solvers by the scale of mixed precision, which the optimizers do not know."""
         scale = gradient_scale(trainer)
         for span in spans(pl_module) if scale != 1.0 else ():
-            free = span.solver.free if isinstance(span.solver, LearnableSolver) else None
-            if free is not None and free.grad is not None:
-                free.grad /= scale
-                if not bool(free.grad.isfinite().all()):  # such a step is left out
-                    free.grad = None
+            if isinstance(span.solver, LearnableSolver) and span.solver.free.grad is not None:
+                span.solver.free.grad /= scale
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Looks at the progress, and decides."""
@@ -200,9 +197,10 @@ class Shallowest(SpanCallback):
         assert self.monitor is not None
         if trainer.val_dataloaders is None:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        # Which loaders are gone through together has no public name.
-        loader = getattr(trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
-        loader = CombinedLoader([]) if loader is None else loader
+        # Which loaders are gone through together has no public name. Without validation data there are none.
+        loader: CombinedLoader | None = getattr(trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
+        if loader is not None:
+            loader.limits = trainer.num_val_batches
         step, data = pl_module.validation_step, getattr(trainer, "datamodule", None)
         hooks = data if data and is_overridden("on_before_batch_transfer", data) else pl_module
         wanted = [
@@ -211,12 +209,9 @@ class Shallowest(SpanCallback):
         values: list[tuple[float, int]] = []
         metric: Metric | None = None
         with evaluating(pl_module), torch.no_grad(), metrics_apart(pl_module):
-            if loader.flattened:
-                loader.limits = trainer.num_val_batches
-            for given, i, of_loader in loader if loader.flattened else ():
-                if i >= max(
-                    loader.limits or [math.inf]
-                ):  # loaders that are gone through together have them in their length alone
+            for given, i, of_loader in () if loader is None else loader:
+                # Loaders that are gone through together have the limits in their length alone.
+                if i >= max(trainer.num_val_batches):
                     break
                 batch = hooks.on_before_batch_transfer(trainer.precision_plugin.convert_input(given), of_loader)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=of_loader)

@@ -22,8 +22,9 @@ class BatchedPoints:
 
     A field that ignores time sees the points as one large batch, which is many times faster for small networks. Whether
     that gives the same is not assumed but measured (U11): at some trajectories of each kind, two points are evaluated both
-    ways. These are the first, the fourth, the eighth and so on, since a field that is trained may begin to couple its
-    samples, as with a gate that is zero at first. Points that were different once are evaluated one by one from then on.
+    ways. These are the first, the fourth, the eighth and so on, and every hundredth: a field that is trained may begin to
+    couple its samples, as with a gate that is zero at first. Points that were different once are evaluated one by one from
+    then on.
     """
 
     def __init__(self) -> None:
