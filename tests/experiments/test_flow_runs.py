@@ -75,6 +75,20 @@ def test_flows_have_the_best_of_a_sweep_beside_them(tmp_path):
     assert lines[-1].label.startswith("best of a sweep") and len(lines[2].results) == 2
 
 
+def test_a_search_of_a_flow_looks_at_points_of_its_own(tmp_path):
+    """Its batches are drawn anew: what a depth is judged by must not be another draw at every look."""
+    settings = TASKS["flow-moons"].settings.but(**{**TINY, "iterations": 40, "target": 50.0, "solver_tol": 0.1})
+    plan, store = Plan("flow-moons", "shallowest", settings), Store(tmp_path)
+    run = store.begin(plan)
+    run.step()
+    assert torch.equal(run.loss_again(), run.loss_again())
+    (result,) = store.finish([plan])
+    front = store.search(plan)["front"]
+    assert not result["failure"] and len(front) > 1
+    assert [model["nfe"] for model in front] == sorted({model["nfe"] for model in front}, reverse=True)
+    assert (result["nfe"], result["nll"]) == (front[-1]["nfe"], front[-1]["nll"])
+
+
 @pytest.mark.parametrize("name", ["vanilla", "minimum-time", "minimum-time-doubling", "default-adaptive"])
 def test_a_stopped_flow_goes_on_where_it_was(tmp_path, name):
     """Bit for bit as one that was not stopped."""

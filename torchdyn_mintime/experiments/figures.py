@@ -293,7 +293,7 @@ def _figure_4(options: Options, store: Store) -> Any:
 
 def _figure_5(options: Options, store: Store) -> Any:
     methods = (
-        *("vanilla", "minimum-time", "shallowest", "steer", "snopt", "taynode-2", "taynode-3", "rnode"),
+        *("vanilla", "minimum-time", "shallowest", "steer", "snopt", "taynode-2", "rnode"),
         *("default-adaptive", "residual", "skipped"),
     )
     trained = _trained("mnist-cpu", methods, options, store)

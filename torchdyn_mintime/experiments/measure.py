@@ -351,14 +351,14 @@ DENSITY = Goal(
     report=Report(
         columns={
             "t_f": cell("t_f", "{:.3g}"),
-            "steps": cell("steps", ratio=True),
+            "steps": cell("steps"),
             "evals": cell("nfe", ratio=True),
             "training s": cell("training", "{:.1f}"),
             "drive x depth": factors("training"),
             "sampling ms": cell("sampling", "{:.0f}", scale=1e3, ratio=True),
             **_NLL,
         },
-        gains={"steps": "steps", "evaluations": "nfe", "training": "training", "sampling": "sampling"},
+        gains={"evaluations": "nfe", "training": "training", "sampling": "sampling"},
         exactly=lambda line: f"nll at 1e-7 at most {line.finished['reference'].max():.3f}",
         caption="Medians over seeds (and ranges). Ratios are taken within a seed, between models in a span: the gain of "
         "depth alone. Drive x depth: the drive is the time of torchdyn's own NeuralODE over that in a span, at equal steps. "

@@ -470,5 +470,6 @@ FLOW_METHODS: dict[str, Method] = {
         terms=(_price_of_time, _penalty(step_doubling.StepDoubling, every=5, weight=5.0)),
     ),
     "minimum-time-paper": replace(_MINIMUM_TIME, label="minimum-time, as in the paper"),
+    "shallowest": _SEARCH,
     "default-adaptive": METHODS["default-adaptive"],
 }

@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d
 from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import CNF, hutch_trace
 
-from torchdyn_mintime import FlowModel, LearnableSpan
+from torchdyn_mintime import FlowModel, LearnableSolver, LearnableSpan, fit_solver
 from torchdyn_mintime.flows import Gaussian, HyperCNF
 
 __all__ = [
@@ -192,6 +192,10 @@ def patch_parts(channels: int, width: int = 16) -> dict[str, nn.Module]:
 # -------------------------------------------------------------------------------------------------------------- flows
 
 
+FITTED, LOG_DENSITY = 1024, 0
+"""How many states a solver is fitted to, and in which column a flow's state has the log-density."""
+
+
 class LogDensity(nn.Module):
     """The head of a flow: gives log p(x) of eq. (5) from the state [l, z] at t_f.
 
@@ -224,7 +228,20 @@ def tutorial_flow_parts() -> dict[str, nn.Module]:
 
 
 def flow_of(model: Model) -> FlowModel:
-    """Returns a trained flow as a FlowModel, which has samples and a density, with the same steps and parameters."""
+    """Returns a trained flow as a FlowModel, which has samples and a density, with the same steps and parameters.
+
+    A solver that was learned for densities gets one of as many evaluations beside it, fitted to samples.
+    """
     assert isinstance(model.head, LogDensity)
-    span = model.node if isinstance(model.node, LearnableSpan) else LearnableSpan(model.node, model.t_span)
-    return FlowModel(span, model.head.base).eval()
+    span, base = model.node if isinstance(model.node, LearnableSpan) else None, model.head.base
+    if span is None:
+        span = LearnableSpan(model.node, model.t_span)
+    elif isinstance(span.solver, LearnableSolver) and span.solver.other is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            drawn = model.before(base.sample((FITTED,)).to(model.t_span.device))
+        fit = fit_solver(
+            span, drawn, evaluations=span.solver.stages, inverse=True, log_density=LOG_DENSITY, progress=False
+        )
+        span.solver.other = fit.node.solver
+    return FlowModel(span, base).eval()

@@ -68,6 +68,7 @@ FLOW_METHODS = {
     "minimum-time": "t_f is learned on a template of 12 steps, at a learning rate of its own",
     "minimum-time-doubling": "the same, with the step-doubling penalty at every fifth iteration",
     "minimum-time-paper": "t_f is learned on a template of 100 steps, at the network's learning rate, as in the paper",
+    "shallowest": "the search for the fewest evaluations, at a solver error of at most .01",
     "default-adaptive": "vanilla with tsit5 at torchdyn's default tolerances",
 }
 """The methods of ``flow-moons`` and ``flow-circles``. ``flow-tutorial`` is trained with vanilla and minimum-time."""

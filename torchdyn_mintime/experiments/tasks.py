@@ -151,16 +151,19 @@ def _patch_parts(channels: int, settings: Settings) -> dict[str, nn.Module]:
     return models.patch_parts(channels, settings.width)
 
 
-# The paper takes 1,000 iterations. Its learning rate starts at .05; the paper does not say how it goes on.
+# The paper takes 1,000 iterations. Its learning rate starts at .05; the paper does not say how it goes on. The targets of a
+# search are vanilla's nll on seeds 3 to 5, and .02 nats more. A solver error of .1 would hide .3 nats.
 _FLOW = Task(
     "flow-moons",
     _fresh(datasets.density_moons),
     lambda settings: models.hyper_flow_parts(),
-    Settings(iterations=200, lr=0.05, weight=0.35, decay=0.02, schedule="cosine", batch=512),
+    Settings(
+        iterations=200, lr=0.05, weight=0.35, target=0.55, solver_tol=0.01, decay=0.02, schedule="cosine", batch=512
+    ),
     goal=DENSITY,
     methods=FLOW_METHODS,
     compared=("vanilla", "minimum-time-paper", "minimum-time", "default-adaptive"),
-    options=("method", "lr", "weight"),
+    options=("method", "lr", "weight", "target"),
 )
 
 TASKS: dict[str, Task] = {
@@ -229,7 +232,7 @@ TASKS: dict[str, Task] = {
             _FLOW,
             name="flow-circles",
             load=_fresh(datasets.density_circles),
-            settings=_FLOW.settings.but(weight=0.1),
+            settings=_FLOW.settings.but(weight=0.1, target=0.86),
         ),
         # The tutorial's own settings. The price of time was chosen on seed 0.
         Task(

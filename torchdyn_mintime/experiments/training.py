@@ -171,7 +171,10 @@ class Run:
 
         One batch is not enough: at a large learning rate a model may be good on one batch and bad on the next.
         """
-        return self.task.goal.loss(self.model(self.data.x[:LOOKED_AT]), self.data.y[:LOOKED_AT])
+        x = self.data.x[:LOOKED_AT]
+        if self.data.draw is not None:
+            x = self.data.draw(LOOKED_AT, torch.Generator().manual_seed(self.settings.seed)).to(self.device)
+        return self.task.goal.loss(self.model(x), self.data.y[:LOOKED_AT])
 
     def judge(self) -> dict[str, Any]:
         """Returns the figures of the trained model, except its inference time.
