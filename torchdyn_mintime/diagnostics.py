@@ -42,6 +42,7 @@ from torchdyn_mintime.core import (
     undisturbed,
     untraced,
 )
+from torchdyn_mintime.losses.trajectory import own_entries
 from torchdyn_mintime.numerics import AsynchronousLeapfrog, Grid, integrate, with_running_cost
 from torchdyn_mintime.numerics.step_control import rms
 
@@ -90,11 +91,15 @@ class Profile:
     def rate(self) -> float:
         """The largest kappa with loss(t) <= loss(t0) exp(-kappa (t - t0)) at every point, per unit of time.
 
-        The rate of exponential convergence that the mean loss held; negative where it rose above its start, and minus
-        infinity where it started at 0 and did not stay there.
+        The rate of exponential convergence that the mean loss held; negative where it rose above its start, infinite where it
+        was never above 0 after that, and minus infinity where it started at 0 and rose. A loss that starts below 0, as a
+        negative log-likelihood may, has no such rate: NaN.
         """
         first, later = self.loss[0], self.loss[1:]
+        if first < 0:
+            return math.nan
         rates = (first / later).log() / (self.times[1:] - self.times[0]).abs()
+        rates = torch.where(later <= 0, math.inf, rates)
         return rates.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).min().item()
 
 
@@ -137,10 +142,13 @@ def loss_profile(
         for x, *target in prepared:
             model(x)
             last, node = last_solve(target_span), target_span.node
-            nodes = _even(last.seen, points) if target_span.adaptive else last.seen
+            nodes, stepper = _even(last.seen, points) if target_span.adaptive else last.seen, target_span.stepper
+            # A solver that lands on so many points is better than the model's own: its steps are held where it can.
+            held = stepper.adaptive and stepper.interpolant is not None
+            grid = Grid(last.steps, dense=nodes) if held else Grid(nodes)
             with untraced(last.bound):
                 states = integrate(
-                    last.bound.function, last.x, Grid(nodes), target_span.stepper, atol=node.atol, rtol=node.rtol
+                    last.bound.function, last.x, grid, stepper, atol=node.atol, rtol=node.rtol, adapt=not held
                 ).states
             outputs = (rest_of(model, target_span, state, x) for state in states)
             rows = [[as_number(f(output, *target), "the loss or accuracy") for f in functions] for output in outputs]
@@ -176,7 +184,8 @@ def path_ratio(model: nn.Module, x: Tensor, *, span: LearnableSpan | None = None
         last = solve_of_samples(target_span)
         with untraced(last.bound):
             path = reference_solution(last.bound, position(target_span, last.x), _even(last.seen, points))
-    path = path.flatten(2) if path.dim() > 2 else path[:, None]
+        path = torch.stack([own_entries(last.bound, z) for z in path])
+    path = path.reshape(*path.shape[:2], -1) if path.dim() > 1 else path[:, None, None]
     length = path.diff(dim=0).norm(dim=2).sum()
     distance = (path[-1] - path[0]).norm(dim=1).sum()
     return (length / distance).item() if length > 0 else math.inf  # 0 / 0 would be NaN

@@ -244,3 +244,16 @@ def test_times_outside_are_refused_as_ever():
     one_step, _, _ = span_of(3, 2)
     with pytest.raises(ValueError, match="dense=True for states inside"):
         one_step(x, save_at=[0.3])
+
+
+@pytest.mark.parametrize("how", ["rk4", "tsit5", 4])
+def test_under_autocast_the_states_inside_keep_float32(how):
+    """The field has no product that autocast would round: the states are those without it, to the last digit."""
+    node, _, x = closed_form("breathing", solver=solver(how))
+    span = tm.LearnableSpan(node.float(), torch.linspace(0, 1, 3)).float()
+    times = {"save_at": [0.3, 0.6], "dense": True}
+    with torch.no_grad():
+        expected = span(x.float(), **times)[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = span(x.float(), **times)[1]
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -12,6 +12,7 @@ from torch.distributions import MultivariateNormal
 from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
 from torchdyn.models import CNF, hutch_trace
 from torchdyn.nn import Augmenter, DataControl, DepthCat, GalLinear
+from torchdyn.numerics.solvers.ode import RungeKutta4
 
 import torchdyn_mintime as tm
 
@@ -574,3 +575,41 @@ def test_wrapping_evaluates_nothing():
     field = Counted(lambda t, x: -x)
     tm.wrap(NeuralODE(field, solver="rk4"), T_SPAN)
     assert field.count == 0
+
+
+def test_a_state_that_cannot_be_guessed_is_asked_for():
+    span = tm.wrap(NeuralODE(nn.Sequential(DepthCat(1), nn.Linear(3, 2)), solver="euler"))
+    with pytest.raises(ValueError, match="pass x, which the model is called with"):
+        tm.unwrap(span)
+    assert isinstance(tm.unwrap(span, torch.randn(4, 2)), NeuralODE)
+
+
+def test_a_field_that_needs_args_is_sent_to_the_network():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+        def forward(self, t, x, args):
+            return self.net(x) * args["scale"]
+
+    span = tm.wrap(NeuralODE(Scaled(), solver="rk4"))
+    with pytest.raises(KeyError) as caught:
+        tm.unwrap(span, torch.randn(4, 2))
+    assert "as_network" in caught.value.__notes__[0]
+
+
+def test_a_tableau_that_is_trained_is_used_and_gets_its_gradient():
+    """Also where it has torchdyn's own values at first, and is changed after the node was wrapped."""
+    solver, x = RungeKutta4(), torch.randn(4, 2)
+    c, a, b, e = solver.tableau
+    b = b.clone().requires_grad_()
+    solver.tableau = c, a, b, e
+    node = NeuralODE(nn.Linear(2, 2), solver=solver)
+    span = tm.LearnableSpan(node, torch.linspace(0, 1, 3))
+    with torch.no_grad():
+        b += 0.05
+    gradients = []
+    for end in (node(x, torch.linspace(0, 1, 3))[1][-1], span(x)[1][-1]):
+        gradients.append(torch.autograd.grad(end.square().sum(), b)[0])
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5) and gradients[0].any()

@@ -18,6 +18,7 @@ from torchdyn.core import NeuralODE
 from torchdyn.datasets import generate_concentric_spheres
 
 import torchdyn_mintime as tm
+from torchdyn_mintime.core import looks_between
 from torchdyn_mintime.core.reference import exact_solves, solver_error
 from torchdyn_mintime.depth import searched_model, shallowest
 from torchdyn_mintime.depth.shallowest import Shallowest, set_steps
@@ -1358,3 +1359,63 @@ def test_the_penalty_compares_ends_without_dropout():
         penalties.append(searched.penalty)
     assert penalties[0] == penalties[1] == pytest.approx(penalties[2], rel=1e-12) and penalties[0] > 0
     searched.release(False)
+
+
+class Series(nn.Module):
+    """Sees the state at t = 0.1 and at the end, at times that the node is asked for."""
+
+    def __init__(self, solver="rk4", **options):
+        super().__init__()
+        net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.node = NeuralODE(net, solver=solver)
+        self.options = options
+
+    def forward(self, x):
+        sol = self.node(x, torch.tensor([0.0, 0.1, 1.0]), **self.options)[1]
+        return torch.cat([sol[1], sol[-1]], 1)
+
+
+def series_loss(out, batch):
+    return mse_loss(out, batch[1])
+
+
+def test_states_between_the_ends_must_be_at_times_of_their_own():
+    x = torch.randn(64, 2)
+    batch = x, torch.cat([0.9 * x, 0.4 * x], 1)
+    model = tm.wrap(Series())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="node\\(x, times, dense=True\\)"):
+        Shallowest(target=0.01).fit(model, series_loss, [batch], progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.node.t_f.requires_grad and not model.node.pinned
+    model = tm.wrap(Series(dense=True))
+    verdict = Shallowest(target=0.01).fit(model, series_loss, [batch], lr=0.03, progress=False)
+    assert verdict.feasible and verdict.best.evaluations < 16
+    assert model.node(x, torch.tensor([0.0, 0.1, 1.0]), dense=True)[0].tolist() == pytest.approx([0, 0.1, 1])
+
+
+def test_the_look_for_states_between_leaves_no_trace():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.span, self.norm = span_of(dim=2), nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm(self.span(x + 0.1 * torch.randn_like(x))[1][-1])
+
+    model, x = Noisy(), torch.randn(8, 2)
+    model(x)
+    state, last, random = copy.deepcopy(model.state_dict()), model.span.last, torch.get_rng_state()
+    assert not looks_between(model, lambda: model(x).square().mean())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.span.last is last and torch.equal(torch.get_rng_state(), random) and model.training
+
+
+def test_another_target_than_that_of_the_state_is_said():
+    batch = torch.randn(16, 2), torch.zeros(16, dtype=torch.long)
+    search, model = Shallowest(target=0.5), span_of(dim=2)
+    search.fit(model, criterion, [batch], max_iterations=2, progress=False)
+    with pytest.warns(UserWarning, match=r"its own target, 0\.5, and not with 0\.9"):
+        Shallowest(target=0.9).load_state_dict(search.state_dict())
+    Shallowest(target=0.5).load_state_dict(search.state_dict())

@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from learners import Learner, annuli, blobs, loader, make_node, trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import ConvergenceRate, MinimumTime
@@ -116,3 +117,9 @@ def test_it_takes_a_weight_or_a_target():
         MinimumTime(target=-1.0)
     with pytest.raises(ValueError, match="monitor"):
         MinimumTime(weight=1.0, monitor="val")
+
+
+def test_a_metric_that_nobody_logs_is_an_error():
+    module = Learner(make_node(3, 8), torch.linspace(0, 1, 6), classes=2)
+    with pytest.raises(MisconfigurationException, match="monitor='val_los' was not logged"):
+        trainer(3, MinimumTime(target=0.4, monitor="val_los")).fit(module, loader(annuli(16), 16))

@@ -536,3 +536,33 @@ def test_the_length_of_a_streams_pass_is_in_the_checkpoint(tmp_path):
     run.save_checkpoint(tmp_path / "c")
     trainer(3, Shallowest(target=1e-6), Passes()).fit(Rings(), data, ckpt_path=tmp_path / "c", weights_only=True)
     assert seen == [1000, 1000, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.03, 2),  # of two steps, after which it raises
+        lambda o: {"scheduler": torch.optim.lr_scheduler.LambdaLR(o, lambda i: 0.01 * i), "interval": "step"},
+    ],
+)
+def test_learning_rate_schedulers_rest_while_it_searches(schedule):
+    class Scheduled(Rings):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return {"optimizer": optimizer, "lr_scheduler": schedule(optimizer)}
+
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, run, module, batch, batch_idx):
+            rates.append(run.optimizers[0].param_groups[0]["lr"])
+
+    torch.manual_seed(0)
+    module, callback = Scheduled(), Shallowest(target=0.1)
+    run = trainer(5, callback)
+    run.callbacks.append(Watch())
+    with pytest.warns(UserWarning, match="does not step"):
+        run.fit(module, loader(annuli(64), 64))
+    assert rates == pytest.approx([0.03] * 5)
+    assert [config.frequency for config in run.lr_scheduler_configs] == [1]

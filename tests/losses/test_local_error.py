@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses_common import ADAPTIVE, FIXED, SENSITIVITIES, assert_gradients, make_span
 from problems import FIELDS, closed_form
+from torch import nn
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
@@ -70,3 +71,15 @@ def test_local_error_of_a_field_without_error_has_a_finite_gradient():
     LocalError(span).penalty().backward()
     assert x.grad.isfinite().all()
     assert span.t_f.grad.isfinite()
+
+
+def test_in_half_precision_the_error_is_that_of_the_steps_and_not_of_rounding():
+    values = []
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
+        span = tm.LearnableSpan(NeuralODE(net, solver="euler"), torch.linspace(0, 1, 101))
+        span(torch.randn(64, 2).to(dtype))
+        values.append(LocalError(span).penalty().item())
+    # The field itself is rounded to 8 bits. The difference of two states of that type is a thousand times as large.
+    assert values[1] < 10 * values[0]

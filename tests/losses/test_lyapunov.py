@@ -463,3 +463,72 @@ def test_a_descending_trajectory_is_refused_with_both_its_ends():
     t = T_SPAN.flip(0)
     with pytest.raises(ValueError, match="t_eval must ascend: .* it runs from 1 to 0$"):
         LyapunovRegularizer(node, square, 1.0).penalty(t, x.expand(len(t), *x.shape))
+
+
+def test_in_inference_mode_the_figures_are_those_of_no_grad():
+    net = nn.Sequential(DataControl(), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    span = LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 11, dtype=torch.float64))
+    regularizer, found = LyapunovRegularizer(span, square, 2.0), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.ones(4, 2, dtype=torch.float64) * torch.arange(1, 5)[:, None]
+            values = [regularizer.penalty(*regularizer(x)).item(), regularizer.certificate(x).rates.min().item()]
+            torch.manual_seed(0)
+            found.append([*values, regularizer.sampled_penalty(x, sampler=ball(1.0), samples=4).item()])
+    assert found[0] == found[1]
+
+
+def test_without_the_start_the_control_is_that_of_the_solve():
+    net = nn.Sequential(DataControl(), nn.Linear(4, 2)).double()
+    span = LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 11, dtype=torch.float64))
+    regularizer, x = LyapunovRegularizer(span, square, 2.0), torch.randn(4, 2, dtype=torch.float64)
+    whole = regularizer.derivatives(*regularizer(x))
+    t_eval = span.grid()[5:].tolist()
+    for one, other in zip(whole, regularizer.derivatives(*regularizer(x, None, t_eval)), strict=True):
+        assert torch.allclose(one[5:], other, rtol=1e-12)
+
+
+def test_times_of_half_precision_that_are_equal_leave_a_mean():
+    span = LearnableSpan(NeuralODE(nn.Linear(2, 2).bfloat16(), solver="rk4"), torch.linspace(300, 301, 11))
+    regularizer = LyapunovRegularizer(span, square, 2.0)
+    t_eval, sol = regularizer(torch.randn(4, 2).bfloat16())
+    points = regularizer.violation(t_eval, sol).float().mean(1)
+    expected = torch.trapezoid(points, t_eval)  # over an interval of length 1
+    assert regularizer.penalty(t_eval, sol).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_certificate_of_a_descending_span_is_refused():
+    regularizer = LyapunovRegularizer(NeuralODE(nn.Linear(2, 2), solver="rk4"), square, 2.0)
+    with pytest.raises(ValueError, match="must ascend"):
+        regularizer.certificate(torch.randn(4, 2), t_span=torch.linspace(1, 0, 11))
+
+
+def test_sampled_states_have_the_args_of_their_samples():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+        def forward(self, t, x, args):
+            return self.net(x) * args["scale"] + args["shift"]
+
+    span = LearnableSpan(NeuralODE(Scaled(), solver="rk4").double(), torch.linspace(0, 1, 11))
+    regularizer, x = LyapunovRegularizer(span, square, 2.0), torch.randn(3, 2).double()
+    scales, shift = torch.rand(3, 1).double(), torch.ones(2).double()
+
+    def penalty(x, scale):
+        regularizer(x, args={"scale": scale, "shift": shift})
+        return regularizer.sampled_penalty(x, sampler=lambda n, like: torch.ones(n, *like.shape).double(), samples=4)
+
+    apart = [penalty(x[i : i + 1], scales[i : i + 1]) for i in range(3)]
+    assert penalty(x, scales).item() == pytest.approx(torch.stack(apart).mean().item(), rel=1e-12)
+
+
+def test_of_alf_the_state_without_its_velocity_is_looked_at():
+    net, x = nn.Linear(2, 2).double(), torch.randn(4, 2).double()
+    span = LearnableSpan(NeuralODE(net, solver="alf"), torch.linspace(0, 1, 11, dtype=torch.float64))
+    regularizer = LyapunovRegularizer(span, square, 2.0)
+    t_eval, sol = regularizer(torch.cat([x, net(x)], 1))
+    v, slope = regularizer.derivatives(t_eval, sol)
+    z = sol[..., :2]
+    assert torch.allclose(v, z.square().sum(2)) and torch.allclose(slope, 2 * (z * net(z)).sum(2))

@@ -26,3 +26,9 @@ def test_what_potentials_refuse():
         CrossEntropy(nn.Linear(2, 2), classes=2)
     with pytest.raises(TypeError, match="integer labels; got torch.float32"):
         CrossEntropy()(torch.zeros(2, 2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_labels_may_be_integers_of_any_size(dtype):
+    z, y = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    assert torch.equal(CrossEntropy()(z, y.to(dtype)), CrossEntropy()(z, y))

@@ -200,3 +200,10 @@ def test_step_doubling_names_a_refined_solve_that_blows_up():
     with pytest.raises(IntegrationError, match="not finite") as caught:
         StepDoubling(span, refinement=30).penalty()
     assert any("step doubling" in note for note in caught.value.__notes__)
+
+
+def test_a_first_call_of_its_own_does_not_decide_the_interval():
+    span = tm.LearnableSpan(NeuralODE(nn.Linear(2, 2), solver="rk4"))
+    x = torch.randn(4, 2)
+    StepDoubling(span).penalty(x).backward()
+    assert span(x, torch.linspace(0, 2, 21))[0][-1].item() == 2.0

@@ -11,6 +11,7 @@ from problems import FIELDS, closed_form
 from torch import nn
 from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import CNF, hutch_trace
+from torchdyn.nn import DataControl
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.losses.trajectory import JacobianNorm, KineticEnergy, TaylorRegularizer
@@ -130,3 +131,73 @@ def test_trajectory_regularizers_say_what_is_wrong():
         KineticEnergy(model.node).penalty()
     with pytest.raises(ValueError, match="derivative must be 1 or more"):
         TaylorRegularizer(span, derivative=0)
+
+
+class Scaled(nn.Module):
+    """A field whose size is in ``args``."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+
+    def forward(self, t, x, args):
+        return self.net(x) * args["scale"]
+
+
+def controlled_span():
+    net = nn.Sequential(DataControl(), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    return tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 11, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("regularizer", ["kinetic", "jacobian", "taylor 2", "taylor 3"])
+def test_in_inference_mode_the_value_is_that_of_no_grad(regularizer):
+    """Lightning validates in inference mode, in which autograd records nothing."""
+    span, values = controlled_span(), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            span(torch.ones(4, 2, dtype=torch.float64) * torch.arange(1, 5)[:, None])
+            values.append(regularizer_of(regularizer, span).penalty().item())
+    assert values[0] == values[1] > 0
+
+
+def test_a_given_trajectory_has_the_control_and_the_args_of_its_solve():
+    span, x = controlled_span(), torch.randn(4, 2, dtype=torch.float64)
+    t_eval, sol = span(x)
+    late, states = span(x, save_at=t_eval[5:].tolist())
+    integrand = [KineticEnergy(span).penalty(t_eval[i : i + 2], sol[i : i + 2]).item() for i in range(5, 10)]
+    assert KineticEnergy(span).penalty(late, states).item() == pytest.approx(sum(integrand), rel=1e-9)
+    node = NeuralODE(Scaled(), solver="rk4")
+    span, args = tm.LearnableSpan(node, torch.linspace(0, 1, 11)), {"scale": 10.0}
+    t_eval, sol = span(torch.randn(4, 2), args=args)
+    expected = KineticEnergy(span).penalty().item()
+    assert KineticEnergy(span).penalty(t_eval, sol).item() == expected
+    assert KineticEnergy(node).penalty(t_eval, sol, args=args).item() == expected
+
+
+def test_an_integral_over_a_part_of_the_solve_is_refused():
+    span = controlled_span()
+    span(torch.randn(4, 2, dtype=torch.float64), save_at=[0.9, 1.0])
+    with pytest.raises(ValueError, match="left out one of its ends"):
+        KineticEnergy(span).penalty()
+
+
+def test_squares_of_half_precision_are_taken_in_float32():
+    """400^2 is no number of float16, and at t = 300 bfloat16 has no two times in [300, 301]."""
+    net = nn.Linear(2, 2)
+    nn.init.zeros_(net.weight)
+    nn.init.constant_(net.bias, 400.0)
+    for start, dtype in ((0.0, torch.float16), (300.0, torch.bfloat16)):
+        span = tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(start, start + 1, 6))
+        with torch.autocast("cpu", dtype):
+            span(torch.randn(4, 2))
+            assert KineticEnergy(span).penalty().item() == pytest.approx(80000, rel=1e-4)
+
+
+def test_of_alf_the_state_without_its_velocity_is_looked_at():
+    net, x = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(4, 2).double()
+    values = []
+    for solver, start in (("rk4", x), ("alf", torch.cat([x, net(x)], 1))):
+        span = tm.LearnableSpan(NeuralODE(net, solver=solver), torch.linspace(0, 1, 101, dtype=torch.float64))
+        t_eval, sol = span(start)
+        values += [TaylorRegularizer(span).penalty().item(), TaylorRegularizer(span).penalty(t_eval, sol).item()]
+    assert values == pytest.approx([values[0]] * 4, rel=1e-3)  # alf has order 2

@@ -366,3 +366,12 @@ def test_nothing_is_said_about_a_tolerance():
         warnings.simplefilter("error")
         node = NeuralODE(nn.Tanh(), solver=LearnableSolver(2))
         node(torch.ones(1, 2))
+
+
+@given(solvers())
+def test_autocast_does_not_round_the_coefficients(solver):
+    solver = solver.float()
+    expected = solver.coefficients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solver.coefficients()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

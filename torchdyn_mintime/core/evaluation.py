@@ -18,6 +18,7 @@ from torchdyn_mintime.core.reference import TOLERANCE, ending, exact_solves, rep
 from torchdyn_mintime.core.span import Call, LearnableSpan
 from torchdyn_mintime.core.untraced import evaluating, undisturbed
 from torchdyn_mintime.core.wrapping import require_spans
+from torchdyn_mintime.numerics import IntegrationError
 
 __all__ = [
     "Loss",
@@ -26,6 +27,7 @@ __all__ = [
     "check_end_alone",
     "evaluate_with_reference",
     "evaluate_without_ode",
+    "looks_between",
     "mean_loss",
     "model_output",
     "of_output",
@@ -100,6 +102,37 @@ def rest_of(model: nn.Module, span: LearnableSpan, state: Tensor, x: Tensor) -> 
         return state
     with replaced_solves([span], lambda span, z, call: ending(call, state)):
         return model_output(model, x)
+
+
+def looks_between(model: nn.Module, look: Callable[[], Any]) -> bool:
+    """Returns whether ``look``, which calls ``model``, uses states of a span between its ends that change with its steps.
+
+    Those that are asked for with ``dense=True`` do not: they are at the same times whatever the steps are. Nothing is changed,
+    and no random number is drawn.
+    """
+
+    def spoiled(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        t_eval, sol = call()
+        if not call.plan.dense:
+            times, first, last = t_eval.double(), call.grid().nodes[0], call.grid().nodes[-1]
+            near = 1e-6 * max(abs(first), abs(last))
+            between = ((times - first).abs() > near) & ((times - last).abs() > near)
+            sol = sol.masked_fill(between.reshape(-1, *[1] * (sol.dim() - 1)), math.nan)
+        return t_eval, sol
+
+    def finite() -> bool:
+        found = look()
+        return bool(torch.as_tensor(found[0] if isinstance(found, tuple) else found).isfinite().all())
+
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), undisturbed(model):
+        if not finite():
+            return False
+        with replaced_solves(require_spans(model), spoiled):
+            try:
+                return not finite()
+            except IntegrationError:  # of a second span, which begins with such a state
+                return True
 
 
 def check_end_alone(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:

@@ -35,6 +35,7 @@ class Plan:
         settles: the interval that the call makes of one that is not settled, or None.
         ends: t0 and t_f of it, where they are other than before.
         cut: whether t_f has cut the span that was passed, so that its last state is not at the span's own end.
+        dense: whether the times asked for stay the same whatever the steps are.
     """
 
     grid: Grid
@@ -42,6 +43,7 @@ class Plan:
     settles: Interval | None = None
     ends: tuple[float, float] | None = None
     cut: bool = False
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -439,7 +441,7 @@ class LearnableInterval(nn.Module):
             keep, inside = keep and keep[::-1], inside and inside[::-1]
         if rows is not None and rows == list(range(len(rows))):
             rows = None
-        return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut)
+        return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut, dense)
 
     def _check_constant(self, times: Any, name: str) -> None:
         """Refuses times that require a gradient, which no call gives. Those made of t0 and t_f, as ``t_eval``, may be passed.

@@ -98,6 +98,11 @@ class LastSolve:
         return [*(t for t in self.steps if (t < last if forwards else t > last)), last]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the states hold both ends of the solve: ``save_at`` may have left one out."""
+        return self.reaches_end and self.grid.returned[0] == self.steps[0]
+
+    @property
     def reaches_end(self) -> bool:
         """Whether the last of the states is that at the end of the solve: ``save_at`` may have left it out."""
         return self.grid.returns_end

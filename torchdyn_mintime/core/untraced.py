@@ -58,13 +58,15 @@ def untraced(bound: BoundField) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Lets calls of ``model`` leave no trace: what its spans remember and count, batch statistics, mode."""
-    held = [(span, span.last) for span in spans(model)]
+    held = [(span, span.last, span._undisturbed) for span in spans(model)]
     with kept([module for module in model.modules() if not isinstance(module, LearnableSpan)]):
         try:
+            for span, *_ in held:
+                span._undisturbed = True  # a first call would decide what is to be learned
             yield
         finally:
-            for span, last in held:
-                span.last = last
+            for span, last, before in held:
+                span.last, span._undisturbed = last, before
 
 
 @dataclass(frozen=True)

@@ -314,6 +314,12 @@ def _calls(model: nn.Module, x: Any) -> dict[LearnableSpan, tuple[Tensor, Tensor
                 "or leave x out"
             )
             raise
+        except KeyError as error:
+            error.add_note(
+                "unwrap calls the model with x alone. If the field looks for this in args: plain torchdyn passes none on to "
+                "it, and torchdyn_mintime.as_network(model) takes them"
+            )
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -323,7 +329,7 @@ def _calls(model: nn.Module, x: Any) -> dict[LearnableSpan, tuple[Tensor, Tensor
 
 def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
     """Returns the learned grid, such that torchdyn's own solve over it ends at t_f."""
-    node = span.node
+    node, guessed = span.node, x is None and span.last is None
     if x is None:
         x = _random_state(span, name)
     before = node.t_span
@@ -334,7 +340,7 @@ def _checked_grid(span: LearnableSpan, x: Tensor | None, name: str) -> Tensor:
                 # In torchdyn's step control a span of another precision moves the state to its own.
                 grid = grid.to(x.dtype)
             torch.manual_seed(0)
-            ours = span(x)
+            ours = _solved_from(span, x, guessed, name)
             for _ in range(64):
                 torch.manual_seed(0)  # the same noise for both, where the field draws some
                 node.t_span = grid
@@ -413,6 +419,18 @@ def _difference(span: LearnableSpan, theirs: Tensor, ours: Tensor) -> float:
     # Fixed steps should agree to rounding; adaptive ones may choose other steps, within the tolerance.
     allowed = 10 * (node.atol + node.rtol * scale) if span.adaptive else 1e-4 * (1 + scale)
     return 0.0 if difference <= allowed else difference
+
+
+def _solved_from(span: LearnableSpan, x: Tensor, guessed: bool, name: str) -> Any:
+    try:
+        return span(x)
+    except (ValueError, RuntimeError) as error:
+        if not guessed:
+            raise
+        raise ValueError(
+            f"pass x, which the model is called with, to check {name or 'the span'}: no forward has shown its state's shape, "
+            f"and it is not {tuple(x.shape)}, as the field's first layer suggests"
+        ) from error
 
 
 def _random_state(span: LearnableSpan, name: str) -> Tensor:

@@ -31,7 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import TOLERANCE, LearnableSpan, checks, refuse_shards, require_spans, times_of, with_note
+from torchdyn_mintime.core import (
+    TOLERANCE,
+    LearnableSpan,
+    checks,
+    looks_between,
+    refuse_shards,
+    require_spans,
+    times_of,
+    with_note,
+)
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.progress import progress_shown
 from torchdyn_mintime.depth.rollback import Snapshot
@@ -219,7 +228,7 @@ class Shallowest:
         self._losses: list[float] = []
         self._iterations = self._restarts = 0
         self._raised = False
-        self._failed = self._looked = False
+        self._failed = self._looked = self._looks_checked = False
         self._share = 1.0
         self._first_loss: float | None = None
         self._initial, self._good = Snapshot(), Snapshot()
@@ -265,6 +274,7 @@ class Shallowest:
                 reference. Without it the loss at the reference is not trained, and more searches fail.
         """
         searched = self._require_start()
+        self._check_looks(closure)
         far = not self._found and not searched.adaptive and self._stage.best > math.log(FAR)
         if far and self._stage.trial.iterations % SELDOM:
             # Few steps of rk4 hardly leave the ODE, and the reference costs twice as much as they do.
@@ -281,6 +291,7 @@ class Shallowest:
                 over several. Without it only the solver error of the last batch is checked.
         """
         searched, trial = self._require_start(), self._stage.trial
+        self._check_looks(measure)
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if self._found and self.target is not None:
             excess = (value - self.target) / self._unit
@@ -306,6 +317,11 @@ class Shallowest:
         self._tick()
         if sum(t.seconds for t in self.trials) >= self.budget:
             self.done = True
+
+    def _check_looks(self, look: Callable[[], Any] | None) -> None:
+        if not (self._looks_checked or look is None):
+            _refuse_states_between(self._require_start().model, look)
+            self._looks_checked = True
 
     def finish(self) -> Verdict:
         """Returns the verdict so far; the best model found is loaded, and all else is as it was before the search.
@@ -429,6 +445,7 @@ class Shallowest:
             yield from (functools.partial(look, batch) for batch in batches)
             yield from (functools.partial(held_out_look, batch) for batch in kept or ())
 
+        _refuse_states_between(model, functools.partial(of, first))  # with the steps that the model has
         self.start(model, optimizer)
         try:
             model.train()
@@ -836,6 +853,10 @@ class Shallowest:
         """
         if missing := [name for name in ("trials", "iterations", "initial") if name not in state]:
             raise ValueError(f"this is no state of a Shallowest: {missing} are missing; got the keys {sorted(state)}")
+        judged, given = state.get("judged"), self.target
+        kept = state.get("target") if judged is None else judged[1]
+        if given is not None and kept is not None and not math.isclose(given, kept) and state["trials"]:
+            warnings.warn(f"the search goes on with its own target, {kept:.4g}, and not with {given:.4g}", stacklevel=2)
         if self._searched is not None:
             self._searched.release(True)
             self._searched = None  # the state may be that of a search of another model
@@ -874,6 +895,16 @@ class Shallowest:
             same = {k: rung[k] for k in ("weight", "smooth", "best", "since", "drops", "next_check", "mean_loss")}
             self._stage = Stage(self.trials[-1], **same)
         self._unit = self.target if self.target is not None else math.nan
+
+
+def _refuse_states_between(model: nn.Module, look: Callable[[], Any]) -> None:
+    """Raises where a loss would be of states at other times when the steps change."""
+    if looks_between(model, look):
+        raise ValueError(
+            f"the loss of {type(model).__name__} depends on states between the ends of a span. The search changes the steps, "
+            "and with them the times of these states: ask for them by node(x, times, dense=True), which gives them at the "
+            "same times whatever the steps are"
+        )
 
 
 def _names_of(solvers: Any) -> tuple[str, ...]:

@@ -178,6 +178,15 @@ class MinimumTime(Monitoring):
         if self.price is not None and self.price.weight is not None:
             pl_module.log("time_weight", self.price.weight)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sees, after the first epoch that would have shown it, whether the metric is logged at all."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is not None and not self._awaits_validation and self._metric(trainer) is None:
+            raise MisconfigurationException(
+                f"monitor={self.monitor!r} was not logged, so that t_f is not moved; logged were "
+                f"{sorted(trainer.callback_metrics)}"
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With a target: gives back the best feasible model, and says so."""
         if self.price is not None and self.price.restore_best():

@@ -4,6 +4,8 @@ import copy
 import functools
 import itertools
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +124,7 @@ class Shallowest(SpanCallback):
             found.batches_seen_together = max(1, int(min(trainer.num_training_batches, LONGEST_PASS)))
         if self._whole is not None:
             pl_module.load_state_dict(self._whole)
+        self._stop_schedulers(trainer)
         found.start(pl_module, trainer.optimizers)
         self._undo.callback(self._finish)
         found.share_gradients = functools.partial(_mean_gradients, trainer)
@@ -129,6 +132,20 @@ class Shallowest(SpanCallback):
         vars(pl_module)["training_step"] = self._with_penalty(pl_module.training_step, trainer, pl_module)
         self._undo.callback(vars(pl_module).pop, "training_step")
         trainer.should_stop = trainer.should_stop or found.done
+
+    def _stop_schedulers(self, trainer: pl.Trainer) -> None:
+        """Leaves the learning rates to the search, which begins with those that the optimizers were made with."""
+        for config in trainer.lr_scheduler_configs:
+            warnings.warn(
+                f"the search sets the learning rates by itself, and does not step {type(config.scheduler).__name__}",
+                stacklevel=2,
+            )
+            self._undo.callback(setattr, config, "frequency", config.frequency)
+            config.frequency = sys.maxsize
+        if trainer.lr_scheduler_configs and not self.search.trials:
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:  # a scheduler may begin with others
+                    group["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))
 
     def _with_penalty(self, original: Callable, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable:
         """Returns a ``training_step`` with the search's term on its loss."""

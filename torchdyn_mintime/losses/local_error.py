@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from torchdyn_mintime.core import LastSolve, LearnableSpan, refine
 from torchdyn_mintime.losses.penalty import Penalty
-from torchdyn_mintime.numerics import Grid, RungeKutta, Stepper, VectorField, integrate
+from torchdyn_mintime.numerics import (
+    Grid,
+    RungeKutta,
+    Stepper,
+    VectorField,
+    evaluating_in,
+    in_half_precision,
+    integrate,
+)
 from torchdyn_mintime.numerics.step_control import rms
 
 __all__ = ["LocalError"]
@@ -59,7 +67,9 @@ class LocalError(Penalty):
         self.sampled, self.generator = sampled, generator
 
     def of_span(self, span: LearnableSpan, last: LastSolve) -> Tensor:
-        f, stepper, steps = last.bound.function, span.stepper, len(last.steps) - 1
+        f, z, stepper, steps = last.bound.function, last.x, span.stepper, len(last.steps) - 1
+        if half := in_half_precision(z, stepper):  # whose rounding would be larger than the error
+            f, z = evaluating_in(z.dtype, f), z.float()
         chosen = range(steps)
         if self.sampled:
             device = None if self.generator is None else self.generator.device
@@ -68,13 +78,13 @@ class LocalError(Penalty):
         grid = Grid(last.steps, last.grid.start, last.grid.end)
         # Under an adjoint the states carry the ODE's gradient, not that of the steps.
         exact = span.sensitivity == "autograd" or not torch.is_grad_enabled()
-        kept = exact and not stepper.adaptive and last.grid.keep is None and last.grid.dense is None
+        kept = not half and exact and not stepper.adaptive and last.grid.keep is None and last.grid.dense is None
 
         def end(z: Tensor, i: int, parts: int) -> Tensor:
             ends = None if i else grid.start, grid.end if i == steps - 1 else None
             return integrate(f, z, refine(last.steps[i : i + 2], *ends, parts), stepper, adapt=False).states[-1]
 
-        z, terms = last.x, []
+        terms = []
         with self.beside(last.bound):
             for i in chosen if kept else range(chosen.stop):
                 if stepper.adaptive:

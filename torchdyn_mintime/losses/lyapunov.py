@@ -13,7 +13,8 @@ implies V(t) <= exp(-kappa s) (V0 + s (V-dot0 + kappa V0)) with s = t - t0.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.losses.batched_points import BatchedPoints
 from torchdyn_mintime.losses.certificate import GOLDEN, Certificate, certify, doubtful
 from torchdyn_mintime.losses.samplers import Sampler
-from torchdyn_mintime.losses.trajectory import differentiable, rate_of_change
+from torchdyn_mintime.losses.trajectory import differentiable, rate_of_change, recorded, start_of
 
 __all__ = ["LyapunovRegularizer", "keep_points", "regularizer_for"]
 
@@ -145,7 +146,8 @@ class LyapunovRegularizer(nn.Module):
         """Returns eq. (17), a scalar, for what a forward call returned.
 
         Args:
-            t_eval: ``[points]``, ascending, 5 points or more.
+            t_eval: ``[points]``, ascending, 5 points or more. (A bare NeuralODE that solves a descending span returns
+                ascending times, of the opposite sign: they are not of this field.)
             sol: ``[points, batch, ...]``.
             target: passed on to the potential; tensors of the batch's size.
             reduction: ``"mean"``, the average over time weighted by the steps; ``"integral"``, the integral over time
@@ -159,7 +161,9 @@ class LyapunovRegularizer(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}; got {reduction!r}")
         t_eval, sol = self._with_points(t_eval, sol)
-        per_point = self.violation(t_eval, sol, *target).mean(1)
+        violation = self.violation(t_eval, sol, *target)
+        # Times of half precision may be equal, and their differences 0.
+        per_point = violation.to(torch.promote_types(violation.dtype, torch.float32)).mean(1)
         if reduction == "points":
             # Each state counts at its own time, wherever t_f is: a gradient of t_eval, here 0, says so (core.series).
             return per_point.mean() + 0 * t_eval[-1].to(per_point)
@@ -210,7 +214,11 @@ class LyapunovRegularizer(nn.Module):
         t_eval, sol = self._with_points(t_eval, sol)
         _check_trajectory(t_eval, sol, target)
         together = not self._takes_time and all(isinstance(v, Tensor) for v in target)
-        with self._field().beside(sol[0].detach(), self._args) as bound:
+        last = None
+        if isinstance(self.model, LearnableSpan):
+            last, sol = self.model.last, position(self.model, sol)
+        with _recording(), self._field().beside(start_of(last, t_eval, sol).detach(), self._args) as bound:
+            t_eval, sol, target = recorded(t_eval), recorded(sol), tuple(map(recorded, target))
 
             def at(t: Tensor, z: Tensor, copies: int) -> list[Tensor]:
                 return self._terms(bound.function, t, z, tuple(_repeat(v, copies) for v in target))
@@ -243,8 +251,11 @@ class LyapunovRegularizer(nn.Module):
             )
         z = states.repeat_interleave(x.shape[0], 0)
         t = (first + (last - first) * torch.rand((), device=x.device)).to(x.dtype)
-        with self._field().beside(_repeat(x, samples), self._args) as bound:
-            terms = self._terms(bound.function, t, z, tuple(_repeat(v, samples) for v in target))
+        args = {k: _repeat(v, samples) if _has_rows(v, len(x)) else v for k, v in (self._args or {}).items()}
+        with _recording(), self._field().beside(_repeat(recorded(x), samples), args or None) as bound:
+            terms = self._terms(
+                bound.function, recorded(t), recorded(z), tuple(_repeat(recorded(v), samples) for v in target)
+            )
             return self._violation(terms).mean()
 
     # ---------------------------------------------------------------------------------------------- V and its derivatives
@@ -301,6 +312,7 @@ class LyapunovRegularizer(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- the certificate
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def certificate(
         self, x: Tensor, *target: Any, rate: float | None = None, points: int = 101, t_span: Tensor | None = None
@@ -325,6 +337,7 @@ class LyapunovRegularizer(nn.Module):
         if not len(x):
             raise ValueError(f"a certificate is of samples; got x of the shape {tuple(x.shape)}")
         _check_targets(target, x.shape[0])
+        x, target = recorded(x), tuple(map(recorded, target))
         with evaluating(self), undisturbed(self):
             own_t, own_states = self._own(x, t_span)
             t = torch.linspace(own_t[0], own_t[-1], max(points, len(own_t)), dtype=torch.float64)
@@ -362,6 +375,10 @@ class LyapunovRegularizer(nn.Module):
         t_span = self.model.t_span if t_span is None else t_span
         if t_span is None:
             raise ValueError("the NeuralODE has no span of its own; pass t_span=")
+        if not bool((t_span.diff() > 0).all()):
+            raise ValueError(
+                f"t_span must ascend: the rate is one of decay in time; got {t_span[0]:g} to {t_span[-1]:g}"
+            )
         out = self.model(x, t_span, **options)
         times, states = out if isinstance(out, tuple) else (t_span, out)
         return times.detach().double().cpu()[: len(states)], states
@@ -415,6 +432,18 @@ def _check_targets(target: tuple, batch: int) -> None:
             raise ValueError(
                 f"a target has {value.shape[0]} rows for a batch of {batch} states; pass the batch's own targets"
             )
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Lets autograd record in inference mode too, where gradients of the result are no more wanted than before."""
+    wanted = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield
+
+
+def _has_rows(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
 
 
 def _split(t: Tensor, where: Tensor) -> Tensor:

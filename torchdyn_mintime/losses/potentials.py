@@ -35,7 +35,7 @@ class CrossEntropy(nn.Module):
         """Returns V ``[batch]`` at states ``[batch, ...]`` for the labels ``y``, ``[batch]`` of integers."""
         if y.is_floating_point():
             raise TypeError(f"cross entropy needs integer labels; got {y.dtype}: pass y.long()")
-        return nn.functional.cross_entropy(self.logits(z), y, reduction="none")
+        return nn.functional.cross_entropy(self.logits(z), y.long(), reduction="none")
 
 
 class TruncatedCrossEntropy(CrossEntropy):

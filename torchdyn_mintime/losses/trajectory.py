@@ -11,11 +11,15 @@ The points of a field that ignores time are evaluated as one batch, once the fir
 It takes the time of a few evaluations instead of one a point; ``nfe`` counts them as if they were made one by one.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
-from torchdyn_mintime.core import BoundField, Field, LastSolve, LearnableSpan, checks, cost_columns
+from torchdyn_mintime.core import BoundField, Field, LastSolve, LearnableSpan, checks, cost_columns, position
 from torchdyn_mintime.losses.batched_points import BatchedPoints
 from torchdyn_mintime.losses.penalty import Penalty
 
@@ -36,12 +40,16 @@ class TrajectoryPenalty(Penalty):
         super().__init__(model, weight)
         self._points = BatchedPoints()
 
-    def penalty(self, t_eval: Tensor | None = None, sol: Tensor | None = None) -> Tensor:
+    def penalty(
+        self, t_eval: Tensor | None = None, sol: Tensor | None = None, *, args: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Returns the weighted integral, with its gradient in everything that the trajectory depends on.
 
         Args:
             t_eval, sol: what a call of the model returned, ``[points]`` and ``[points, batch, ...]``: for a bare
-                NeuralODE. Default: the last forward of every span in the model.
+                NeuralODE, whose data control is set from ``sol[0]``. It returns the times of a descending span with the
+                opposite sign: pass ``-t_eval`` then. Default: the last forward of every span in the model.
+            args: what a bare NeuralODE was called with.
 
         Returns:
             A scalar.
@@ -51,16 +59,21 @@ class TrajectoryPenalty(Penalty):
             ValueError: there are too few points to integrate over.
         """
         # Derivatives of the field are needed for the value itself.
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             given = t_eval is not None or sol is not None or isinstance(self.model, NeuralODE)
-            value = self._of_given(t_eval, sol) if given else super().penalty()
+            value = self._of_given(t_eval, sol, args) if given else super().penalty()
         return value if torch.is_grad_enabled() else value.detach()
 
     def of_span(self, span: LearnableSpan, last: LastSolve) -> Tensor:
-        t_eval = last.grid.times(span.t_f.dtype, span.t_f.device)
-        return self._integral(last.bound, t_eval, last.states, 5 if span.adaptive else 2)
+        t_eval, states = last.grid.times(span.t_f.dtype, span.t_f.device), position(span, last.states)
+        if not last.is_whole:
+            raise ValueError(
+                f"the integral is over the solve, from {last.steps[0]:g} to {last.steps[-1]:g}, and save_at has left out one "
+                "of its ends; ask for both"
+            )
+        return self._integral(last.bound, t_eval, states, 5 if span.adaptive else 2)
 
-    def _of_given(self, t_eval: Tensor | None, sol: Tensor | None) -> Tensor:
+    def _of_given(self, t_eval: Tensor | None, sol: Tensor | None, args: Mapping[str, Any] | None) -> Tensor:
         if t_eval is None or sol is None or t_eval.dim() != 1 or len(t_eval) != len(sol):
             raise ValueError(
                 "a bare NeuralODE remembers no forward: pass what one call returned, t_eval [points] and "
@@ -68,9 +81,13 @@ class TrajectoryPenalty(Penalty):
             )
         if not isinstance(self.model, NeuralODE | LearnableSpan):
             raise ValueError("t_eval and sol are those of one NeuralODE or span; this model has others around it")
-        field = self.model.field if isinstance(self.model, LearnableSpan) else Field(self.model)
+        field, last = Field(self.model), None
+        if isinstance(self.model, LearnableSpan):
+            field, last = self.model.field, self.model.last
+            args = last.bound.args if args is None and last is not None else args
+            sol = position(self.model, sol)
         self.nfe = 0
-        with field.beside(sol[0]) as bound:
+        with field.beside(start_of(last, t_eval, sol), args) as bound:
             return self.weight * self._integral(bound, t_eval, sol, 2)
 
     def _integral(self, bound: BoundField, t_eval: Tensor, sol: Tensor, least: int) -> Tensor:
@@ -79,6 +96,7 @@ class TrajectoryPenalty(Penalty):
                 f"the trajectory has {len(t_eval)} points, too few to integrate over: give the span a template of "
                 f"{least} points or more, or ask for them by save_at"
             )
+        t_eval, sol = recorded(t_eval), recorded(sol)
         with self.beside(bound):
             self.prepare(bound, sol[0])
             (values,) = self._points(lambda t, z, copies: [self.integrand(bound, t, z, copies)], bound, t_eval, sol)
@@ -149,7 +167,7 @@ class JacobianNorm(TrajectoryPenalty):
         self.noise: Tensor | None = None
 
     def prepare(self, bound: BoundField, z: Tensor) -> None:
-        sample = _sample(bound, z)
+        sample = own_entries(bound, z)
         noises = [getattr(m, "noise", None) for m in bound.modules if hasattr(m, "trace_estimator")]
         found = next((n for n in noises if isinstance(n, Tensor) and n.shape == sample.shape), None)
         if found is None:
@@ -164,7 +182,7 @@ class JacobianNorm(TrajectoryPenalty):
 
     def integrand(self, bound: BoundField, t: Tensor, z: Tensor, copies: int) -> Tensor:
         z = differentiable(z)
-        velocity = _sample(bound, bound.function(t.to(z), z))
+        velocity = own_entries(bound, bound.function(t.to(z), z))
         assert self.noise is not None
         (product,) = gradients(velocity, (z,), self.noise.repeat(copies, *[1] * (self.noise.dim() - 1)))
         return _mean_square(bound, product)
@@ -207,7 +225,7 @@ class TaylorRegularizer(TrajectoryPenalty):
         return _mean_square(bound, value)
 
 
-def _sample(bound: BoundField, z: Tensor) -> Tensor:
+def own_entries(bound: BoundField, z: Tensor) -> Tensor:
     """Returns the entries of a state that are the sample's own: no running cost, no log-density."""
     excess = cost_columns(bound.node) + sum(hasattr(m, "trace_estimator") for m in bound.modules)
     return z[:, excess:] if excess else z
@@ -215,12 +233,28 @@ def _sample(bound: BoundField, z: Tensor) -> Tensor:
 
 def _mean_square(bound: BoundField, z: Tensor) -> Tensor:
     """Returns the mean square of each sample's own entries, ``[batch]``. A state may be one number a sample, or one number."""
-    square = _sample(bound, z).square()
+    own = own_entries(bound, z)
+    square = own.to(torch.promote_types(own.dtype, torch.float32)).square()  # in half precision it overflows soon
     return square.flatten(1).mean(1) if square.dim() > 1 else square.reshape(-1)
 
 
 # ------------------------------------------------------------------------------- derivatives in time along the flow
 # d/dt g(t, z(t)) = dg/dt + dg/dz f for z' = f(t, z).
+
+
+def recorded(x: Any) -> Any:
+    """Returns a tensor that autograd takes: of one that was made in inference mode, a copy."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
+def start_of(last: LastSolve | None, t_eval: Tensor, sol: Tensor) -> Tensor:
+    """Returns the state that a trajectory began with, which sets the data control.
+
+    It is that of the last solve of the span where ``save_at`` has left it out of ``sol``.
+    """
+    if last is None or last.x.shape != sol.shape[1:] or math.isclose(t_eval[0].item(), last.steps[0], abs_tol=1e-6):
+        return sol[0]
+    return last.x
 
 
 def differentiable(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ explicit method is no explicit method. A solver therefore knows its direction, a
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -135,14 +136,15 @@ class LearnableSolver(nn.Module):
         s = self.stages
         free = self.free * self._mask
         a, b = free[:s], free[s]
-        # As few operations as will do: where a gradient is wanted, each costs as much as a small field's layer.
-        b = torch.addmv(self._mean, self._centre, b)  # its sum is 1
-        if self.order == 2:  # along c without its mean, which leaves the sum as it is
-            c = a.sum(1)
-            direction = self._centre @ c
-            b = torch.addcmul(b, direction, (0.5 - b @ c) / (direction @ direction))
-        else:
-            c = free[s + 1]
+        with _precise(free):
+            # As few operations as will do: where a gradient is wanted, each costs as much as a small field's layer.
+            b = torch.addmv(self._mean, self._centre, b)  # its sum is 1
+            if self.order == 2:  # along c without its mean, which leaves the sum as it is
+                c = a.sum(1)
+                direction = self._centre @ c
+                b = torch.addcmul(b, direction, (0.5 - b @ c) / (direction @ direction))
+            else:
+                c = free[s + 1]
         # The rounding of a sum of entries of both signs is more than that of 1: the last one takes what is left of it, which
         # has no gradient.
         return a, b + self._last * (1.0 - b.detach().sum()), c
@@ -310,8 +312,15 @@ def interpolant_of(order: int, b: Tensor, c: Tensor) -> Tensor:
     if order == 1:
         return b[:, None]
     direction = c - c.mean()
-    w = direction / (2 * direction @ direction)
+    with _precise(c):
+        w = direction / (2 * direction @ direction)
     return torch.stack([b - w, w], 1)
+
+
+def _precise(x: Tensor) -> AbstractContextManager:
+    """Keeps autocast from rounding products of float32 to half precision, which would break the conditions."""
+    rounded = x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if rounded else nullcontext()
 
 
 def _start(stages: int, like: Any) -> list[list[float]]:

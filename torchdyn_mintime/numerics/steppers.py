@@ -422,6 +422,8 @@ def _is_stock(solver: Any) -> bool:
     if type(solver) not in _TABLEAUS:
         return True
     given, stock = solver.tableau, _TABLEAUS[type(solver)](torch.float64)
+    if any(t.requires_grad for t in (given[0], *given[1], given[2])):
+        return False
     flat = [torch.cat([t.detach().double().cpu().flatten() for t in (c, *a, b)]) for c, a, b, _ in (given, stock)]
     # 1e-6: torchdyn builds the tableau in float32 whatever the state; half precision batches round it further.
     rounding = 1e-6 if given[0].dtype in (torch.float32, torch.float64) else 2e-2
