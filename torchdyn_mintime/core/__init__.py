@@ -44,7 +44,7 @@ from torchdyn_mintime.core.shards import refuse_shards
 from torchdyn_mintime.core.solve import LastSolve, Method
 from torchdyn_mintime.core.span import LOAD_HINT, Call, LearnableSpan
 from torchdyn_mintime.core.speed_limit import SpeedLimit
-from torchdyn_mintime.core.untraced import last_solve, refine, undisturbed, untraced
+from torchdyn_mintime.core.untraced import last_solve, never_first, refine, undisturbed, untraced
 from torchdyn_mintime.core.wrapping import (
     freeze_times,
     has_bare,
@@ -93,6 +93,7 @@ __all__ = [
     "mean_loss",
     "model_output",
     "named_spans",
+    "never_first",
     "of_output",
     "only_span",
     "parameter_groups",

@@ -110,6 +110,8 @@ class LearnableSpan(LearnableInterval):
         True
     """
 
+    _settles = True  # see core.untraced.never_first
+
     def __init__(
         self,
         node: NeuralODE,
@@ -147,7 +149,6 @@ class LearnableSpan(LearnableInterval):
         self.last: LastSolve | None = None
         self._series = Series()
         self._replacement: Solve | None = None  # see core.reference.replaced_solves
-        self._undisturbed = False  # see core.untraced.undisturbed
         self._steps_seen: _StepsSeen | None = _StepsSeen()
         self.release()
         self.register_state_dict_post_hook(_without_node_prefix)
@@ -235,7 +236,7 @@ class LearnableSpan(LearnableInterval):
             raise
         self._warn_of_pieces(last)
         # A look in eval mode does not decide what is to be learned, and a call that fails does not either.
-        learning = self.training and not self._undisturbed
+        learning = self.training and self._settles
         if plan.settles is not None and learning and isinstance(self.t_f, nn.Parameter):
             self._settle(plan)
         self.last = last.light()

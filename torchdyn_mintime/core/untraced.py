@@ -21,7 +21,7 @@ from torchdyn_mintime.core.span import LearnableSpan
 from torchdyn_mintime.core.wrapping import spans
 from torchdyn_mintime.numerics import Grid
 
-__all__ = ["LastSolve", "RefinedGrid", "evaluating", "last_solve", "refine", "undisturbed", "untraced"]
+__all__ = ["LastSolve", "RefinedGrid", "evaluating", "last_solve", "never_first", "refine", "undisturbed", "untraced"]
 
 
 def last_solve(span: LearnableSpan) -> LastSolve:
@@ -58,15 +58,26 @@ def untraced(bound: BoundField) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Lets calls of ``model`` leave no trace: what its spans remember and count, batch statistics, mode."""
-    held = [(span, span.last, span._undisturbed) for span in spans(model)]
+    held = [(span, span.last) for span in spans(model)]
     with kept([module for module in model.modules() if not isinstance(module, LearnableSpan)]):
         try:
-            for span, *_ in held:
-                span._undisturbed = True  # a first call would decide what is to be learned
             yield
         finally:
-            for span, last, before in held:
-                span.last, span._undisturbed = last, before
+            for span, last in held:
+                span.last = last
+
+
+@contextmanager
+def never_first(model: nn.Module) -> Iterator[None]:
+    """Keeps calls of ``model`` in training from deciding what its spans learn: the first one outside still does."""
+    held = [(span, span._settles) for span in spans(model)]
+    try:
+        for span, _ in held:
+            span._settles = False
+        yield
+    finally:
+        for span, before in held:
+            span._settles = before
 
 
 @dataclass(frozen=True)

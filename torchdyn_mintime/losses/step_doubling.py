@@ -12,7 +12,16 @@ the difference is 1 - r^-p of the error of z_n: a model in which it is small is 
 import torch
 from torch import Tensor, nn
 
-from torchdyn_mintime.core import LastSolve, LearnableSpan, checks, refine, rk4_solution, spans, undisturbed
+from torchdyn_mintime.core import (
+    LastSolve,
+    LearnableSpan,
+    checks,
+    never_first,
+    refine,
+    rk4_solution,
+    spans,
+    undisturbed,
+)
 from torchdyn_mintime.losses.penalty import Penalty
 from torchdyn_mintime.numerics import IntegrationError, integrate
 
@@ -89,7 +98,7 @@ class StepDoubling(Penalty):
             return next(spans(self.model)).t_f.new_zeros(())
         if x is None:
             return self.every * super().penalty()
-        with undisturbed(self.model):
+        with undisturbed(self.model), never_first(self.model):
             self.model(x)
             value = self.every * super().penalty()
             self.nfe += sum(span.nfe for span in spans(self.model))

@@ -81,11 +81,11 @@ class TrajectoryPenalty(Penalty):
             )
         if not isinstance(self.model, NeuralODE | LearnableSpan):
             raise ValueError("t_eval and sol are those of one NeuralODE or span; this model has others around it")
-        field, last = Field(self.model), None
         if isinstance(self.model, LearnableSpan):
-            field, last = self.model.field, self.model.last
+            field, last, sol = self.model.field, self.model.last, position(self.model, sol)
             args = last.bound.args if args is None and last is not None else args
-            sol = position(self.model, sol)
+        else:
+            field, last = Field(self.model), None
         self.nfe = 0
         with field.beside(start_of(last, t_eval, sol), args) as bound:
             return self.weight * self._integral(bound, t_eval, sol, 2)
