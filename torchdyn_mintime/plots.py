@@ -159,9 +159,10 @@ def bars(axis: "Axes", values: Mapping[str, float], *, x: str, title: str) -> No
     """Draws one horizontal bar for each name, with its value."""
     names = list(values)[::-1]
     drawn = axis.barh(names, [values[name] for name in names], color=COLOURS[0])
-    axis.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+    labels = [f"{values[name]:,.0f}" if abs(values[name]) >= 1000 else f"{values[name]:.3g}" for name in names]
+    axis.bar_label(drawn, labels, padding=2, fontsize=7)
     axis.set(xlabel=x, title=title)
-    axis.margins(x=0.15)
+    axis.margins(x=0.2)
 
 
 EVALUATIONS = (0, *(2**k for k in range(10)))

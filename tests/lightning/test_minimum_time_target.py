@@ -4,7 +4,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from learners import Learner, annuli, blobs, loader, make_node, trainer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import torchdyn_mintime as tm
 from torchdyn_mintime.lightning import ConvergenceRate, MinimumTime
@@ -119,7 +118,24 @@ def test_it_takes_a_weight_or_a_target():
         MinimumTime(weight=1.0, monitor="val")
 
 
-def test_a_metric_that_nobody_logs_is_an_error():
+def test_a_metric_that_nobody_logs_is_named_once():
     module = Learner(make_node(3, 8), torch.linspace(0, 1, 6), classes=2)
-    with pytest.raises(MisconfigurationException, match="monitor='val_los' was not logged"):
+    with pytest.warns(UserWarning, match="monitor='val_los' was not logged yet") as caught:
         trainer(3, MinimumTime(target=0.4, monitor="val_los")).fit(module, loader(annuli(16), 16))
+    assert sum("val_los" in str(each.message) for each in caught) == 1
+
+
+def test_a_metric_that_another_callback_logs_at_the_end_of_an_epoch_is_found():
+    class Mean(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            module.log("mean", torch.tensor(module.losses).mean())
+
+    torch.manual_seed(0)
+    module, callback = (
+        Learner(make_node(3, 8), torch.linspace(0, 1, 6), classes=2),
+        MinimumTime(target=0.4, monitor="mean"),
+    )
+    run = trainer(3, callback)
+    run.callbacks.append(Mean())
+    run.fit(module, loader(annuli(16), 16))
+    assert callback.price.weight is not None

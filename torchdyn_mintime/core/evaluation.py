@@ -126,13 +126,18 @@ def looks_between(model: nn.Module, look: Callable[[], Any]) -> bool:
 
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), undisturbed(model):
-        if not finite():
+        try:
+            if not finite():
+                return False
+            with replaced_solves(require_spans(model), spoiled):
+                try:
+                    return not finite()
+                except IntegrationError:  # of a second span, which begins with such a state
+                    return True
+        except (
+            Exception
+        ):  # what is wrong shows in the training; and a model may refuse such states that it does not use
             return False
-        with replaced_solves(require_spans(model), spoiled):
-            try:
-                return not finite()
-            except IntegrationError:  # of a second span, which begins with such a state
-                return True
 
 
 def check_end_alone(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:

@@ -16,7 +16,7 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 from torchdyn_mintime.core import checks
 from torchdyn_mintime.core.field import evaluating, kept, random_kept
 from torchdyn_mintime.core.span import LearnableSpan
-from torchdyn_mintime.numerics import LearnableSolver
+from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
 __all__ = [
     "freeze_times",
@@ -425,7 +425,7 @@ def _solved_from(span: LearnableSpan, x: Tensor, guessed: bool, name: str) -> An
     try:
         return span(x)
     except (ValueError, RuntimeError) as error:
-        if not guessed:
+        if not guessed or isinstance(error, IntegrationError):
             raise
         raise ValueError(
             f"pass x, which the model is called with, to check {name or 'the span'}: no forward has shown its state's shape, "

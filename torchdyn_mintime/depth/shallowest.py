@@ -902,8 +902,8 @@ def _refuse_states_between(model: nn.Module, look: Callable[[], Any]) -> None:
     if looks_between(model, look):
         raise ValueError(
             f"the loss of {type(model).__name__} depends on states between the ends of a span. The search changes the steps, "
-            "and with them the times of these states: ask for them by node(x, times, dense=True), which gives them at the "
-            "same times whatever the steps are"
+            "which decide the times of these states, or must land on them: ask for them by node(x, times, dense=True), which "
+            "gives them at the same times whatever the steps are"
         )
 
 

@@ -68,10 +68,12 @@ class MinimumTime(Monitoring):
         self.target = None if target is None else checks.positive(target, "target")
         self.price: TargetLoss | None = None
         self._unpriced: list[tuple[nn.Parameter, float]] = []
+        self._epochs, self._said = 0, False
 
     def begin(self) -> None:
         super().begin()
         self.price = None
+        self._epochs, self._said = 0, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the times will be trained and not decayed; with a target, begins to find the price of time."""
@@ -178,17 +180,25 @@ class MinimumTime(Monitoring):
         if self.price is not None and self.price.weight is not None:
             pl_module.log("time_weight", self.price.weight)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sees, after the first epoch that would have shown it, whether the metric is logged at all."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if self.monitor is not None and not self._awaits_validation and self._metric(trainer) is None:
-            raise MisconfigurationException(
-                f"monitor={self.monitor!r} was not logged, so that t_f is not moved; logged were "
-                f"{sorted(trainer.callback_metrics)}"
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sees whether the epochs before have logged the metric."""
+        if self._epochs:
+            self._look_for_metric(trainer)
+        self._epochs += 1
+
+    def _look_for_metric(self, trainer: pl.Trainer) -> None:
+        missing = self.monitor is not None and not self._awaits_validation and self._metric(trainer) is None
+        if missing and not self._said:
+            self._said = True
+            warnings.warn(
+                f"monitor={self.monitor!r} was not logged yet, so that t_f does not move; logged were "
+                f"{sorted(trainer.callback_metrics)}",
+                stacklevel=2,
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With a target: gives back the best feasible model, and says so."""
+        self._look_for_metric(trainer)
         if self.price is not None and self.price.restore_best():
             _log.info("the target loss %g was met: %s", self.price.target, self.price.best)
 

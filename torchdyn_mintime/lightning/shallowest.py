@@ -134,7 +134,7 @@ class Shallowest(SpanCallback):
         trainer.should_stop = trainer.should_stop or found.done
 
     def _stop_schedulers(self, trainer: pl.Trainer) -> None:
-        """Leaves the learning rates to the search, which begins with those that the optimizers were made with."""
+        """Leaves the learning rates to the search, which begins with those of the optimizers, or the largest of OneCycleLR."""
         for config in trainer.lr_scheduler_configs:
             warnings.warn(
                 f"the search sets the learning rates by itself, and does not step {type(config.scheduler).__name__}",

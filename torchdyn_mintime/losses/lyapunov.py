@@ -42,7 +42,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.losses.batched_points import BatchedPoints
 from torchdyn_mintime.losses.certificate import GOLDEN, Certificate, certify, doubtful
 from torchdyn_mintime.losses.samplers import Sampler
-from torchdyn_mintime.losses.trajectory import differentiable, rate_of_change, recorded, start_of
+from torchdyn_mintime.losses.trajectory import differentiable, position_of, rate_of_change, recorded, start_of
 
 __all__ = ["LyapunovRegularizer", "keep_points", "regularizer_for"]
 
@@ -216,7 +216,7 @@ class LyapunovRegularizer(nn.Module):
         together = not self._takes_time and all(isinstance(v, Tensor) for v in target)
         last = None
         if isinstance(self.model, LearnableSpan):
-            last, sol = self.model.last, position(self.model, sol)
+            last, sol = self.model.last, position_of(self.model, sol)
         with _recording(), self._field().beside(start_of(last, t_eval, sol).detach(), self._args) as bound:
             t_eval, sol, target = recorded(t_eval), recorded(sol), tuple(map(recorded, target))
 
@@ -443,7 +443,8 @@ def _recording() -> Iterator[None]:
 
 
 def _has_rows(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+    # One number for one sample is broadcast as it is.
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch and value.dim() + batch > 2
 
 
 def _split(t: Tensor, where: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class TrajectoryPenalty(Penalty):
         if not isinstance(self.model, NeuralODE | LearnableSpan):
             raise ValueError("t_eval and sol are those of one NeuralODE or span; this model has others around it")
         if isinstance(self.model, LearnableSpan):
-            field, last, sol = self.model.field, self.model.last, position(self.model, sol)
+            field, last, sol = self.model.field, self.model.last, position_of(self.model, sol)
             args = last.bound.args if args is None and last is not None else args
         else:
             field, last = Field(self.model), None
@@ -245,6 +245,11 @@ def _mean_square(bound: BoundField, z: Tensor) -> Tensor:
 def recorded(x: Any) -> Any:
     """Returns a tensor that autograd takes: of one that was made in inference mode, a copy."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
+def position_of(span: LearnableSpan, sol: Tensor) -> Tensor:
+    """Returns states of a trajectory without the velocity of ``alf``, where they still have it."""
+    return position(span, sol) if span.last is not None and sol.shape[1:] == span.last.x.shape else sol
 
 
 def start_of(last: LastSolve | None, t_eval: Tensor, sol: Tensor) -> Tensor:
