@@ -288,6 +288,17 @@ class Stuck(Exception):
     """Raised from inside a field that has been evaluated more often than any solve that ends would need."""
 
 
+class ByArgs(nn.Module):
+    """A field that is scaled, and may be shifted, by what is in ``args``."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+
+    def forward(self, t, x, args):
+        return self.net(x) * args["scale"] + args.get("shift", 0)
+
+
 class Counted(nn.Module):
     """A field that counts its evaluations and stops a solve that would hang by raising `Stuck`."""
 

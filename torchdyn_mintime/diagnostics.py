@@ -42,7 +42,7 @@ from torchdyn_mintime.core import (
     undisturbed,
     untraced,
 )
-from torchdyn_mintime.losses.trajectory import own_entries
+from torchdyn_mintime.losses.trajectory import own_entries, recorded
 from torchdyn_mintime.numerics import AsynchronousLeapfrog, Grid, integrate, with_running_cost
 from torchdyn_mintime.numerics.step_control import rms
 
@@ -287,7 +287,7 @@ def _costates(
         )
     # In inference mode autograd records nothing, and outside it, it does not take the tensors that were made there.
     with torch.inference_mode(False), evaluating(model), undisturbed(model):
-        x, *targets = (v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in (x, *target))
+        x, *targets = map(recorded, (x, *target))
         check_end_alone(model, chosen, x)
         with torch.no_grad():
             model(x)

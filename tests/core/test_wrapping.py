@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from problems import FIELDS, Counted, Decay, random_model
+from problems import FIELDS, ByArgs, Counted, Decay, random_model
 from torch import nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
@@ -585,15 +585,7 @@ def test_a_state_that_cannot_be_guessed_is_asked_for():
 
 
 def test_a_field_that_needs_args_is_sent_to_the_network():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Linear(2, 2)
-
-        def forward(self, t, x, args):
-            return self.net(x) * args["scale"]
-
-    span = tm.wrap(NeuralODE(Scaled(), solver="rk4"))
+    span = tm.wrap(NeuralODE(ByArgs(), solver="rk4"))
     with pytest.raises(KeyError) as caught:
         tm.unwrap(span, torch.randn(4, 2))
     assert "as_network" in caught.value.__notes__[0]

@@ -13,7 +13,7 @@ from differences import CENTRAL, assert_close, difference, directions_like
 from hypothesis import given
 from hypothesis import strategies as st
 from losses_common import T_SPAN, square
-from problems import FIELDS, Decay, closed_form, random_model, reference
+from problems import FIELDS, ByArgs, Decay, closed_form, random_model, reference
 from torch import nn
 from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import CNF, hutch_trace
@@ -504,15 +504,7 @@ def test_a_certificate_of_a_descending_span_is_refused():
 
 
 def test_sampled_states_have_the_args_of_their_samples():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Linear(2, 2)
-
-        def forward(self, t, x, args):
-            return self.net(x) * args["scale"] + args["shift"]
-
-    span = LearnableSpan(NeuralODE(Scaled(), solver="rk4").double(), torch.linspace(0, 1, 11))
+    span = LearnableSpan(NeuralODE(ByArgs(), solver="rk4").double(), torch.linspace(0, 1, 11))
     regularizer, x = LyapunovRegularizer(span, square, 2.0), torch.randn(3, 2).double()
     scales, shift = torch.rand(3, 1).double(), torch.ones(2).double()
 

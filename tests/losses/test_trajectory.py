@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses_common import assert_gradients, make_span
-from problems import FIELDS, closed_form
+from problems import FIELDS, ByArgs, closed_form
 from torch import nn
 from torchdyn.core import NeuralODE
 from torchdyn.models.cnf import CNF, hutch_trace
@@ -133,17 +133,6 @@ def test_trajectory_regularizers_say_what_is_wrong():
         TaylorRegularizer(span, derivative=0)
 
 
-class Scaled(nn.Module):
-    """A field whose size is in ``args``."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(2, 2)
-
-    def forward(self, t, x, args):
-        return self.net(x) * args["scale"]
-
-
 def controlled_span():
     net = nn.Sequential(DataControl(), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double()
     return tm.LearnableSpan(NeuralODE(net, solver="rk4"), torch.linspace(0, 1, 11, dtype=torch.float64))
@@ -166,7 +155,7 @@ def test_a_given_trajectory_has_the_control_and_the_args_of_its_solve():
     late, states = span(x, save_at=t_eval[5:].tolist())
     integrand = [KineticEnergy(span).penalty(t_eval[i : i + 2], sol[i : i + 2]).item() for i in range(5, 10)]
     assert KineticEnergy(span).penalty(late, states).item() == pytest.approx(sum(integrand), rel=1e-9)
-    node = NeuralODE(Scaled(), solver="rk4")
+    node = NeuralODE(ByArgs(), solver="rk4")
     span, args = tm.LearnableSpan(node, torch.linspace(0, 1, 11)), {"scale": 10.0}
     t_eval, sol = span(torch.randn(4, 2), args=args)
     expected = KineticEnergy(span).penalty().item()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_mintime.core import checks
+from torchdyn_mintime.core.field import random_kept
 from torchdyn_mintime.core.reference import TOLERANCE, ending, exact_solves, replaced_solves
 from torchdyn_mintime.core.span import Call, LearnableSpan
 from torchdyn_mintime.core.untraced import evaluating, undisturbed
@@ -124,19 +125,18 @@ def looks_between(model: nn.Module, look: Callable[[], Any]) -> bool:
         found = look()
         return bool(torch.as_tensor(found[0] if isinstance(found, tuple) else found).isfinite().all())
 
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), undisturbed(model):
+    found = require_spans(model)
+    with torch.no_grad(), random_kept(found[0].t_f), evaluating(model), undisturbed(model):
         try:
             if not finite():
                 return False
-            with replaced_solves(require_spans(model), spoiled):
+            with replaced_solves(found, spoiled):
                 try:
                     return not finite()
                 except IntegrationError:  # of a second span, which begins with such a state
                     return True
-        except (
-            Exception
-        ):  # what is wrong shows in the training; and a model may refuse such states that it does not use
+        # What is wrong shows in the training; and a model may refuse such states although it does not use them.
+        except Exception:
             return False
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdyn_mintime.numerics.learned import precise
+
 __all__ = ["InsideSteps"]
 
 
@@ -76,7 +78,7 @@ class InsideSteps:
             if weights is None or isinstance(start, Tensor) or isinstance(size, Tensor):
                 times = torch.tensor(self._times[first : self._next], dtype=torch.float64, device=x.device)
                 weights = self._weights_at((times - start) / size, size).to(x)
-            with torch.autocast(x.device.type, enabled=False):  # it would round all states to half precision
+            with precise(x):
                 inside = torch.addmm(x.reshape(1, -1), weights, torch.stack(tuple(stages)).flatten(1).to(x))
             self.states.append(inside.view(len(weights), *x.shape))
         if self._next < len(self._times) and self._times[self._next] == end:

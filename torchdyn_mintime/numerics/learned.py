@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnableSolver", "interpolant_of", "weighted_step"]
+__all__ = ["LearnableSolver", "interpolant_of", "precise", "weighted_step"]
 
 _BASE: dict[str, tuple[list[list[float]], list[float]]] = {
     "euler": ([[]], [1.0]),
@@ -136,7 +136,7 @@ class LearnableSolver(nn.Module):
         s = self.stages
         free = self.free * self._mask
         a, b = free[:s], free[s]
-        with _precise(free):
+        with precise(free):
             # As few operations as will do: where a gradient is wanted, each costs as much as a small field's layer.
             b = torch.addmv(self._mean, self._centre, b)  # its sum is 1
             if self.order == 2:  # along c without its mean, which leaves the sum as it is
@@ -312,15 +312,15 @@ def interpolant_of(order: int, b: Tensor, c: Tensor) -> Tensor:
     if order == 1:
         return b[:, None]
     direction = c - c.mean()
-    with _precise(c):
+    with precise(c):
         w = direction / (2 * direction @ direction)
     return torch.stack([b - w, w], 1)
 
 
-def _precise(x: Tensor) -> AbstractContextManager:
-    """Keeps autocast from rounding products of float32 to half precision, which would break the conditions."""
-    rounded = x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if rounded else nullcontext()
+def precise(x: Tensor) -> AbstractContextManager:
+    """Returns a context in which autocast does not round products on the device of ``x`` to half precision."""
+    rounds = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if rounds else nullcontext()
 
 
 def _start(stages: int, like: Any) -> list[list[float]]:
