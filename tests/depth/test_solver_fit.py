@@ -242,10 +242,11 @@ def test_a_log_density_in_another_column_has_a_size_of_its_own():
     assert one.error.rms == pytest.approx(other.error.rms, rel=1e-3)
 
 
-def both_ways(make, x, evaluations):
+def both_ways(make, x, evaluations, iterations=solver_fit.ITERATIONS):
     """Fits with the chain rule where it holds, and by differences of the solve alone."""
-    one = fit(NeuralODE(make()), x, evaluations=evaluations)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver_fit, "ITERATIONS", iterations)
+        one = fit(NeuralODE(make()), x, evaluations=evaluations)
         patch.setattr(solver_fit, "MOST_SLOPES", 0)
         return one, fit(NeuralODE(make()), x, evaluations=evaluations)
 
@@ -266,10 +267,12 @@ class Number(nn.Module):
 def test_derivatives_of_the_field_lead_where_differences_of_the_solve_do(seed, kind):
     x = states()[:, 0] if kind == "of numbers" else states()
     make = (lambda: Number(seed)) if kind == "of numbers" else (lambda: field(seed, kind == "with time"))
-    one, other = both_ways(make, x, 6)
-    assert not torch.equal(one.node.solver.free, other.node.solver.free)
-    # The two derivatives differ by about 1e-4 of their size: the way to the end differs by as much, and the end less.
-    assert one.error.rms == pytest.approx(other.error.rms, rel=0.05)
+    one, other = (found.node.solver.free for found in both_ways(make, x, 6, iterations=3))
+    assert not torch.equal(one, other)
+    # The two derivatives differ by about 1e-4 of their size, and over seeds 0 to 99 three iterations by at most 4e-3 of what
+    # they move. Later the ways may part: a step that one fit just takes, the other just refuses.
+    start = tm.LearnableSolver(6, order=1, first_node=kind == "with time").free
+    assert (one - other).norm() < 0.01 * (one - start).norm()
 
 
 class Together(nn.Module):
