@@ -77,6 +77,33 @@ def test_solver_error_leaves_the_model_as_it_was():
     assert (span.last, span.vf.nfe, net.training, net[2].training) == (last, nfe, True, True)
 
 
+class Remembering(nn.Module):
+    """A field that keeps an activation with its graph, and constants that it makes at its first evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.constants = nn.Linear(2, 2), None
+
+    def forward(self, x):
+        if self.constants is None:
+            self.constants = torch.arange(1, 3).to(x)
+        self.hidden = torch.tanh(self.net(x)) * self.constants
+        return self.hidden
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_solver_error_leaves_what_a_field_keeps(called):
+    field, x = Remembering(), torch.randn(6, 2)
+    span = tm.LearnableSpan(NeuralODE(field, solver="rk4"), torch.linspace(0, 1, 3))
+    if called:
+        span(x)
+    before = vars(field).copy()
+    assert solver_error(span, x) > 0
+    assert all(vars(field)[name] is value for name, value in before.items()) and vars(field).keys() == before.keys()
+    assert span(x)[1].dtype == torch.float32
+    (span(x)[1][-1].sum() + field.hidden.sum()).backward()  # a penalty on the activation
+
+
 def test_solver_error_of_fields_with_state_of_their_own():
     """Data control, Hutchinson's noise, a second-order equation, a function with a tensor of its own: all in float64."""
     torch.manual_seed(1)

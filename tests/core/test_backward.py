@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchdyn.core import NeuralODE
 from torchdyn.nn import DepthCat
+from torchdyn.numerics.solvers.ode import RungeKutta4
 
 import torchdyn_mintime as tm
 
@@ -207,19 +208,47 @@ def test_finding_such_tensors_costs_no_evaluation_in_the_count(way):
     assert counts[0] == counts[1]
 
 
+class Remembering(nn.Module):
+    """A field that keeps an activation of its last evaluation, with its graph, and is scaled by a tensor around it."""
+
+    def __init__(self, scale):
+        super().__init__()
+        torch.manual_seed(5)
+        self.inner, self.outer = nn.Linear(2, 8).double(), nn.Linear(8, 2).double()
+        self.scale = lambda: scale  # a closure, which no attribute shows
+
+    def forward(self, x):
+        self.hidden = torch.tanh(self.inner(x))
+        return self.scale() * self.outer(self.hidden)
+
+
 @backwards
-def test_a_running_cost_with_parameters_of_its_own_gives_them_a_gradient(way):
+def test_an_activation_that_a_field_keeps_hides_no_tensor_from_outside(way):
+    found = []
+    for chosen in ("autograd", way):
+        scale = torch.tensor(1.5, dtype=D, requires_grad=True)
+        field = Remembering(scale)
+        span = span_of(field, chosen, "rk4")
+        for _ in range(3):  # from the second call on there is an activation of the call before
+            gradient = gradients(span(state())[1][-1].square().sum(), scale, *field.outer.parameters())
+        found.append(gradient)
+    assert_equal(found[1], found[0])
+
+
+@backwards
+@pytest.mark.parametrize("make", [Conditioned, lambda: Remembering(1.0)], ids=["plain", "remembering"])
+def test_a_running_cost_with_parameters_of_its_own_gives_them_a_gradient(way, make):
     if way == "checkpoint":
         pytest.skip("a running cost beside the state is the adjoints'")
     found = []
     for sensitivity in ("autograd", way):
-        field, weight = Conditioned(), torch.tensor(0.7, dtype=D, requires_grad=True)
+        field, weight = make(), torch.tensor(0.7, dtype=D, requires_grad=True)
         span = span_of(field, sensitivity, integral_loss=lambda t, z, w=weight: w * z.square().sum(1))
         x = state() if sensitivity != "autograd" else torch.cat([torch.zeros(5, 1, dtype=D), state()], 1)
         sol = span(x)[1]
         loss = sol[-1, :, -2:].sum() + (sol[-1, :, 0].sum() if sensitivity == "autograd" else 0.0)
         loss.backward()
-        found.append(torch.stack([weight.grad, field.net.weight.grad.sum()]))
+        found.append(torch.stack([weight.grad, *(p.grad.sum() for p in field.parameters())]))
     assert_equal(found[1], found[0])
 
 
@@ -232,6 +261,22 @@ def test_a_solver_with_parameters_is_differentiated_by_checkpoints_and_refused_b
         span(state())[1][-1].square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in solver.parameters()]))
     assert_equal(found[1], found[0], 1e-12)
+
+
+def test_so_is_a_tableau_that_is_learned():
+    found = {}
+    for way in WAYS:
+        torch.manual_seed(0)
+        solver = RungeKutta4(D)
+        c, a, b, error = solver.tableau
+        solver.tableau = (c, a, b := b.clone().requires_grad_(), error)
+        span = span_of(nn.Linear(2, 2).double(), way, solver, solver_adjoint="rk4")
+        if way in ("autograd", "checkpoint"):
+            found[way] = gradients(span(state())[1][-1].square().sum(), b)
+            continue
+        with pytest.raises(ValueError, match="gives what the solver learns"):
+            span(state())
+    assert_equal(found["checkpoint"], found["autograd"], 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

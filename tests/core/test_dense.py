@@ -1,5 +1,7 @@
 """dense=True: the steps of the template alone, and the asked times by the method's interpolant."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -145,9 +147,25 @@ def test_a_frozen_span_is_solved_where_it_starts_and_ends():
 def test_a_span_whose_steps_are_laid_keeps_them():
     span, _, x = span_of("rk4", 11)
     span.lay([0.0, 0.5, 0.8])
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="from 0 to 1, reaches beyond .* it was cut to \\[0, 0.8\\]"):
         t_eval, sol = span(x, torch.linspace(0, 1, 21, dtype=D), dense=True)
+    span(x, torch.linspace(0, 1, 21, dtype=D), dense=True)  # it is said once
     assert span.last.steps == [0.0, 0.5, 0.8] and len(sol) == len(t_eval) == 17
+
+
+@given(points=st.integers(2, 12), reverse=st.booleans(), frozen=st.booleans())
+def test_a_first_call_with_dense_times_settles_laid_steps_and_gets_the_rows_of_its_times(points, reverse, frozen):
+    node, _, x = closed_form("breathing", solver="rk4")
+    span = tm.LearnableSpan(node)
+    span.t_f.requires_grad_(not frozen)
+    span.lay([0.0, 0.25, 0.5, 0.75, 1.0])
+    span.interval = replace(span.interval, settled=False)  # as a search leaves it that lays steps before the first call
+    times = 2 * torch.linspace(0, 1, points) ** 1.5
+    times = times.flip(0) if reverse else times
+    for training in (False, True, True, False):
+        t_eval, sol = span.train(training)(x, times, dense=True)
+        torch.testing.assert_close(t_eval, times)
+        assert len(sol) == points and sorted(span.last.steps) == pytest.approx([0, 0.5, 1, 1.5, 2])
 
 
 def test_without_times_nothing_is_interpolated():

@@ -446,6 +446,22 @@ def test_equation_13_adds_the_weight_to_the_gradient(solver, sensitivity):
     assert gradients[1][1] - gradients[0][1] == pytest.approx(-0.35, rel=1e-9)
 
 
+@pytest.mark.parametrize("sensitivity", ADJOINTS)
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+@given(asked=st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True))
+def test_a_start_that_is_not_asked_for_has_its_gradient(sensitivity, descending, asked):
+    """Against autograd, with steps so fine that the two differ by 1e-8."""
+    found = []
+    for chosen in ("autograd", sensitivity):
+        model = random_model("mlp", seed=3, solver="rk4", sensitivity=chosen)
+        span = tm.LearnableSpan(model.node, torch.linspace(0, 1, 41, dtype=torch.float64), learn_t0=True)
+        times = [(40 - i) / 40 if descending else i / 40 for i in asked]
+        sol = span(model.x, span.t_span.flip(0) if descending else None, save_at=times)[1]
+        sol.square().sum().backward()
+        found.append((span.t_f if descending else span.t0).grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The running cost, and losses on the times alone
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import Decay, random_model
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torchdyn.core import NeuralODE
 
 import torchdyn_mintime as tm
@@ -403,6 +403,48 @@ def test_the_times_of_one_span_are_passed_to_another(learn_t0):
 )
 def test_other_losses_go_on(loss_of):
     assert series(loss_of).t_f.item() < 1
+
+
+def test_of_a_descending_series_the_first_row_is_said_to_move():
+    span = make(linspace(0, 1, 21))
+    for t_f in (1.0, 0.97):
+        put(span, t_f)
+        with pytest.raises(ValueError, match="its first state is now z") if t_f < 1 else contextlib.nullcontext():
+            span(X, linspace(0, 1, 21).flip(0))[1].square().mean().backward()
+
+
+class Unused(torch.autograd.Function):
+    """Passes None back, as DistributedDataParallel does for what a loss does not use."""
+
+    @staticmethod
+    def forward(ctx, t_eval, sol):
+        ctx.set_materialize_grads(False)
+        return t_eval.clone(), sol.clone()
+
+    @staticmethod
+    def backward(ctx, in_times, in_states):
+        return in_times, in_states
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_series_is_seen_where_a_gradient_is_none(row):
+    span = make(linspace(0, 1, 21))
+    _, sol = Unused.apply(*span(X, linspace(0, 1, 21)))
+    (sol[row].square().sum() + span.duration).backward()
+    put(span, 0.97)
+    with pytest.raises(ValueError, match="has cut the span passed") if row == 3 else contextlib.nullcontext():
+        span(X, linspace(0, 1, 21))
+
+
+def test_a_passed_span_has_the_batched_gradients_of_its_own():
+    span = make(linspace(0, 1, 21))
+    own, passed = (
+        torch.autograd.functional.jacobian(lambda x, t=t: span(x, t)[1][-1], X, vectorize=True)
+        for t in (None, linspace(0, 1, 21))
+    )
+    assert torch.equal(own, passed)
+    each = vmap(grad(lambda x: span(x[None], linspace(0, 1, 21))[1][-1].sum()))(X)
+    torch.testing.assert_close(each, own.sum((0, 1)))
 
 
 def test_a_frozen_t_f_fits_a_series():

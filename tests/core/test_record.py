@@ -306,6 +306,29 @@ def test_what_a_transform_hides_is_said_in_words():
         linearize(lambda t: functional_call(spans[0], {"t_f": t}, (x,))[1][-1], spans[0].t_f.detach())
 
 
+def test_a_functional_call_with_a_state_dict_is_told_what_to_pass():
+    span = span_of()
+    with pytest.raises(AttributeError, match="named_parameters"):
+        functional_call(span, span.state_dict(), (state(),))
+    assert torch.equal(functional_call(span, dict(span.named_parameters()), (state(),))[1], span(state())[1])
+
+
+def test_a_running_cost_is_that_of_the_whole_interval_or_none():
+    for sensitivity in SENSITIVITIES:
+        span = span_of(sensitivity=sensitivity, integral_loss=lambda t, z: z.square().sum(1))
+        x = state() if sensitivity != "autograd" else torch.cat([torch.zeros(4, 1, dtype=D), state()], 1)
+        span(x)
+        whole = span.running_cost.detach()
+        span(x, save_at=[0.5, 0.77])
+        assert torch.equal(span.running_cost, whole)
+        span(x, save_at=[0.5])
+        if sensitivity != "autograd":
+            assert torch.equal(span.running_cost, whole)
+            continue
+        with pytest.raises(AttributeError, match="asked for no state at the end"):
+            _ = span.running_cost
+
+
 @pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint", "checkpoint"])
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "dual"])
 def test_transforms_of_what_has_a_backward_of_its_own_are_refused_in_words(sensitivity, transform):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from torchdyn.core import NeuralODE
 from torchdyn.nn import Augmenter, DataControl, DepthCat
+from torchdyn.numerics.solvers.ode import str_to_solver
 
 import torchdyn_mintime as tm
 
@@ -116,6 +117,46 @@ def test_it_answers_as_the_node_does():
     only = _span(t_span, node_options={"return_t_eval": False})(X)
     torch.testing.assert_close(only, ours[1], rtol=0, atol=0)
     torch.testing.assert_close(_span(t_span).trajectory(X, t_span), ours[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver, evaluations", [("euler", 10), ("midpoint", 20), ("rk4", 40)])
+def test_it_takes_a_solver_that_is_set_on_the_node(solver, evaluations):
+    span, t_span = _span(torch.linspace(0, 1, 11)), torch.linspace(0, 1, 11, dtype=torch.float64)
+    span(X)
+    span.node.solver = str_to_solver(solver)
+    sol = span(X)[1]
+    assert (span.nfe, span.stepper.name) == (evaluations, solver)
+    torch.testing.assert_close(sol, _span(t_span, solver=solver)(X)[1])
+    torch.testing.assert_close(span.trajectory(X), sol)
+    copied = copy.deepcopy(span)
+    torch.testing.assert_close(copied(X)[1], sol)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_the_vector_field_run_at_every_evaluation(order, sensitivity, register):
+    changes = {
+        "register_forward_hook": lambda module, given, rate: 2 * rate,
+        "register_forward_pre_hook": lambda module, given: (given[0], given[1] + 0.1),
+    }
+    found = []
+    for wrapped in (False, True):
+        node = random_model("second order" if order == 2 else "linear", solver="euler", sensitivity=sensitivity).node
+        getattr(node.vf, register)(changes[register])
+        x = torch.ones(3, 4 if order == 2 else 2, dtype=torch.float64)
+        t_span = torch.linspace(0, 1, 11, dtype=torch.float64)
+        sol = (tm.LearnableSpan(node, t_span) if wrapped else node)(x, t_span)[1]
+        found.append((sol.detach(), node.vf.nfe))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1] == 10
+
+
+def test_hooks_on_the_node_are_said_not_to_run():
+    model = nn.Sequential(_node())
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="register them on the span"):
+        tm.wrap(model)
 
 
 def test_sol_of_a_trajectory_is_alone_whatever_the_node_returns():

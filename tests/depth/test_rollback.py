@@ -222,3 +222,24 @@ def test_a_state_of_one_optimizer_is_not_taken_for_that_of_two():
     rollback.load_state_dict(old.state_dict())
     assert rollback.look(0.4) is False and rollback.look(math.inf) is True  # kept anew at the first look
     assert other.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("start", [30.0, 1.0, 0.0, -1.0, -1e4])
+def test_a_loss_that_falls_is_never_gone_back_from_and_the_newest_state_is_the_good_one(start):
+    net = nn.Linear(1, 1, bias=False)
+    rollback = Rollback(net, torch.optim.SGD(net.parameters(), 1.0), stuck=2, every=1)
+    for i in range(60):
+        with torch.no_grad():
+            net.weight.fill_(float(i))
+        assert rollback.look(start - 0.7 * i) is False
+    with torch.no_grad():
+        net.weight.fill_(math.nan)
+    assert rollback.look(math.nan) is True and net.weight.item() == 59.0
+
+
+@pytest.mark.parametrize(("best", "jump", "bound"), [(0.3, 1.1, 1.1 * 0.3), (0.7, 3.3, 3.3 * 0.7), (-3.0, 4.0, 6.0)])
+def test_a_loss_has_exploded_above_its_multiple_which_is_above_the_best_of_any_sign(best, jump, bound):
+    net = nn.Linear(1, 1)
+    rollback = Rollback(net, torch.optim.SGD(net.parameters(), 1.0), jump=jump)
+    rollback.look(best)
+    assert not rollback.exploded(bound) and rollback.exploded(math.nextafter(bound, math.inf))

@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -250,14 +251,49 @@ def test_losses_below_zero_and_targets_below_zero():
     assert verdict.feasible
 
 
+class Counted:
+    """Knows how many there are, and can be gone through once."""
+
+    def __init__(self, items):
+        self.items = iter(items)
+        self.length = len(items)
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.items)
+
+
 @pytest.mark.parametrize(
     "batches",
-    [lambda: (x for x in X.split(8)), lambda: [{"x": X, "y": 0}], lambda: [(X, "anything")], lambda: [[X]]],
-    ids=["generator", "dict", "tuple", "list"],
+    [
+        lambda: (x for x in X.split(8)),
+        lambda: Counted(X.split(8)),
+        lambda: [{"x": X, "y": 0}],
+        lambda: [(X, "anything")],
+        lambda: [[X]],
+    ],
+    ids=["generator", "counted", "dict", "tuple", "list"],
 )
 def test_batches_of_any_kind(batches):
     verdict = Shallowest(5.0, solver_tol=0.5).fit(span_of(), square, batches(), progress=False, max_iterations=200)
     assert verdict.feasible
+
+
+def test_batches_that_are_gone_after_a_pass_are_refused_and_the_model_is_whole():
+    class Spent(Counted):
+        def __iter__(self):
+            return self.items
+
+    span, calls = span_of(), []
+    loss = lambda out, batch: calls.append(batch) or square(out, batch)  # noqa: E731
+    with pytest.raises(ValueError, match="batches gave no batch when gone through again; give a list, or a loader"):
+        Shallowest(1e-9).fit(span, loss, Spent(X.split(4)), progress=False)
+    assert {x.shape for x in calls} == {(4, 3)} and span.t_f.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -1393,6 +1429,242 @@ def test_states_between_the_ends_must_be_at_times_of_their_own():
     verdict = Shallowest(target=0.01).fit(model, series_loss, [batch], lr=0.03, progress=False)
     assert verdict.feasible and verdict.best.evaluations < 16
     assert model.node(x, torch.tensor([0.0, 0.1, 1.0]), dense=True)[0].tolist() == pytest.approx([0, 0.1, 1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: -torch.distributions.Normal(z, 0.1).log_prob(y).mean(),  # which refuses what is NaN
+        lambda z, y: (z - y).square().nanmean(),  # which leaves it out
+    ],
+)
+def test_states_between_are_seen_whatever_a_loss_does_with_nan(loss):
+    x = torch.randn(8, 2)
+    y = torch.cat([x, x], 1)
+    model = tm.wrap(Series())
+    assert looks_between(model, lambda: loss(model(x), y))
+    assert not looks_between(model, lambda: loss(model(x)[:, 2:], x))
+    model = tm.wrap(Series(dense=True))
+    assert not looks_between(model, lambda: loss(model(x), y))
+
+
+def test_a_model_that_refuses_nan_or_draws_numbers_of_its_own_may_still_use_the_end_alone():
+    x, draws = torch.randn(8, 2), np.random.default_rng(0)
+
+    class Strict(Series):
+        def forward(self, x):
+            sol = self.node(x)[1]
+            if not sol.isfinite().all():
+                raise ValueError("a state is not finite")
+            return sol[-1]
+
+    model = tm.wrap(Strict())
+    assert not looks_between(model, lambda: model(x).square().mean())
+    assert not looks_between(model, lambda: model(x).square().mean() + draws.random())
+
+
+class Gaps(nn.Module):
+    """As an ODE-RNN between its observations: one node, called once for each gap."""
+
+    def __init__(self, gaps, points=3, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.node = NeuralODE(net, solver="rk4", return_t_eval=False)
+        self.jump, self.gaps, self.points, self.options = nn.Linear(2, 2), gaps, points, options
+
+    def forward(self, x):
+        for gap in self.gaps:
+            first, last = gap if isinstance(gap, tuple) else (0.0, gap)
+            span = None if gap is None else torch.linspace(first, last, self.points)
+            x = self.node(self.jump(x), span, **self.options)[-1]
+        return x
+
+
+def mean_square(out, batch):
+    return out.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("gaps", "template", "match"),
+    [
+        ([0.2, 2.0], None, r"asks node for \[0, 2\] and for \[0, 0.2\], .* 'If the intervals differ'"),
+        ([0.2, 2.0], 2.0, r"asks node for \[0, 0.2\] and for \[0, 2\], .* 'If the intervals differ'"),
+        ([0.2, 2.0], 0.2, r"asks node for \[0, 2\] and for \[0, 0.2\], .* 'If the intervals differ'"),
+        ([(0.0, 0.5), (0.5, 1.0)], 1.0, r"asks node for \[0, 0.5\] and for \[0.5, 1\]"),
+        ([None, 0.5], 1.0, r"asks node for \[0, 0.5\] and for \[0, 1\]"),
+        ([0.5], 1.0, r"asks node for \[0, 0.5\], which is not its interval \[0, 1\].*template"),
+    ],
+)
+def test_a_node_that_is_asked_for_other_intervals_is_refused(gaps, template, match):
+    x, bare = torch.randn(8, 2), Gaps(gaps)
+    model = tm.wrap(bare, None if template is None else torch.linspace(0, template, 11))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=match):
+        Shallowest(target=1.0).fit(model, mean_square, [x], progress=False)
+    search = Shallowest(target=1.0)
+    search.start(model, torch.optim.Adam(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is cut is said too
+        loss = model(x).square().mean()
+    with pytest.raises(ValueError, match=match):
+        search.penalty(lambda: model(x).square().mean())
+    search.finish()
+    assert loss.isfinite() and model.node.t_f.requires_grad and not model.node.pinned
+    if template is not None:
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_compress_refuses_a_node_that_is_asked_for_different_intervals():
+    model, x = Gaps([0.2, 2.0]), torch.randn(8, 2)
+    with pytest.raises(ValueError, match="If the intervals differ"):
+        tm.compress(model, [x], lambda z: z.square().mean(), target=1.0, progress=False)
+
+
+def test_a_span_that_rests_at_its_template_is_refused_for_another_one():
+    """It is solved over whatever is passed, which no search keeps; a learned t_f cuts it before the search and after."""
+    model, x = tm.wrap(Gaps([2.0, 2.0]), torch.linspace(0, 1, 11)), torch.randn(8, 2)
+    refuse = searched_model.refuse_other_intervals
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refuse(model, lambda: model(x))
+    model.node.t_f.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\[0, 2\], which is not its interval \[0, 1\]"):
+        refuse(model, lambda: model(x))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "template", "options"),
+    [
+        ([0.5, 0.5], None, {}),
+        ([0.5, (0.5, 0.0)], None, {}),  # there and back
+        ([1.0, None], 1.0, {}),
+        ([0.5, 1.0, (0.25, 0.75)], 1.0, {"dense": True}),
+        ([1.0, 0.5], None, {"dense": True}),
+    ],
+)
+def test_a_node_that_is_asked_for_one_interval_twice_is_not_refused(gaps, template, options):
+    model = tm.wrap(Gaps(gaps, **options), None if template is None else torch.linspace(0, template, 11))
+    x = torch.randn(8, 2)
+    verdict = Shallowest(target=50.0, solver_tol=5.0, solvers=["rk4"]).fit(
+        model, mean_square, [x], max_iterations=2, progress=False
+    )
+    assert verdict.feasible
+    # The steps of a learned interval are laid to its t_f, and what is passed means it all the same.
+    model = tm.wrap(Gaps([1.0, None]), torch.linspace(0, 1, 11))
+    with torch.no_grad():
+        model.node.t_f.fill_(0.45)
+    searched_model.refuse_other_intervals(model, lambda: model(x))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_dense_times_beyond_the_interval_are_refused_where_they_are_seen(first):
+    """They need more steps than are laid. Before, each depth was given up after a long training for its evaluations."""
+
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.node = tm.wrap(Gaps([]), torch.linspace(0, 1, 5)).node
+
+        def forward(self, given):
+            return self.node(given[0], given[1], dense=True)
+
+    x = torch.randn(16, 2)
+    batches = [((x, torch.tensor([0.0, 0.3, end])),) for end in (1.0, 2.0)]
+    model = Asking()
+    with pytest.raises(
+        ValueError, match=r"asks node by dense=True for times from 0 to 2, beyond its interval \[0, 1\]"
+    ):
+        Shallowest(target=1e3, solver_tol=5.0).fit(
+            model, mean_square, batches[:: -1 if first else 1], max_iterations=20, progress=False
+        )
+    assert model.node.t_f.requires_grad and not model.node.pinned and model.node.interval.template[-1] == 1.0
+
+
+@pytest.mark.parametrize("points", [3, 6])
+def test_a_series_has_a_row_for_each_time_asked_before_and_after_a_search(points):
+    class Asking(Gaps):
+        def forward(self, x):
+            return self.node(x, times, dense=True)
+
+    times, x = torch.linspace(0, 2, points) ** 1.2, torch.randn(8, 2)
+    model = tm.wrap(Asking([]))
+    assert len(model.eval()(x)) == points
+    verdict = Shallowest(target=50.0, solver_tol=5.0).fit(
+        model, lambda out, batch: (out - times[:, None, None]).square().mean(), [x], max_iterations=5, progress=False
+    )
+    assert verdict.feasible and len(model(x)) == len(model.train()(x)) == points
+    assert model.node.last.grid.returned == pytest.approx(times.tolist())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_penalty_of_a_node_is_the_sum_over_its_calls(steps):
+    """Each call's steps are compared with the reference from its own state, the states being those of the reference."""
+    model = tm.wrap(Gaps([0.5, 0.5, 0.5])).double()
+    x = X[:, :2].double()
+    searched = searched_model.SearchedModel(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    searched.lay([Depth("midpoint", steps)])
+    loss = model(x).square().mean()
+    counted = model.node.node.vf.nfe
+    last = model.node.last
+    added = searched.objective(3.0, 64, lambda: model(x).square().mean())
+    assert model.node.last is last and model.node.node.vf.nfe == counted
+    gradient = torch.autograd.grad(added, model.node.vf.parameters())
+    exact, by_steps = copy.deepcopy(model.node), copy.deepcopy(model.node)
+    set_steps(exact, 64, "rk4")
+    penalty, z = 0.0, x
+    for _ in range(3):
+        z = model.jump(z)
+        end, taken = exact(z)[-1], by_steps(z)[-1]
+        penalty += (taken - end).square().mean() / (end - z).detach().square().mean()
+        z = end
+    assert searched.penalty == pytest.approx(penalty.item(), rel=1e-6) and loss.isfinite()
+    assert searched.reference_loss == pytest.approx(z.square().mean().item(), rel=1e-9)
+    (z.square().mean() + 6 * penalty).backward()
+    for own, parts in zip(gradient, zip(exact.vf.parameters(), by_steps.vf.parameters(), strict=True), strict=True):
+        torch.testing.assert_close(own, parts[0].grad + parts[1].grad, rtol=1e-6, atol=1e-9)
+    # That it is called three times is known from now on.
+    calls = []
+    searched.objective(3.0, 64, lambda: calls.append(1) or model(x).square().mean())
+    assert len(calls) == 1 and searched.penalty == pytest.approx(penalty.item(), rel=1e-6)
+    searched.release(True)
+
+
+@pytest.mark.parametrize("asked", [[0.3, 0.6], [0.7, 0.2], [1.0, 0.25, 0.5], [0.2, 1.0]], ids=str)
+@pytest.mark.parametrize("by", ["save_at", "span"])
+def test_the_reference_is_seen_at_the_rows_of_the_times_asked_for(asked, by):
+    """The reference is that of the end: another row is not that, in whatever order they are asked for."""
+    if by == "span" and asked != sorted(asked):
+        pytest.skip("a span ascends, or descends as a whole")
+    torch.manual_seed(0)
+    span, x = (
+        tm.LearnableSpan(NeuralODE(nn.Linear(2, 2).double(), solver="rk4"), torch.linspace(0, 1, 3)),
+        X[:, :2].double(),
+    )
+
+    def loss():
+        given = {"save_at": asked} if by == "save_at" else {"t_span": torch.tensor([0.0, *asked], dtype=torch.float64)}
+        sol = span(x, dense=True, **given)[1]
+        return (sol * torch.arange(1, len(sol) + 1)[:, None, None]).square().mean()
+
+    searched = searched_model.SearchedModel(span, torch.optim.SGD(span.parameters(), lr=1.0))
+    searched.lay([Depth("rk4", 16)])
+    plain = loss().item()
+    searched.objective(0.0, 64, loss)
+    # To the error of the reference, and of 16 steps.
+    assert searched.reference_loss == pytest.approx(plain, rel=1e-5)
+    searched.release(True)
+
+
+def test_a_model_that_calls_its_node_for_each_of_many_even_gaps_is_found():
+    """Before, the ends of all calls were compared with that of the last one, and nothing was found."""
+    torch.manual_seed(0)
+    model, x = tm.wrap(Gaps([0.25] * 4)), torch.randn(32, 2)
+    verdict = Shallowest(target=0.05).fit(
+        model, lambda out, batch: (out - 0.5 * x).square().mean(), [x], lr=0.03, max_iterations=150, progress=False
+    )
+    assert verdict.feasible and verdict.best.evaluations <= 4
 
 
 def test_the_look_for_states_between_leaves_no_trace():

@@ -65,6 +65,48 @@ def test_trim_refuses_a_model_that_asks_for_a_part_of_the_interval(solver, keep_
     assert (model.span.interval, model.span.t_f.item()) == before[:2] and torch.equal(model(ONES), before[2])
 
 
+class Gaps(nn.Module):
+    """As an ODE-RNN between its observations: the state goes on for as long as each gap is."""
+
+    def __init__(self, gaps, span=None):
+        super().__init__()
+        node, _, _ = closed_form("decay", solver="rk4")
+        self.span, self.gaps = tm.LearnableSpan(node, span), gaps
+
+    def forward(self, x):
+        for gap in self.gaps:
+            x = self.span(x, gap and torch.tensor([0.0, gap], dtype=torch.float64))[1][-1]
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:the span passed, from 0 to 2, reaches beyond")  # the way to the error
+@pytest.mark.parametrize(
+    ("gaps", "span", "match"),
+    [
+        (
+            [0.25, 2.0],
+            None,
+            r"different intervals: the first call says that it is \[0, 0.25\], and another .* \[0, 2\]",
+        ),
+        ([2.0, 0.25], None, r"\[0, 0.25\], a part of its interval \[0, 2\]"),
+        ([0.25, 2.0], 2.0, r"\[0, 0.25\], a part of its interval \[0, 2\]"),
+    ],
+)
+def test_trim_refuses_a_node_that_is_called_over_different_intervals(gaps, span, match):
+    model = Gaps(gaps, span and torch.linspace(0, span, 41, dtype=torch.float64))
+    before = model.span.interval, model.span.t_f.item(), model.eval()(ONES)
+    with pytest.raises(ValueError, match=match):
+        trim(model, [ONES], size, 1.0)
+    assert (model.span.interval, model.span.t_f.item()) == before[:2] and torch.equal(model(ONES), before[2])
+
+
+def test_trim_takes_a_node_that_is_called_twice_over_the_same_interval():
+    model = Gaps([None, None], torch.linspace(0, 0.5, 11, dtype=torch.float64))
+    result = trim(model, [ONES], size, 0.2)
+    assert result.spans[0].steps == (10, 1) and result.loss[1] <= 0.2
+    assert trim(Gaps([0.5, 0.5]), [ONES], size, 0.2).spans[0].t_f == (0.5, 0.5)
+
+
 def test_trim_takes_a_t_f_outside_its_bounds_as_eval_mode_does():
     inside, outside = decay(), decay()
     with torch.no_grad():

@@ -344,6 +344,95 @@ def test_a_metric_that_is_not_logged_is_named():
         Shallowest(monitor="accuracy", mode="most")
 
 
+class Reducing(Rings):
+    """Logs figures of each sample's loss in all the ways that a Trainer takes. Its batches begin with what is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = lambda p: torch.optim.SGD(p, 0.0)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [["a name"], *batch] if len(batch) == 2 and not self.trainer.training else batch
+
+    def validation_step(self, batch, batch_idx):
+        *_, x, y = batch
+        losses = torch.nn.functional.cross_entropy(self.model(x)[1][-1][:, :2], y, reduction="none")
+        mean, size = losses.mean(), 50 if batch_idx == 0 else 3
+        self.log("mean", mean)
+        self.log("mean by place", mean, False, None, None, None, "AVG")
+        self.log("weighted", mean, batch_size=size)
+        self.log_dict(dictionary={"weighted in a dict": mean, "besides": 0.0}, reduce_fx=torch.mean, batch_size=size)
+        self.log("max", losses.max(), reduce_fx="max", batch_size=size)
+        self.log("min", losses.min(), reduce_fx=torch.min)
+        self.log("sum", losses.sum(), reduce_fx=sum)
+        for value in (losses.max(), losses.min()):
+            self.log("twice in a step", value)
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    ["mean", "mean by place", "weighted", "weighted in a dict", "max", "min", "sum", "twice in a step"],
+)
+def test_the_metric_is_the_number_that_the_trainer_holds(monitor):
+    torch.manual_seed(0)
+    callback, looked = Shallowest(target=0.1, monitor=monitor), []
+    measure = callback._validated
+    callback._validated = lambda run, learner: looked.append(measure(run, learner)) or looked[-1]
+    run = trainer(1, callback, num_sanity_val_steps=0)
+    run.fit(Reducing(), loader(annuli(16), 16), loader(annuli(10), 4))  # a last batch of two
+    assert looked == [pytest.approx(run.callback_metrics[monitor].item(), rel=1e-6)]
+
+
+@pytest.mark.parametrize("reduce_fx", ["median", torch.median])
+def test_a_metric_that_no_trainer_takes_is_named(reduce_fx):
+    class Median(Rings):
+        def validation_step(self, batch, batch_idx):
+            self.log("val", self.loss(*batch), reduce_fx=reduce_fx)
+
+    run, data = trainer(1, Shallowest(monitor="val"), num_sanity_val_steps=0), loader(annuli(8), 8)
+    with pytest.raises(
+        MisconfigurationException, match="'val' is logged with reduce_fx=.*median.*; Lightning takes 'mean'"
+    ):
+        run.fit(Median(), data, data)
+
+
+class Collecting(Rings):
+    """Keeps what its steps find in lists and a dict until the end of the epoch, as Lightning's guide does."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained, self.validated, self.of_loader, self.last, self.counts = [], [], {0: []}, {}, []
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(batch_idx)
+        self.of_loader[0].append(batch_idx)
+        self.last[batch_idx] = self.global_step
+        self.log("val", self.loss(*batch))
+
+    def on_validation_epoch_end(self):
+        self.end(self.validated, self.of_loader[0], self.last)
+
+    def on_train_epoch_end(self):
+        self.end(self.trained)
+
+    def end(self, *found):
+        for mine in found:
+            self.counts.append(list(mine))
+            mine.clear()
+
+
+def test_what_steps_collect_for_the_end_of_the_epoch_is_of_each_batch_once():
+    torch.manual_seed(0)
+    module, callback = Collecting(), Shallowest(target=0.1, monitor="val")
+    run = trainer(4, callback, num_sanity_val_steps=0)
+    run.fit(module, loader(annuli(16), 4), loader(annuli(16), 4))
+    assert module.counts == [[0, 1, 2, 3]] * 16 and len(module.losses) == 16
+
+
 def test_without_a_target_the_loss_settles():
     torch.manual_seed(0)
     module, callback = Rings(), Shallowest(slack=0.5, solvers=[], budget=1.0)  # half of it is late enough to settle

@@ -278,7 +278,7 @@ def test_a_state_of_another_order_is_refused_and_changes_nothing():
     with torch.no_grad():
         other.free.add_(1.0)
     before = solver.free.clone()
-    with pytest.raises(ValueError, match="order and first_node"):
+    with pytest.raises(ValueError, match="made with order=2, first_node=False"):
         solver.load_state_dict(other.state_dict())
     assert torch.equal(solver.free, before)
     with pytest.raises(RuntimeError, match="size mismatch"):

@@ -5,6 +5,7 @@ called as ``loss(output, *target)`` and returns the mean over the batch. ``outpu
 model is a span itself, which returns times and states, it is z(t_f) alone.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,6 @@ from torchdyn_mintime.core.reference import TOLERANCE, ending, exact_solves, rep
 from torchdyn_mintime.core.span import Call, LearnableSpan
 from torchdyn_mintime.core.untraced import evaluating, undisturbed
 from torchdyn_mintime.core.wrapping import require_spans
-from torchdyn_mintime.numerics import IntegrationError
 
 __all__ = [
     "Loss",
@@ -112,32 +112,51 @@ def looks_between(model: nn.Module, look: Callable[[], Any]) -> bool:
     and no random number is drawn.
     """
 
-    def spoiled(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def spoiled(
+        span: LearnableSpan, x: Tensor, call: Call, others: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         t_eval, sol = call()
         if not call.plan.dense:
             times, first, last = t_eval.double(), call.grid().nodes[0], call.grid().nodes[-1]
             near = 1e-6 * max(abs(first), abs(last))
             between = ((times - first).abs() > near) & ((times - last).abs() > near)
-            sol = sol.masked_fill(between.reshape(-1, *[1] * (sol.dim() - 1)), math.nan)
+            sol = torch.where(between.reshape(-1, *[1] * (sol.dim() - 1)), others(sol), sol)
         return t_eval, sol
 
-    def finite() -> bool:
-        found = look()
-        return bool(torch.as_tensor(found[0] if isinstance(found, tuple) else found).isfinite().all())
+    def loss() -> Tensor:
+        with random_kept(found[0].t_f):  # every look draws the same
+            value = look()
+        return torch.as_tensor(value[0] if isinstance(value, tuple) else value).double()
+
+    def changes(others: Callable[[Tensor], Tensor]) -> bool:
+        with replaced_solves(found, functools.partial(spoiled, others=others)):
+            value = loss()
+        return not torch.allclose(value, plain, rtol=1e-5, atol=0.0)  # a NaN is close to nothing
 
     found = require_spans(model)
-    with torch.no_grad(), random_kept(found[0].t_f), evaluating(model), undisturbed(model):
+    with torch.no_grad(), evaluating(model), undisturbed(model):
         try:
-            if not finite():
-                return False
-            with replaced_solves(found, spoiled):
-                try:
-                    return not finite()
-                except IntegrationError:  # of a second span, which begins with such a state
-                    return True
-        # What is wrong shows in the training; and a model may refuse such states although it does not use them.
-        except Exception:
+            plain = loss()
+        except Exception:  # what is wrong shows in the training
             return False
+        if not bool(plain.isfinite().all()):
+            return False
+        # A loss may leave out what is NaN, and a model may refuse it although it does not use it: numbers have the last word.
+        with contextlib.suppress(Exception):
+            if changes(lambda sol: torch.full_like(sol, math.nan)):
+                return True
+        try:
+            looks = changes(_elsewhere)
+        except Exception:  # such as of a solve that begins with such a state
+            return True
+        # A loss that draws random numbers of its own is another one at every look.
+        return looks and not changes(torch.Tensor.clone)
+
+
+def _elsewhere(sol: Tensor) -> Tensor:
+    """Returns other states of the same size, each entry moved by another amount."""
+    moves = torch.arange(1, sol.numel() + 1, dtype=torch.float64).cos().reshape(sol.shape)
+    return sol + (1.0 + sol.abs().mean()) * moves.to(sol)
 
 
 def check_end_alone(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:

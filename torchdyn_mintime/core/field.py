@@ -28,9 +28,11 @@ __all__ = [
     "Field",
     "cost_columns",
     "evaluating",
+    "has_hooks",
     "kept",
     "random_kept",
     "takes",
+    "tensors_with_gradient",
     "written_by_evaluations",
 ]
 
@@ -39,27 +41,29 @@ STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 _WRITTEN = ("nfe", "t", "_control", "noise", "noise_dist")
-"""What torchdyn, and the field's layers, write to modules as they are evaluated."""
+"""What torchdyn, and the field's layers, write to modules as they are evaluated, beside tensors."""
 
 
 @contextmanager
 def kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Puts back what evaluations write to ``modules``: attributes, and buffers such as batch statistics."""
-    attributes = []
-    for module in modules:
-        names = (*_WRITTEN, "weight", "bias") if isinstance(module, GalLayer) else _WRITTEN
-        own, kind = vars(module), type(module)  # torch's own way to an attribute that is not there is a slow one
-        for name in names:
-            if name in own or (hasattr(kind, name) and not isinstance(getattr(kind, name), property)):
-                attributes.append((module, name, own.get(name, _ABSENT)))
+    """Puts back what evaluations write to ``modules``: attributes, and buffers such as batch statistics.
+
+    So too any tensor that a field sets as an attribute: an activation, a cache, the weight that a normalization computes.
+    """
+    attributes = [(module, vars(module).copy()) for module in modules]
     # Clones stand in for the buffers, since a buffer that is written in place may be part of a graph that is alive.
     buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
     with _standing_in([(m, name, b.clone()) for m, name, b in buffers]):
         try:
             yield
         finally:
-            for module, name, value in attributes:
-                _set(module, name, value)
+            for module, before in attributes:
+                now = vars(module)
+                changed = [n for n in {*before, *now} if now.get(n, _ABSENT) is not before.get(n, _ABSENT)]
+                for name in changed:
+                    was = before.get(name, _ABSENT)
+                    if name in _WRITTEN or isinstance(was, Tensor) or isinstance(now.get(name), Tensor):
+                        _set(module, name, was)
 
 
 def random_kept(x: Tensor) -> AbstractContextManager[None]:
@@ -260,9 +264,11 @@ class Field:
 
     def _core(self, roles: _Roles) -> tuple[Callable, bool, bool]:
         base, takes_args = roles.base, self._takes_args(roles)
+        if has_hooks(roles.outer):
+            return roles.outer, True, True
         if base is None:
             return roles.outer.vf, True, takes_args
-        if _has_hooks(base):
+        if has_hooks(base):
             return base, True, True
         return base.vf, base.has_time_arg, base.has_time_arg and takes_args
 
@@ -335,6 +341,8 @@ class BoundField:
             own = _without_time(partial(exact_trace.rate, *layers))
         timed_modules, order, count, outer = self._roles.timed, self.node.order, self._count, self._roles.outer
         integral_loss = outer.integral_loss if outer.sensitivity == "autograd" else None
+        if core is outer:  # which does all of this by itself
+            timed_modules, order, integral_loss = [], 1, None
         timed = own_timed or bool(timed_modules) or integral_loss is not None
         captured, alone, lock = self.captured, self._alone_in_backward, self.alone
         held: list[tuple[nn.Module, str, Any]] = []
@@ -430,9 +438,10 @@ class BoundField:
                 return
             # A backward is no part of the solve, and counts here alone.
             roles, nfe = self._roles, self.nfe
-            vars(roles.outer)["nfe"] += nfe  # past torch's __setattr__, which is slow
-            if roles.base is not None and not _has_hooks(roles.base):
-                vars(roles.base)["nfe"] += nfe
+            if not has_hooks(roles.outer):  # else it was called, and has counted
+                vars(roles.outer)["nfe"] += nfe  # past torch's __setattr__, which is slow
+                if roles.base is not None and not has_hooks(roles.base):
+                    vars(roles.base)["nfe"] += nfe
             self.release()
             self._remember()  # with what the field has set by itself in its first evaluation
         finally:
@@ -456,8 +465,8 @@ class BoundField:
         """
         values = [vars(module).get(name) for module, name in self._roles.attributes]
         buffers = [module._buffers.get(name) for module, name in self._roles.buffers]
-        held = [t for t in _with_gradient([*values, *buffers]) if t.is_leaf or not sure]
-        return list({id(t): t for t in (*_with_gradient(self.args), *held)}.values())
+        held = [t for t in tensors_with_gradient([*values, *buffers]) if t.is_leaf or not sure]
+        return list({id(t): t for t in (*tensors_with_gradient(self.args), *held)}.values())
 
     @property
     def drops_out(self) -> bool:
@@ -529,7 +538,7 @@ def _copied(args: Any) -> Any:
     return copied
 
 
-def _with_gradient(value: Any) -> Iterator[Tensor]:
+def tensors_with_gradient(value: Any) -> Iterator[Tensor]:
     """Yields the tensors that require a gradient in a value: itself, or what its lists, tuples, mappings and modules hold."""
     if isinstance(value, Tensor):
         if value.requires_grad:
@@ -538,18 +547,20 @@ def _with_gradient(value: Any) -> Iterator[Tensor]:
         yield from (p for p in value.parameters() if p.requires_grad)
     elif isinstance(value, Mapping):
         for entry in value.values():
-            yield from _with_gradient(entry)
+            yield from tensors_with_gradient(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
-            yield from _with_gradient(entry)
+            yield from tensors_with_gradient(entry)
 
 
 def _without_time(function: Callable) -> Callable[[Any, Tensor], Tensor]:
     return lambda t, x: function(x)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward does."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def cost_columns(node: Any) -> int:

@@ -232,7 +232,9 @@ class Interval:
         if not begin + rounding < end:
             raise ValueError(
                 f"the span passed, from {first:g} to {last:g}, has no part in the learned interval: t0 = {t0:g}, "
-                f"t_f = {t_f:g}; pass one that has, or set `span.t_span` to a new template"
+                f"t_f = {t_f:g}; pass one that has, or set `span.t_span` to a new template. Times of the data, such as gaps "
+                "of a series, need the whole interval in `wrap(model, t_span)`, and a t_f that is frozen: "
+                "`span.t_f.requires_grad_(False)`"
             )
         points = cut(
             span,

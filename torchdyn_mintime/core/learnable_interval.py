@@ -36,6 +36,7 @@ class Plan:
         ends: t0 and t_f of it, where they are other than before.
         cut: whether t_f has cut the span that was passed, so that its last state is not at the span's own end.
         dense: whether the times asked for stay the same whatever the steps are.
+        passed: the ends of the span that was passed, the earlier one first; None where there was none.
     """
 
     grid: Grid
@@ -44,6 +45,7 @@ class Plan:
     ends: tuple[float, float] | None = None
     cut: bool = False
     dense: bool = False
+    passed: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -362,7 +364,7 @@ class LearnableInterval(nn.Module):
             t_span, save_at, dense: as they are passed to the span.
         """
         interval, now = self._look()
-        settles, descending, cut = None, False, False
+        settles, descending, cut, passed = None, False, False, None
         if t_span is None and isinstance(save_at, tuple) and not save_at and interval.settled:
             return self._plan_of_template(interval, now)
         span: Sequence[float] | None = None
@@ -378,13 +380,15 @@ class LearnableInterval(nn.Module):
             values, _ = check_span(t_span, "t_span", either_direction=True)
             descending = values[0] > values[-1]
             span = values[::-1] if descending else values
+            passed = span[0], span[-1]
             if not interval.settled:  # this first one is what the user meant
                 before = interval.template[-1]
                 interval = settles = interval.settle(span, own)
                 # A t_f that lies elsewhere was given, or is an average that knows of no span yet.
                 last = interval.template[-1] if abs(now[1] - before) <= 4 * resolution(own, before) else now[1]
                 ends = interval.clipped(interval.template[0], last, own, self.learn_t0)  # to bounds that were given
-            if settles is not None or (interval.pinned and not dense):  # dense keeps to the template's steps anyway
+            # Dense keeps to a pinned template's steps anyway; one that settles otherwise is the span itself.
+            if (not dense) if interval.pinned else settles is not None:
                 span = None
         elif not interval.settled:
             settles = replace(interval, settled=True)
@@ -403,8 +407,7 @@ class LearnableInterval(nn.Module):
             nodes, from_t0, to_t_f = interval.part(span, first, last, self.learn_t0, rounding)
             start, end = t0 if from_t0 else None, t_f if to_t_f else None
             cut = span[-1] > nodes[-1] + 4 * rounding
-            if not interval.pinned:
-                self._warn_of_a_cut(span, nodes, interval)
+            self._warn_of_a_cut(span, nodes, interval)
         keep = rows = inside = None
         if dense:
             inside = nodes if span is not None and not asked else None
@@ -441,7 +444,7 @@ class LearnableInterval(nn.Module):
             keep, inside = keep and keep[::-1], inside and inside[::-1]
         if rows is not None and rows == list(range(len(rows))):
             rows = None
-        return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut, dense)
+        return Plan(Grid(nodes, start, end, keep, inside), rows, settles, ends, cut, dense, passed)
 
     def _check_constant(self, times: Any, name: str) -> None:
         """Refuses times that require a gradient, which no call gives. Those made of t0 and t_f, as ``t_eval``, may be passed.

@@ -5,6 +5,8 @@ cut the span, the last row is z(t_f) and no longer the state at the last time, o
 """
 
 import warnings
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,16 +35,19 @@ class Series:
         seen = self._seen = {}
         sol = sol.view_as(sol)  # what is made of the span's record, such as a penalty, is not the user's loss
 
-        def states(gradient: Tensor) -> None:
-            seen["states"] = bool(gradient[1:-1].any())
+        def look(gradient: Tensor | None, in_times: bool) -> None:
+            if gradient is None:  # DDP passes it for what the loss does not use
+                return
+            with suppress(RuntimeError):  # of vmap, which hides the values
+                between = bool(gradient[1:-1].any())
+                if not in_times:
+                    seen["states"] = between
+                else:  # zeros everywhere: of a field without time, that a penalty has evaluated at all points
+                    seen["price alone"] = bool(gradient.any()) and not between
 
-        def times(gradient: Tensor) -> None:
-            # Zeros everywhere: of a field without time, that a penalty has evaluated at all points.
-            seen["price alone"] = bool(gradient.any()) and not bool(gradient[1:-1].any())
-
-        sol.register_hook(states)
+        sol.register_hook(partial(look, in_times=False))
         if t_eval is not None and t_eval.requires_grad:
-            t_eval.register_hook(times)
+            t_eval.register_hook(partial(look, in_times=True))
         return sol
 
     def check(self, plan: Plan, t_span: Tensor, t_f: Tensor) -> None:
@@ -65,8 +70,9 @@ class Series:
             self._compares = self._seen["states"] and self._seen.get("price alone", True)
         if not self._compares or len(plan.grid.returned) != len(t_span):
             return
+        row = "last" if t_span[0] < t_span[-1] else "first"
         cut = (
-            f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its last state "
+            f"t_f = {t_f.item():.6g} has cut the span passed, {t_span[0].item():g} to {t_span[-1].item():g}: its {row} state "
             "is now z(t_f), but the loss uses the states at all points and not t_eval"
         )
         instead = "Compare at the times of t_eval, or freeze t_f (span.t_f.requires_grad_(False)) to fit a whole series"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.interpolators import str_to_interp
 
-from torchdyn_mintime.core.field import BoundField, kept
+from torchdyn_mintime.core.field import BoundField, kept, tensors_with_gradient
 from torchdyn_mintime.core.shards import error_of_shards, sharded_by_themselves
 from torchdyn_mintime.numerics import (
     AdjointProblem,
@@ -116,6 +116,7 @@ class Method:
         by_autograd: take the gradients of autograd whatever the node's sensitivity says.
 
     Attributes:
+        solvers: the node's ``solver`` and ``solver_adjoint`` that the steppers were made of.
         stepper: the method of the solve.
         backward_stepper: that of an adjoint's backward solve.
         sensitivity: the way to gradients. A LearnableSolver, which no adjoint differentiates, has those of autograd.
@@ -127,6 +128,7 @@ class Method:
     def __init__(self, node: NeuralODE, by_autograd: bool = False):
         if node.sensitivity not in SENSITIVITIES:
             raise ValueError(f"sensitivity={node.sensitivity!r} is unknown to torchdyn; it knows {SENSITIVITIES}")
+        self.solvers = node.solver, node.solver_adjoint
         self.stepper, self.backward_stepper = make_stepper(node.solver), make_stepper(node.solver_adjoint)
         by_autograd = by_autograd or isinstance(self.stepper, LearnedStepper)
         self.sensitivity: str = "autograd" if by_autograd else node.sensitivity
@@ -193,6 +195,9 @@ class Method:
                 free = {name: p for name, p in module.named_parameters() if p.requires_grad}
                 named = {id(p) for p in free.values()}
                 outside = [t for t in bound.tensors(sure=True) if id(t) not in named] if learning else []
+                if checkpoint:  # a tableau is no parameter of its module
+                    tableau = tensors_with_gradient(vars(node.solver))
+                    outside += [t for t in tableau if id(t) not in named]
                 problem = Problem(f, module, free, restored=bound.in_backward, outside=outside, **settings)
                 if checkpoint:
                     solution = _naming_outside(bound, problem, lambda p: solve_checkpointed(p, start, grid))
@@ -251,9 +256,9 @@ class Method:
                 f"{', '.join(kinds)} in training mode within the field, under {under}: the "
                 f"backward solve would see another field than the forward one; use {instead}, or .eval() them"
             )
-        if not checkpoint and any(p.requires_grad for p in bound.node.solver.parameters()):
+        if not checkpoint and any(True for _ in tensors_with_gradient(vars(bound.node.solver))):
             raise ValueError(
-                f"sensitivity={bound.node.sensitivity!r} gives the solver's own parameters ({self.stepper.name}) no "
+                f"sensitivity={bound.node.sensitivity!r} gives what the solver learns ({self.stepper.name}) no "
                 "gradient; freeze them, or use sensitivity='autograd'"
             )
 
@@ -333,7 +338,7 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
     They are those among ``args`` and attributes (embeddings, conditions), so that what lies behind them is passed once
     in backward, and otherwise the leaves (a closure's parameters).
     """
-    evaluations = bound.nfe
+    evaluations, before = bound.nfe, bound.tensors()
     named = {id(p) for p in (*problem.parameters.values(), *problem.outside)}
 
     def name(tensors: Iterable[Tensor]) -> bool:
@@ -347,7 +352,9 @@ def _naming_outside(bound: BoundField, problem: P, solve: Callable[[P], T]) -> T
             return solve(problem)
         except OutsideTensors as found:
             bound.nfe = evaluations  # the one that found them is no part of the solve
-            if not name(bound.tensors()):
+            # What the evaluation has left on a module, such as an activation, is no input: the next one makes another.
+            still = {id(t) for t in bound.tensors()}
+            if not name(t for t in before if id(t) in still):
                 name(found.tensors)
     problem.searched = False  # they are others at every evaluation: the field makes them
     return solve(problem)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 
-from torchdyn_mintime.core.field import Field
+from torchdyn_mintime.core.field import Field, has_hooks
 from torchdyn_mintime.core.interval import Interval, check_span
 from torchdyn_mintime.core.learnable_interval import LearnableInterval, Plan
 from torchdyn_mintime.core.series import Series
@@ -141,6 +141,11 @@ class LearnableSpan(LearnableInterval):
                 "by itself"
             )
         _refuse_adjoint(node.solver, node)
+        if has_hooks(node):
+            warnings.warn(
+                "the node has hooks, which a LearnableSpan does not call, since it solves by itself; register them on the span",
+                stacklevel=2,
+            )
         if isinstance(node.solver_adjoint, LearnableSolver):
             # Never used. functional_call does not restore a module that is there under two names.
             node.solver_adjoint = str_to_solver("rk4")
@@ -208,6 +213,7 @@ class LearnableSpan(LearnableInterval):
             IntegrationError: the state is not finite, or the solver's steps ran out.
             ValueError, TypeError: an argument that cannot be used; nothing is changed then.
         """
+        self._follow_node()
         plan = self._plan(t_span, save_at, dense)
         if self.training and t_span is not None:
             self._series.check(plan, t_span, self.t_f)
@@ -290,6 +296,7 @@ class LearnableSpan(LearnableInterval):
         Raises:
             ValueError: there is no state for a time that is asked for, or the span starts later than the steps that were laid.
         """
+        self._follow_node()
         plan = self._plan(t_span, (), dense)
         if self.training and t_span is not None:
             self._series.check(plan, t_span, self.t_f)
@@ -332,6 +339,11 @@ class LearnableSpan(LearnableInterval):
         if self.last is None:
             raise AttributeError("the running cost is known after a forward call; make one first")
         if self.node.sensitivity == "autograd":
+            if not self.last.reaches_end:
+                raise AttributeError(
+                    f"the last forward was asked for no state at the end, {self.last.steps[-1]:g}, of its solve, and under "
+                    "autograd the running cost is a part of the state there; ask for the end too"
+                )
             return self.last.end[:, 0] - self.last.x[:, 0]
         if self.last.running_cost is None:
             raise AttributeError("trajectory() counts no running cost under an adjoint; call the span itself")
@@ -373,6 +385,12 @@ class LearnableSpan(LearnableInterval):
             node.solver, node.solver_adjoint = before
             raise
         self.interval = replace(self.interval, **_traits(self.stepper))
+
+    def _follow_node(self) -> None:
+        """Takes a solver that was set on the node, as ``span.node.solver = ..``, which torchdyn reads at every call."""
+        node = self.node
+        if self._method.solvers != (node.solver, node.solver_adjoint):  # modules: equal where they are the same
+            self.solver = node.solver
 
     @property
     def stepper(self) -> Stepper:
@@ -461,6 +479,13 @@ class LearnableSpan(LearnableInterval):
     def template(self) -> Tensor:
         """The template as the state_dict has it, in float64. torch.distributed.checkpoint asks for entries by their names."""
         return self._template
+
+    @template.setter
+    def template(self, value: Any) -> None:
+        raise AttributeError(
+            "the template is set by span.t_span. If this is torch.func.functional_call: give it dict(span.named_parameters()), "
+            "and not the state_dict, which holds the interval too"
+        )
 
     @property
     def filled(self) -> Tensor:

@@ -87,7 +87,7 @@ class Rollback:
         model: whose parameters and buffers are kept.
         optimizer: whose state is kept too, and whose learning rates are lowered on the way back; one, or several.
         jump: a loss this many times the best one so far (and above ``floor``) has exploded, as has one that is not
-            finite.
+            finite. Multiples of a best loss below zero, as an NLL may have, are counted upwards: twice -3 is 0.
         floor: losses below it never count as exploded; None is the first loss looked at, where training began.
         stuck: after so many looks in a row above twice the best loss the training counts as spoiled, and goes back as
             well; 0 is never.
@@ -133,9 +133,13 @@ class Rollback:
         self.best = math.inf
         self._good = Snapshot()
 
+    def _above_best(self, factor: float) -> float:
+        """Returns ``factor`` times the best loss; of one below zero ``best + (factor - 1) |best|``, which is above it too."""
+        return (factor if self.best >= 0 else 2.0 - factor) * self.best
+
     def exploded(self, loss: float) -> bool:
         """Returns whether the loss is not finite, or many times the best one so far."""
-        return not math.isfinite(loss) or loss > max(self.jump * self.best, self.floor or 0.0)
+        return not math.isfinite(loss) or loss > max(self._above_best(self.jump), self.floor or 0.0)
 
     def take(self) -> Snapshot:
         """Returns the present state of the model and the optimizers."""
@@ -159,13 +163,13 @@ class Rollback:
             DivergedError: it exploded more than ``limit`` times.
         """
         loss = checks.scalar(loss, "the loss")
-        self._above = self._above + 1 if loss > 2 * self.best else 0
+        self._above = self._above + 1 if loss > self._above_best(2.0) else 0
         spoiled = self.stuck > 0 and self._above >= self.stuck
         if not (spoiled or self.exploded(loss)):
             self.best = min(self.best, loss)
             if self.floor is None:
                 self.floor = loss
-            if not self._good or (self._looks % self.every == 0 and loss <= 1.5 * self.best):
+            if not self._good or (self._looks % self.every == 0 and loss <= self._above_best(1.5)):
                 self._good = self.take() if state is None else state
             self._looks += 1
             return False

@@ -1,8 +1,10 @@
 """The model whose depth is searched for, and its optimizers: how steps are laid, what is trained, and how all is put back."""
 
+import contextlib
 import copy
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,20 +14,26 @@ from torch import Tensor, nn
 from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
 from torchdyn_mintime.core import (
+    Call,
     Interval,
     LastSolve,
     LearnableSpan,
+    evaluating,
     freeze_times,
     last_solve,
+    named_spans,
+    random_kept,
     replaced_solves,
     require_spans,
     rk4_solution,
+    times_of,
     undisturbed,
     untraced,
 )
 from torchdyn_mintime.depth.rates import rates_of, set_rates
 from torchdyn_mintime.depth.rollback import Snapshot
 from torchdyn_mintime.depth.trials import Depth
+from torchdyn_mintime.depth.verification import NEAR, refuse_times_beyond
 from torchdyn_mintime.losses.step_count import StepCount
 from torchdyn_mintime.losses.step_doubling import refined_end, relative_square
 from torchdyn_mintime.numerics import (
@@ -39,7 +47,7 @@ from torchdyn_mintime.numerics import (
     make_stepper,
 )
 
-__all__ = ["SearchedModel", "set_steps"]
+__all__ = ["SearchedModel", "refuse_other_intervals", "set_steps"]
 
 SOLVER_RATE = 0.03
 """Learning rate of a LearnableSolver's coefficients, under Adam."""
@@ -74,6 +82,14 @@ class _Kept:
     solvers: tuple[str | nn.Module, nn.Module]
     by_autograd: bool
     times: tuple[float, float]
+    frozen: bool
+
+    @classmethod
+    def of(cls, span: LearnableSpan) -> "_Kept":
+        solvers, times = (span.node.solver, span.node.solver_adjoint), (span.t0.item(), span.t_f.item())
+        return cls(
+            span, span.interval, solvers, span.by_autograd, times, not any(t.requires_grad for t in times_of([span]))
+        )
 
 
 class SearchedModel:
@@ -128,15 +144,14 @@ class SearchedModel:
         self.reference_loss: float | None = None
         self.fresh_solver: Callable[[LearnableSpan, int], LearnableSolver] | None = None
         self.share_gradients: Callable[[list[Tensor]], None] = lambda gradients: None
-        self._kept = [
-            _Kept(s, s.interval, (s.node.solver, s.node.solver_adjoint), s.by_autograd, (s.t0.item(), s.t_f.item()))
-            for s in self.spans
-        ]
+        self._kept = [_Kept.of(span) for span in self.spans]
         self._held_rates: list[list[float]] = []  # within a step, whose own may be smaller
         self._rates_before = self.rates
         self._coefficients: torch.optim.Optimizer | None = None
         self._count: StepCount | None = None
-        self._shared = self._unfitted = False
+        self._unfitted = False
+        # Those that the model calls more than once: such a span remembers its last call alone.
+        self._shared: set[LearnableSpan] = set()
         for span in self.spans:
             span.by_autograd = True
         self._thawed = freeze_times(self.spans)
@@ -327,6 +342,10 @@ class SearchedModel:
 
     # --------------------------------------------------------------------------------------------------- what is trained
 
+    def refuse_other_intervals(self, look: Callable[[], Any]) -> None:
+        """See :func:`refuse_other_intervals`. The intervals are those before the search."""
+        _refuse_other_intervals(self.model, look, self._kept)
+
     def objective(
         self, weight: float, steps: int, closure: Callable[[], Tensor] | None = None, share: float = 1.0
     ) -> Tensor:
@@ -354,24 +373,38 @@ class SearchedModel:
         ends: list[tuple[Tensor, Tensor, Tensor]] = []
         called: list[LearnableSpan] = []
 
-        def by_reference(span: LearnableSpan, x: Tensor, own: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-            last = next(last for owner, last in solved if owner is span)
-            # What comes before the first span may draw anew: its own state is the one to compare with.
-            start = last if not called and not self._shared else replace(last, x=x)
+        def by_reference(span: LearnableSpan, x: Tensor, own: Call) -> tuple[Tensor, Tensor]:
+            if span in self._shared:
+                own()  # the steps of this call
+                last = start = last_solve(span)
+                self.spent += last.bound.nfe
+            else:
+                last = next(last for owner, last in solved if owner is span)
+                # What comes before the first span may draw anew: its own state is the one to compare with.
+                start = replace(last, x=x) if called else last
             called.append(span)
             taken, reference = self._ends(span, last, start, steps)
             ends.append((taken, reference, start.x))
-            times = last.grid.times(span.t_f.dtype, span.t_f.device)
-            return times, torch.cat([last.states[:-1], reference[None]])
+            times, states = last.grid.times(span.t_f.dtype, span.t_f.device), last.states
+            if last.reaches_end:
+                states = torch.cat([states[:-1], reference[None]])
+            rows = own.plan.rows
+            return (times, states) if rows is None else (times[rows], states[rows])
 
         if closure is None:
             for span, last in solved:
                 ends.append((*self._ends(span, last, last, steps), last.x))
             value = torch.zeros((), device=self.spans[0].t_f.device)
         else:
-            with undisturbed(self.model), replaced_solves(self.spans, by_reference):
-                value = closure()
-            self._shared = len(called) > len(set(called))  # a span that is called twice remembers its last call alone
+            while True:
+                with undisturbed(self.model), replaced_solves(self.spans, by_reference):
+                    value = closure()
+                shared = {span for span in called if called.count(span) > 1} - self._shared
+                if not shared:
+                    break
+                self._shared |= shared  # now that it is known, each of their calls is compared with its own end
+                called.clear()
+                ends.clear()
             self.reference_loss = float(value.detach())
         parts = [relative_square(taken, reference, reference - x) for taken, reference, x in ends]
         penalty = torch.stack(parts).sum()
@@ -412,7 +445,7 @@ class SearchedModel:
                 optimizer.step(closure)
                 if not float(closure().detach()) <= first:
                     raise IntegrationError("the fit went astray")
-                if not self._shared:  # one that is called twice may run both ways
+                if span not in self._shared:  # one that is called twice may run both ways
                     solver.direction = 1 if change > 0 else -1
             except IntegrationError:
                 with torch.no_grad():
@@ -437,3 +470,103 @@ class SearchedModel:
                 reference = rk4_solution(start, steps)[1][-1]
             self.spent += last.bound.nfe - before
         return taken, reference
+
+
+Ends = tuple[float, float]
+
+
+@dataclass
+class _Asked:
+    """What a call asks a span for.
+
+    Attributes:
+        passed: the ends of the span that it passes, or None.
+        solved: the ends of its solve.
+        dense: whether the steps are the span's own all the same.
+    """
+
+    passed: Ends | None
+    solved: Ends
+    dense: bool
+
+
+def refuse_other_intervals(model: nn.Module, look: Callable[[], Any]) -> None:
+    """Raises where a call asks a span for another interval than its own, over which the search lays the steps of all calls.
+
+    Nothing is changed, and no random number is drawn.
+
+    Args:
+        model: whose calls are looked at, in eval mode.
+        look: calls it on a batch.
+
+    Raises:
+        ValueError: a span is asked for different intervals, for a part of its own, or by ``dense=True`` for times beyond it.
+    """
+    _refuse_other_intervals(model, look, [_Kept.of(span) for span in require_spans(model)])
+
+
+def _refuse_other_intervals(model: nn.Module, look: Callable[[], Any], before: Sequence[_Kept]) -> None:
+    asked: dict[LearnableSpan, list[_Asked]] = {}
+
+    def watching(span: LearnableSpan, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        plan = call.plan
+        nodes = plan.grid.nodes
+        solved = min(nodes[0], nodes[-1]), max(nodes[0], nodes[-1])
+        asked.setdefault(span, []).append(_Asked(plan.passed, solved, plan.dense))
+        return call()
+
+    kept = {entry.span: entry for entry in before}
+    with (
+        torch.no_grad(),
+        random_kept(before[0].span.t_f),
+        evaluating(model),
+        undisturbed(model),
+        replaced_solves(kept, watching),
+        contextlib.suppress(Exception),  # what is wrong shows in the training
+    ):
+        look()
+    for name, span in named_spans(model):
+        if span in asked:
+            _refuse_others(name, kept[span], asked[span])
+
+
+def _refuse_others(name: str, kept: _Kept, calls: Sequence[_Asked]) -> None:
+    """Raises where calls ask for other intervals than that which the search lays the steps of."""
+    interval, span = kept.interval, kept.span
+    if interval.settled:
+        own = interval.clipped(*kept.times, span.t_f.dtype, span.learn_t0)
+        template = interval.template[0], interval.template[-1]
+    else:  # the first call says what it is
+        own = calls[0].solved
+        template = calls[0].passed or own
+    near = NEAR * (max(map(abs, template)) + template[1] - template[0])
+
+    def meant(passed: Ends) -> Ends:  # from where the template begins is from t0, wherever that is
+        pairs = zip(passed, own, template, strict=True)
+        first, last = (end if min(end, given) - near <= t <= max(end, given) + near else t for t, end, given in pairs)
+        return first, last
+
+    for call in calls:
+        if call.dense and call.passed is not None:
+            refuse_times_beyond(name, call.passed, own)
+    found = [own if call.passed is None else meant(call.passed) for call in calls if not call.dense]
+    other = next((ends for ends in found if math.dist(ends, own) > near), None)
+    if other is None:
+        return
+    rests = kept.frozen and max(abs(own[1] - template[1]), interval.bounds[1] - template[1]) <= near
+    # Steps that were laid before hold whatever is passed, and a learned t_f cuts what lies beyond it.
+    keeps = interval.pinned or (not rests and other[0] <= own[0] + near and other[1] >= own[1] - near)
+    differing = next((ends for ends in found if math.dist(ends, other) > near), None)
+    if differing is None and keeps:
+        return
+    who, (one, two) = name or "the span", ("[{:.6g}, {:.6g}]".format(*ends) for ends in (other, differing or own))
+    if differing is None:
+        raise ValueError(
+            f"the model asks {who} for {one}, which is not its interval {two}, over which a search lays the steps; set "
+            "`span.t_span` to a template of what is asked for"
+        )
+    raise ValueError(
+        f"the model asks {who} for {one} and for {two}, and a search lays the steps of one interval for all calls, whatever "
+        "they ask for; put the length of each interval into the state and solve over [0, 1]: see "
+        "docs/howto/time-series.md, 'If the intervals differ'"
+    )

@@ -44,7 +44,7 @@ from torchdyn_mintime.core import (
 from torchdyn_mintime.depth.ladder import STOCK, first_depth, next_depths
 from torchdyn_mintime.depth.progress import progress_shown
 from torchdyn_mintime.depth.rollback import Snapshot
-from torchdyn_mintime.depth.searched_model import SearchedModel, set_steps
+from torchdyn_mintime.depth.searched_model import SearchedModel, refuse_other_intervals, set_steps
 from torchdyn_mintime.depth.stage import Stage
 from torchdyn_mintime.depth.trials import MISSED, Depth, Trial, Verdict, counted, fewest
 from torchdyn_mintime.depth.verification import Look, Verification, verify
@@ -320,6 +320,7 @@ class Shallowest:
 
     def _check_looks(self, look: Callable[[], Any] | None) -> None:
         if not (self._looks_checked or look is None):
+            self._require_start().refuse_other_intervals(look)
             _refuse_states_between(self._require_start().model, look)
             self._looks_checked = True
 
@@ -408,12 +409,12 @@ class Shallowest:
             The verdict.
 
         Raises:
-            ValueError: there is no batch, or the model has nothing to train.
+            ValueError: there is no batch, or none when they are gone through again, or the model has nothing to train.
         """
         for name, given in (("batches", batches), ("held_out", held_out)):
             if isinstance(given, Tensor):
                 raise TypeError(f"{name} must be a list or a loader of batches; got a tensor: pass [x] for one batch")
-        if not _has_length(batches):
+        if not _can_be_used_again(batches):
             batches = list(batches)  # gone through many times
         kept = None if held_out is None else list(held_out)
         times = set(times_of(require_spans(model)))
@@ -441,10 +442,21 @@ class Shallowest:
             self._held_out_losses.append(float(value))
             return value, predicted
 
+        def once_more() -> Iterator[Any]:
+            any_came = False
+            for batch in batches:
+                any_came = True
+                yield batch
+            if not any_came:  # the training would wait for ever, and a look find nothing wrong
+                raise ValueError(
+                    "batches gave no batch when gone through again; give a list, or a loader that begins anew each time"
+                )
+
         def looks() -> Iterator[Look]:
-            yield from (functools.partial(look, batch) for batch in batches)
+            yield from (functools.partial(look, batch) for batch in once_more())
             yield from (functools.partial(held_out_look, batch) for batch in kept or ())
 
+        refuse_other_intervals(model, functools.partial(of, first))
         _refuse_states_between(model, functools.partial(of, first))  # with the steps that the model has
         self.start(model, optimizer)
         try:
@@ -459,7 +471,7 @@ class Shallowest:
                 self._pass()
             with progress_shown(progress) as show:
                 while not self.done and self._iterations < max_iterations:
-                    for batch in batches:
+                    for batch in once_more():
                         self._iterate(batch, of, optimizer)
                         if self.done or self._iterations >= max_iterations:
                             break
@@ -921,12 +933,17 @@ def _names_of(solvers: Any) -> tuple[str, ...]:
     return names
 
 
-def _has_length(batches: Iterable[Any]) -> bool:
-    """Returns whether it is known how many batches there are; a loader of a data set that is a stream does not know."""
+def _can_be_used_again(batches: Iterable[Any]) -> bool:
+    """Returns whether it is known how many batches there are, and each pass over them begins anew.
+
+    A loader of a data set that is a stream does not know how many. An iterator may know, and ends with its first pass.
+    """
     try:
-        return len(batches) >= 0  # type: ignore[arg-type]
+        known = len(batches) >= 0  # type: ignore[arg-type]
     except TypeError:
         return False
+    # A loader is no Iterator. It is not asked for one here, which would draw a random number.
+    return known and not (isinstance(batches, Iterator) and iter(batches) is batches)
 
 
 def _input_of(batch: Any) -> Any:

@@ -159,7 +159,8 @@ def trim(
 
     Raises:
         ValueError: the loss is above the threshold as it is, or the solver error above its tolerance; or the model uses the
-            states at the points of a span that it passes, or passes a span that is a part of the learned interval.
+            states at the points of a span that it passes, or asks for a part of the learned interval, or for different
+            intervals.
         TypeError, ValueError: an argument cannot be used.
 
         Whatever is raised, the model is as before.
@@ -184,7 +185,8 @@ def trim(
     prepared = as_batches(batches)
     x = prepared[0][0]
     with evaluating(model), undisturbed(model), _put_back_on_error(model):
-        before = mean_loss(model, prepared, loss)[0]
+        with _solves(model) as solves:
+            before = mean_loss(model, prepared, loss)[0]
         if not math.isfinite(before):
             raise ValueError(f"the loss is {before} as the model is; nothing can be kept of it")
         if not before <= threshold:
@@ -193,15 +195,18 @@ def trim(
         error = solver_error(model, x)  # also says if none was solved
         if solver_tol is not None and not error <= solver_tol:
             raise ValueError(f"the solver error is {error:.3g}, above solver_tol={solver_tol:.3g} already")
-        for name, span in found:
-            _refuse_a_part(name, span)
+        _refuse_parts(found, solves)
+        _settle(model, [span for _, span in found], x)
+        with _solves(model) as again:
+            mean_loss(model, prepared, loss)
+        _refuse_others(found, solves, again)
+        _refuse_parts(found, again)
         settled = {span for _, span in found if _settles_the_end(span)}
         for _, span in found:
             if _uses_trajectory(model, span, x):
                 settled.add(span)
                 if not (keep_step or span.adaptive or span.pinned):  # of a pinned one no span that is passed counts
                     _refuse_passed_points(model, span, x)
-        _settle(model, [span for _, span in found], x)
 
         def figures() -> list[tuple[Any, ...]]:
             model(x)
@@ -247,18 +252,21 @@ def _uses_trajectory(model: nn.Module, span: LearnableSpan, x: Tensor) -> bool:
         return True
 
 
-def _refuse_a_part(name: str, span: LearnableSpan) -> None:
+def _refuse_parts(
+    found: list[tuple[str, LearnableSpan]], solves: list[tuple[LearnableSpan, tuple[float, float]]]
+) -> None:
     """Raises a ValueError where the model has asked for a part of the interval: steps are laid over the whole of it."""
-    if not span.interval.settled:  # what the model asks for is the whole of it
-        return
-    nodes = span.nodes  # up to the t_f that is solved: an optimizer may have left the parameter outside its bounds
-    steps, ends = last_solve(span).steps, (nodes[0], nodes[-1])
-    asked = min(steps[0], steps[-1]), max(steps[0], steps[-1])
-    if math.dist(asked, ends) > 1e-6 * (ends[1] - ends[0]):
-        raise ValueError(
-            f"the model asks {name or 'the span'} for [{asked[0]:.6g}, {asked[1]:.6g}], a part of its interval [{ends[0]:.6g}, "
-            f"{ends[1]:.6g}], and trim lays the steps of the whole; set `span.t_span` to a template of that part"
-        )
+    names = {span: name or "the span" for name, span in found}
+    for span, solved in solves:
+        if not span.interval.settled:  # what the model asks for is the whole of it
+            continue
+        nodes = span.nodes  # up to the t_f that is solved: an optimizer may have left the parameter outside its bounds
+        asked, ends = (min(solved), max(solved)), (nodes[0], nodes[-1])
+        if math.dist(asked, ends) > 1e-6 * (ends[1] - ends[0]):
+            raise ValueError(
+                f"the model asks {names[span]} for [{asked[0]:.6g}, {asked[1]:.6g}], a part of its interval [{ends[0]:.6g}, "
+                f"{ends[1]:.6g}], and trim lays the steps of the whole; set `span.t_span` to a template of that part"
+            )
 
 
 def _settle(model: nn.Module, found: list[LearnableSpan], x: Tensor) -> None:
@@ -270,6 +278,36 @@ def _settle(model: nn.Module, found: list[LearnableSpan], x: Tensor) -> None:
     finally:
         for span in found:
             span.training = False
+
+
+@contextmanager
+def _solves(model: nn.Module) -> Iterator[list[tuple[LearnableSpan, tuple[float, float]]]]:
+    """Notes the span and the ends of each solve inside."""
+    seen: list[tuple[LearnableSpan, tuple[float, float]]] = []
+
+    def watching(span: LearnableSpan, z: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        nodes = call.grid().nodes
+        seen.append((span, (nodes[0], nodes[-1])))
+        return call()
+
+    with replaced_solves(require_spans(model), watching):
+        yield seen
+
+
+def _refuse_others(
+    found: list[tuple[str, LearnableSpan]],
+    before: list[tuple[LearnableSpan, tuple[float, float]]],
+    after: list[tuple[LearnableSpan, tuple[float, float]]],
+) -> None:
+    """Raises a ValueError where the interval that the first call has settled is not that of another call."""
+    names = {span: name or "the span" for name, span in found}
+    for (span, asked), (_, taken) in zip(before, after, strict=True):
+        if math.dist(asked, taken) > 1e-6 * abs(asked[1] - asked[0]):
+            raise ValueError(
+                f"{names[span]} is called over different intervals: the first call says that it is [{taken[0]:.6g}, "
+                f"{taken[1]:.6g}], and another asks for [{asked[0]:.6g}, {asked[1]:.6g}]; put the length of each into the "
+                "state and solve over [0, 1]: see docs/howto/time-series.md, 'If the intervals differ'"
+            )
 
 
 def _refuse_passed_points(model: nn.Module, span: LearnableSpan, x: Tensor) -> None:

@@ -20,6 +20,7 @@ from torchdyn_mintime.core import (
     evaluating,
     exact_solves,
     last_solve,
+    named_spans,
     reference_end,
     reference_states,
     relative_error,
@@ -29,13 +30,15 @@ from torchdyn_mintime.core import (
 )
 from torchdyn_mintime.numerics import IntegrationError
 
-__all__ = ["Look", "Verification", "verify"]
+__all__ = ["NEAR", "Look", "Verification", "refuse_times_beyond", "verify"]
 
 SHARE = 1e-4
 """The absolute tolerance of the exact solves is this share of ``solver_tol``, relative to the displacement. A field with
 kinks, as one with ReLU, takes several times the evaluations at 1e-7."""
 LOOSEST = 1e-5
 """Of that share of ``solver_tol``, at most."""
+NEAR = 1e-6
+"""Times that differ by this share of their size and interval are the same: they may be computed in float32."""
 UNSURE = 10.0
 """The end of an exact solve is known to this many times its tolerance; so much is added to the solver error that is judged."""
 
@@ -136,6 +139,7 @@ def _look(
 ) -> tuple[Verification, Tensor | None, Tensor | None]:
     """Returns the figures of one batch, and what the model predicts as it is and solved exactly."""
     solved: list[tuple[LearnableSpan, LastSolve]] = []
+    asked: list[tuple[float, float] | None] = []  # the ends of dense times that were passed
     begun: tuple[Tensor, Tensor] | None = None  # what the first call returned, if its last state is the one at t_f
     first: tuple[Tensor, Tensor, Tensor] | None = None  # that call solved exactly, which is looked at once more
 
@@ -146,6 +150,7 @@ def _look(
         if not solved and last.reaches_end and call.plan.rows is None:
             begun = out
         solved.append((span, last))
+        asked.append(call.plan.passed if call.plan.dense else None)
         return out
 
     def errors() -> float:
@@ -165,11 +170,20 @@ def _look(
     def count() -> int:  # a span that is called twice has the depth of one call
         return sum(max(last.bound.nfe for owner, last in solved if owner is span) for span in {s for s, _ in solved})
 
+    def few_enough() -> bool:
+        if count() <= evaluations:
+            return True
+        names = {span: name for name, span in named_spans(model)}
+        for (span, _), passed in zip(solved, asked, strict=True):
+            if passed is not None:
+                refuse_times_beyond(names[span], passed, (span.nodes[0], span.nodes[-1]))
+        return False
+
     with replaced_solves(found, watching):
         loss, predicted = _agreed(reduce, look)
     if not (loss <= target and loss < math.inf):  # without a target, too
         return Verification(False, loss, missed="loss" if loss < math.inf else "solve"), None, None
-    few = _agreed(reduce, lambda: count() <= evaluations)[0] == 1.0
+    few = _agreed(reduce, few_enough)[0] == 1.0
     error, _ = _agreed(reduce, errors)
     if not (few and error + UNSURE * share <= solver_tol):
         return Verification(False, loss, error, missed="solver error" if few else "evaluations"), None, None
@@ -178,6 +192,23 @@ def _look(
     within = reference <= target and reference < math.inf
     missed = "" if within else "exact loss" if reference < math.inf else "solve"
     return Verification(within, loss, error, reference, missed=missed), predicted, exactly
+
+
+def refuse_times_beyond(name: str, asked: tuple[float, float], own: tuple[float, float]) -> None:
+    """Raises a ValueError where dense times reach beyond the interval of a span: more steps than it has lead to them.
+
+    Args:
+        name: of the span in its model; empty for the model itself.
+        asked: the earliest and the latest of the times.
+        own: the interval.
+    """
+    near = NEAR * (max(map(abs, own)) + own[1] - own[0])
+    if asked[0] < own[0] - near or asked[1] > own[1] + near:
+        raise ValueError(
+            f"the model asks {name or 'the span'} by dense=True for times from {asked[0]:.6g} to {asked[1]:.6g}, beyond its "
+            f"interval [{own[0]:.6g}, {own[1]:.6g}], over which a search lays the steps; ask for times in it, or set "
+            "`span.t_span` to a template of all of them"
+        )
 
 
 def _agreed(reduce: Callable[[float], float], figure: Callable[[], Any]) -> tuple[float, Tensor | None]:

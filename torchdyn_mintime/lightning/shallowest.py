@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from torchdyn_mintime.core import checks, evaluating, freeze_times, spans
 from torchdyn_mintime.depth import shallowest as search
 from torchdyn_mintime.lightning import ranks
-from torchdyn_mintime.lightning.apart import metrics_apart, recorded_logs
+from torchdyn_mintime.lightning.apart import Number, metrics_apart, recorded_logs, reduced
 from torchdyn_mintime.lightning.base import SpanCallback, gradient_scale, loss_of
 from torchdyn_mintime.numerics import IntegrationError, LearnableSolver
 
@@ -44,7 +44,8 @@ class Shallowest(SpanCallback):
         target, slack, solver_tol, budget, solvers, accept: those of :class:`torchdyn_mintime.Shallowest`.
         monitor: the name of a metric that ``validation_step`` logs, a number or a torchmetrics object. The target, or the
             slack, then holds for this metric and not for the training loss. The search takes it over the validation
-            batches (of numbers the mean), with the steps taken and with the ODE solved exactly.
+            batches, with the steps taken and with the ODE solved exactly. Numbers are taken together as Lightning does, by
+            the ``reduce_fx`` and the ``batch_size`` of ``self.log``.
         mode: "min" if a smaller ``monitor`` is better, "max" if a larger one is. With "max" the losses of the trials are the
             metric with a minus sign.
 
@@ -55,7 +56,7 @@ class Shallowest(SpanCallback):
     Raises:
         ValueError: a bound that cannot be used.
         MisconfigurationException: the module optimizes by hand, an average of the weights is taken beside the search, or
-            the monitored metric is not logged.
+            the monitored metric is not logged, or not so that Lightning would take it.
 
     Logs:
         ``t_f`` and ``nfe`` for the trainer's logger. What is tried, and why, goes to the ``torchdyn_mintime`` logger.
@@ -223,7 +224,7 @@ class Shallowest(SpanCallback):
         wanted = [
             is_param_in_hook_signature(step, name, min_args=i) for i, name in ((2, "batch_idx"), (3, "dataloader_idx"))
         ]
-        values: list[tuple[float, int]] = []
+        numbers: list[Number] = []
         metric: Metric | None = None
         with evaluating(pl_module), torch.no_grad(), metrics_apart(pl_module):
             for given, i, of_loader in () if loader is None else loader:
@@ -232,22 +233,23 @@ class Shallowest(SpanCallback):
                     break
                 batch = hooks.on_before_batch_transfer(trainer.precision_plugin.convert_input(given), of_loader)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=of_loader)
-                numbers = itertools.compress((i, of_loader), wanted)
+                indices = itertools.compress((i, of_loader), wanted)
                 with recorded_logs(pl_module) as seen, trainer.precision_plugin.val_step_context():
-                    step(batch, *numbers)
+                    step(batch, *indices)
                 for name in {self.monitor, self.monitor.removesuffix(f"/dataloader_idx_{of_loader}")} & set(seen):
-                    if isinstance(seen[name], Metric):
-                        metric = seen[name]
-                    else:
-                        values.append((float(seen[name]), _rows(batch)))
+                    for logged in seen[name]:
+                        if isinstance(logged.value, Metric):
+                            metric = logged.value
+                        else:
+                            numbers.append(logged.number(batch))
             if metric is not None:
                 return self._sign * float(metric.compute())
-        if not values:
+        if not numbers:
             raise MisconfigurationException(
                 f"monitor={self.monitor!r} was not logged by validation_step; log a number of that name there, and give the "
                 "Trainer validation data"
             )
-        return self._sign * sum(v * n for v, n in values) / sum(n for _, n in values)
+        return self._sign * reduced(numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the search, for a checkpoint."""
@@ -271,13 +273,6 @@ def _refuse_what_it_cannot_train(trainer: pl.Trainer, pl_module: pl.LightningMod
                 f"{type(callback).__name__} averages the weights of one model, and the search changes the model's solver as it "
                 "goes; leave it out, and train the model that was found once more with it"
             )
-
-
-def _rows(batch: Any) -> int:
-    first = batch
-    while isinstance(first, list | tuple | dict) and first:
-        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-    return len(first) if isinstance(first, Tensor) and first.dim() else 1
 
 
 def _mean_gradients(trainer: pl.Trainer, gradients: list[Tensor]) -> None:

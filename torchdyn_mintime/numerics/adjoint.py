@@ -234,7 +234,7 @@ class _Backward(nn.Module):
                 before = kept[n - 1] if n > 0 else 0
                 p, mu, z = self._between(grid.nodes[i], grid.nodes[before], z, p, mu, parameters, scale, path)
         if kept[0] != 0 and self._ends[0]:
-            start = -self._rate(grid.nodes[0], z, p, scale)
+            start = -self._rate(grid.nodes[0], x, p, scale)
         sizes = [q.numel() for q in parameters]
         # As under autograd, a parameter that the field does not use has no gradient at all.
         grads = [

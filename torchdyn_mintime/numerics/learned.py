@@ -237,9 +237,10 @@ class LearnableSolver(nn.Module):
         if settings is not None:
             *given, direction = _settings_of(settings)
             if given != (own := [self.order, int(self.first_node)]):
+                made = f"order={given[0]}, first_node={bool(given[1])}"
                 raise ValueError(
-                    f"the state is that of a LearnableSolver of order and first_node {given}, this one has {own}; make it with "
-                    "the same"
+                    f"the state is that of a LearnableSolver made with {made}; this one has order={own[0]}, "
+                    f"first_node={bool(own[1])}: make it with the same"
                 )
             if prefix + "free" in state_dict:  # without it a strict load fails, which must change nothing
                 self.direction = direction
